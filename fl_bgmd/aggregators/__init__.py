@@ -1,0 +1,34 @@
+"""Robust aggregation rules: pure functions of an (n, d) tensor of updates."""
+
+from .block import block_geometric_median
+from .clipping import centered_clipping
+from .coordinates import coordinate_median, trimmed_mean
+from .geometric_median import geometric_median
+from .mean import mean
+from .mixing import bucketing, nearest_neighbor_mixing
+from .norms import norm_clip, norm_threshold, project
+from .results import Aggregate, BlockGeometricMedian, FilteredAggregate, GeometricMedian
+from .selection import krum, multi_krum
+from .spectral import SpectralFilter, spectral_filter
+
+__all__ = [
+    "Aggregate",
+    "BlockGeometricMedian",
+    "FilteredAggregate",
+    "GeometricMedian",
+    "SpectralFilter",
+    "block_geometric_median",
+    "bucketing",
+    "centered_clipping",
+    "coordinate_median",
+    "geometric_median",
+    "krum",
+    "mean",
+    "multi_krum",
+    "nearest_neighbor_mixing",
+    "norm_clip",
+    "norm_threshold",
+    "project",
+    "spectral_filter",
+    "trimmed_mean",
+]

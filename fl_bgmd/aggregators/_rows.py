@@ -1,0 +1,195 @@
+"""Passes over the rows of an update matrix, a block of columns at a time.
+
+Every rule reads its (n, d) input through these functions. Arithmetic is done in float64 on blocks
+that fit a core's cache, so no second n x d matrix ever exists and float32 input of any magnitude
+neither overflows nor cancels.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_BLOCK_ELEMENTS = 1 << 19  # float64 elements in flight: 4 MiB, the fastest of 2^15 to 2^21
+
+
+def check_updates(updates: Tensor, name: str = "updates") -> None:
+    """Raise unless ``updates`` is a floating-point (n, d) tensor with n and d at least 1."""
+    if not isinstance(updates, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(updates).__name__}")
+    if updates.ndim != 2 or min(updates.shape) < 1:
+        raise ValueError(
+            f"{name} has shape {tuple(updates.shape)}; allowed: (n, d) with n >= 1 and d >= 1"
+        )
+    if updates.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name} has dtype {updates.dtype}; allowed: "
+            + ", ".join(str(dtype) for dtype in FLOAT_DTYPES)
+        )
+
+
+def check_weights(weights: Tensor | None, n: int) -> NDArray[np.float64]:
+    """Return ``weights`` as float64 (n,), all ones for None, or raise ``ValueError``."""
+    if weights is None:
+        return np.ones(n)
+    values: NDArray[np.float64] = torch.as_tensor(weights).detach().cpu().double().numpy().copy()
+    if values.shape != (n,):
+        raise ValueError(f"weights has shape {values.shape}; allowed: ({n},), one for each row")
+    if not np.isfinite(values).all() or (values < 0).any() or not (values > 0).any():
+        raise ValueError(
+            f"weights is {values.tolist()}; allowed: finite values of 0 or more, not all 0"
+        )
+    return values
+
+
+def check_fraction(name: str, value: float, *, below: float, zero: bool = True) -> None:
+    """Raise unless ``0 <= value < below`` (``0 < value`` when ``zero`` is false)."""
+    if not (math.isfinite(value) and 0 <= value < below) or (value == 0 and not zero):
+        raise ValueError(f"{name} is {value}; allowed: {0 if zero else 'above 0'} to below {below}")
+
+
+def result_dtype(updates: Tensor) -> torch.dtype:
+    """Return the dtype of a rule's vector: the input's, but never less than float32."""
+    return torch.float64 if updates.dtype == torch.float64 else torch.float32
+
+
+def column_blocks(
+    updates: Tensor,
+    offset: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    elements: int = _BLOCK_ELEMENTS,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield ``(columns, updates[:, columns] + offset[columns])`` in ``dtype``.
+
+    The yielded (n, c) tensor, n c close to ``elements``, is a reused buffer: it is only valid
+    until the next step and may be overwritten by the caller.
+    """
+    n, d = updates.shape
+    width = min(d, max(64, elements // n))
+    buffer = torch.empty(n * width, dtype=dtype, device=updates.device)
+    for start in range(0, d, width):
+        columns = slice(start, min(start + width, d))
+        size = columns.stop - columns.start
+        block = buffer[: n * size].view(n, size)
+        block.copy_(updates[:, columns])
+        if offset is not None:
+            block += offset[columns]
+        yield columns, block
+
+
+def refuse_non_finite(updates: Tensor) -> None:
+    """Raise ``ValueError`` naming the first row with a NaN or an infinity, if there is one."""
+    for i, row in enumerate(updates):
+        if not bool(torch.isfinite(row).all()):
+            raise ValueError(f"updates: row {i} holds a NaN or an infinity; allowed: finite values")
+
+
+def gram_matrix(updates: Tensor, offset: Tensor | None = None) -> NDArray[np.float64]:
+    """Return ``K[i, j] = <x_i + offset, x_j + offset>`` of the rows, (n, n), in float64.
+
+    Raises ``ValueError`` naming the row when ``updates`` holds a NaN or an infinity. Squares of
+    float64 entries must not overflow: see :func:`in_range`.
+    """
+    n = updates.shape[0]
+    gram = torch.zeros(n, n, dtype=torch.float64, device=updates.device)
+    for _, block in column_blocks(updates, offset):
+        gram.addmm_(block, block.T)
+    result: NDArray[np.float64] = gram.cpu().numpy()
+    if not np.isfinite(np.diagonal(result)).all():
+        refuse_non_finite(updates)
+    return result
+
+
+def largest_entry(updates: Tensor) -> float:
+    """Return the largest absolute value in ``updates`` without a copy of it."""
+    low, high = torch.aminmax(updates)
+    return max(abs(float(low)), abs(float(high)))
+
+
+def in_range(updates: Tensor) -> tuple[Tensor, float]:
+    """Return ``(rows, scale)`` with ``rows = updates / scale`` safe to square in float64.
+
+    ``scale`` is 1 and ``rows`` is ``updates`` itself unless it is float64 with entries whose
+    squares leave the range of float64; narrower dtypes cannot hold such entries.
+    """
+    if updates.dtype != torch.float64:
+        return updates, 1.0
+    largest = largest_entry(updates)
+    if 1e-140 <= largest <= 1e150 or largest == 0.0 or not math.isfinite(largest):
+        return updates, 1.0
+    return updates / largest, largest
+
+
+def squared_distances(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the squared distances between the rows behind ``gram``, (n, n), never negative."""
+    diagonal = np.diagonal(gram)
+    squared = np.maximum(diagonal[:, None] + diagonal[None, :] - 2.0 * gram, 0.0)
+    np.fill_diagonal(squared, 0.0)
+    return squared
+
+
+def pairwise_squared_distances(updates: Tensor) -> NDArray[np.float64]:
+    """Return the squared distances between all rows, (n, n) float64, free of cancellation.
+
+    The rows are centered before their Gram matrix is used: on one of themselves in the middle of
+    the bulk, and only if the bulk is further from the origin than a hundred times its spread.
+    Rows beyond the range of squared float64 are scaled first (:func:`in_range`), all alike.
+    """
+    rows, _ = in_range(updates)
+    return squared_distances(center(rows, gram_matrix(rows)))
+
+
+def center(
+    rows: Tensor, gram: NDArray[np.float64], weights: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
+    """Return the Gram matrix of the rows with their bulk moved to the origin, where it matters.
+
+    ``||x_i||^2 + ||x_j||^2 - 2 <x_i, x_j>`` loses ``log10(||x||^2 / distance^2)`` digits. The
+    medoid (the row of least summed distance) is a safe center: a majority of rows is near it
+    wherever the rest is. A second pass over the data is spent only when digits are at stake.
+    """
+    n = gram.shape[0]
+    if n == 1:
+        return gram
+    weights = np.ones(n) if weights is None else weights
+    distances = np.sqrt(squared_distances(gram))
+    medoid = int(np.argmin(np.where(weights > 0, distances @ weights, np.inf)))
+    spread = float(np.median(np.delete(distances[medoid], medoid)))
+    if gram[medoid, medoid] <= 1e4 * spread**2:
+        return gram
+    return gram_matrix(rows, -rows[medoid].double())
+
+
+def combine(weights: NDArray[np.float64], updates: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``sum_i weights[i] * updates[i]``, (d,), summed in float64, as ``dtype``.
+
+    One row with weight 1 is returned as it is, to the bit.
+    """
+    used = np.flatnonzero(weights)
+    if len(used) == 1 and weights[used[0]] == 1.0:
+        return updates[int(used[0])].to(dtype, copy=True)
+    result = torch.empty(updates.shape[1], dtype=dtype, device=updates.device)
+    coefficients = torch.from_numpy(np.ascontiguousarray(weights)).to(updates.device)
+    for columns, block in column_blocks(updates):
+        result[columns] = coefficients @ block
+    return result
+
+
+def row_norms(updates: Tensor, offset: Tensor | None = None) -> NDArray[np.float64]:
+    """Return the Euclidean norms of the rows of ``updates + offset``, (n,), in float64.
+
+    Squares of float64 entries must not overflow: see :func:`in_range`. Raises ``ValueError``
+    naming the row when ``updates`` holds a NaN or an infinity.
+    """
+    total = torch.zeros(updates.shape[0], dtype=torch.float64, device=updates.device)
+    for _, block in column_blocks(updates, offset):
+        total = torch.hypot(total, torch.linalg.vector_norm(block, dim=1))
+    result: NDArray[np.float64] = total.cpu().numpy()
+    if not np.isfinite(result).all():
+        refuse_non_finite(updates)
+    return result

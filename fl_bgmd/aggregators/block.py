@@ -1,0 +1,174 @@
+"""The block coordinate geometric median of Acharya et al., and a memory attacks cannot enter.
+
+Algorithm 1 as printed averages the residuals of all rows, corrupt ones included, into the memory
+and adds it to every row of the next round: the attack enters through the memory. The ``robust``
+memory, this project's own, averages the residuals with the weights that the geometric median of
+the block gave the rows, after clipping each residual to the median residual norm.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ._rows import (
+    check_updates,
+    column_blocks,
+    combine,
+    in_range,
+    result_dtype,
+    row_norms,
+)
+from .geometric_median import geometric_median
+from .norms import clip_factors
+from .results import BlockGeometricMedian
+from .sampling import SELECTIONS, select_block
+
+SCORES = ("clipped", "squared-norm", "norm")
+MEMORY_RULES = ("robust", "mean", "per-client", "none")
+
+
+def block_geometric_median(
+    updates: Tensor,
+    memory: Tensor | None = None,
+    *,
+    block_fraction: float = 0.1,
+    selection: str = "sample",
+    score: str = "clipped",
+    memory_rule: str = "robust",
+    generator: torch.Generator | None = None,
+    tol: float = 1e-6,
+) -> BlockGeometricMedian:
+    """Return the geometric median of a block of coordinates, zero elsewhere, and the next memory.
+
+    One step of Algorithm 1 with Algorithm 2 of Acharya et al. (BGMD): ``G_i = x_i + memory``, the
+    ``k = max(1, round(block_fraction * d))`` chosen columns are aggregated, the others are the
+    residual ``R_i`` that the memory keeps.
+
+    Parameters
+    ----------
+    updates : Tensor
+        (n, d), floating point.
+    memory : Tensor, optional
+        The previous result's ``memory``: (d,), or (n, d) under ``per-client``. Zero by default.
+    block_fraction : float
+        Above 0, at most 1.
+    selection : {"sample", "top-k", "uniform"}
+        See :func:`~fl_bgmd.aggregators.sampling.select_block`. The paper samples; its code took
+        the top k.
+    score : {"clipped", "squared-norm", "norm"}
+        What a column is worth: its squared norm or its norm (Algorithm 2), or its squared norm
+        after each row was scaled down to at most the median row norm (for scoring only), so that
+        no row owns the block.
+    memory_rule : {"robust", "mean", "per-client", "none"}
+        ``mean`` is the paper's Equation 8, ``mean_i R_i``. ``robust`` keeps
+        ``sum_i w_i min(1, median_j ||R_j|| / ||R_i||) R_i`` with ``w`` the weights of the
+        geometric median of the block. ``per-client`` keeps every ``R_i`` for its own row, as the
+        paper's code did.
+    generator : torch.Generator, optional
+        CPU generator of the block; torch's global one by default.
+    tol : float
+        Of the geometric median of the block, relative.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For input outside of the above; a row with a NaN or an infinity is named.
+    """
+    check_updates(updates)
+    n, d = updates.shape
+    if not 0 < block_fraction <= 1:
+        raise ValueError(f"block_fraction is {block_fraction}; allowed: above 0 to 1")
+    for name, value, allowed in (
+        ("selection", selection, SELECTIONS),
+        ("score", score, SCORES),
+        ("memory_rule", memory_rule, MEMORY_RULES),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+    _check_memory(memory, memory_rule, n, d)
+
+    dtype = result_dtype(updates)
+    if memory_rule == "per-client" and memory is not None:
+        updates, memory = updates + memory, None
+    rows, scale = in_range(updates)
+    offset = None if memory is None else memory / scale
+    norms = row_norms(rows, offset)
+    k = max(1, round(block_fraction * d))
+    block = select_block(
+        _column_scores(rows, offset, norms, score), k, selection=selection, generator=generator
+    )
+    chosen = rows[:, block].to(dtype)
+    if offset is not None:
+        chosen += offset[block]
+    median = geometric_median(chosen, tol=tol)
+    chosen_norms = row_norms(chosen)
+    del chosen
+
+    assert median.weights is not None
+    vector = torch.zeros(d, dtype=dtype, device=updates.device)
+    vector[block] = median.vector * scale
+    squared = norms**2
+    # Below the rounding of the difference a residual counts as that large: it is clipped more.
+    residual_squared = np.maximum(squared - chosen_norms**2, 1e-15 * squared)
+    if k >= d:
+        residual_squared = np.zeros(n)
+    next_memory: Tensor | None = None
+    if memory_rule == "per-client":
+        next_memory = updates.to(dtype, copy=True)
+        next_memory[:, block] = 0.0
+    elif memory_rule != "none":
+        coefficients = np.full(n, 1.0 / n)
+        if memory_rule == "robust":
+            residual_norms = np.sqrt(residual_squared)
+            clip = clip_factors(residual_norms, float(np.median(residual_norms)))
+            coefficients = median.weights.numpy() * clip
+        next_memory = combine(coefficients, updates, dtype)
+        if memory is not None:
+            next_memory.add_(memory, alpha=float(coefficients.sum()))
+        next_memory[block] = 0.0
+    total = float(squared.sum())
+    return BlockGeometricMedian(
+        vector=vector,
+        weights=median.weights,
+        gap=median.gap,
+        iterations=median.iterations,
+        objective=median.objective * scale,
+        memory=next_memory,
+        block=block,
+        residual_ratio=float(residual_squared.sum()) / total if total > 0 else 0.0,
+    )
+
+
+def _column_scores(
+    rows: Tensor, offset: Tensor | None, norms: NDArray[np.float64], score: str
+) -> Tensor:
+    """Return the scores of the columns of ``rows + offset``, (d,) float32, at most 1."""
+    factors = np.ones_like(norms)
+    if score == "clipped":
+        factors = clip_factors(norms, float(np.median(norms)))
+    total = float(((factors * norms) ** 2).sum())
+    scores = torch.zeros(rows.shape[1], dtype=torch.float32, device=rows.device)
+    if total == 0.0:
+        return scores
+    # Divided by the total before the sum: float32 holds the result whatever the rows' size.
+    weights = torch.from_numpy(factors**2 / total).to(rows.device)
+    for columns, values in column_blocks(rows, offset):
+        column = weights @ values.square_()
+        scores[columns] = column.sqrt_() if score == "norm" else column
+    return scores
+
+
+def _check_memory(memory: Tensor | None, memory_rule: str, n: int, d: int) -> None:
+    if memory is None:
+        return
+    if memory_rule == "none":
+        raise ValueError("memory is given with memory_rule 'none'; allowed: None")
+    shape = (n, d) if memory_rule == "per-client" else (d,)
+    if tuple(memory.shape) != shape:
+        raise ValueError(
+            f"memory has shape {tuple(memory.shape)}; allowed under memory_rule "
+            f"{memory_rule!r}: {shape}"
+        )
+    if not bool(torch.isfinite(memory).all()):
+        raise ValueError("memory holds a NaN or an infinity; allowed: finite values")

@@ -1,0 +1,361 @@
+"""The geometric median, certified, for the price of two passes over the data.
+
+The median lies in the convex hull of the rows, ``y = sum_i w_i x_i``, so every distance the
+iteration needs follows from the Gram matrix ``K = X X^T``::
+
+    ||x_i - y||^2 = K_ii - 2 (K w)_i + w^T K w
+
+One pass over the data builds ``K``, one forms ``w^T X``; in between the solver works on n x n
+numbers, whatever d is.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ._rows import (
+    center,
+    check_updates,
+    check_weights,
+    combine,
+    gram_matrix,
+    in_range,
+    refuse_non_finite,
+    result_dtype,
+    row_norms,
+    squared_distances,
+)
+from .results import GeometricMedian
+
+Array = NDArray[np.float64]
+
+_EPSILON = float(np.finfo(np.float64).eps)
+SOLVERS = ("gram", "weiszfeld")
+
+
+def geometric_median(
+    updates: Tensor,
+    *,
+    weights: Tensor | None = None,
+    tol: float = 1e-6,
+    max_iter: int = 1000,
+    solver: str = "gram",
+) -> GeometricMedian:
+    """Return the point of least summed distance to the rows, with a proof of its accuracy.
+
+    Definition 3 and Equation 4 of Acharya et al. (BGMD). Breakdown point 1/2.
+
+    Parameters
+    ----------
+    updates : Tensor
+        (n, d), float16, bfloat16, float32 or float64, on any device. Rows may differ in size by
+        any factor.
+    weights : Tensor, optional
+        (n,), finite, not negative, not all zero: ``sum_i weights_i ||y - x_i||`` is minimised.
+        All ones by default.
+    tol : float
+        Iterate until the certified ``gap`` is at most this. Float64 arithmetic certifies down to
+        about 1e-7; a smaller ``tol`` returns the best point found with its true gap.
+    max_iter : int
+        Return the best point so far, with its true gap, after this many steps.
+    solver : {"gram", "weiszfeld"}
+        ``gram`` iterates on the n x n Gram matrix: two passes over the data in all.
+        ``weiszfeld`` is the classical iteration in R^d, two passes per step: the cost model of
+        the papers, for comparison.
+
+    Returns
+    -------
+    GeometricMedian
+        ``weights`` are the convex coefficients of the rows in ``vector``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For input outside of the above; a row with a NaN or an infinity is named.
+
+    Notes
+    -----
+    With ``u_i = (x_i - y) / ||x_i - y||`` and ``R = ||sum u_i||`` convexity gives
+    ``g(y) - g* <= R ||y - y*|| <= R * 2 g(y) / n``. Rows that coincide with y contribute any
+    vector of the unit ball to the subgradient (Vardi and Zhang, PNAS 2000). The reported gap also
+    covers the rounding of the arithmetic and of the returned vector.
+    """
+    check_updates(updates)
+    n = updates.shape[0]
+    row_weights = check_weights(weights, n)
+    if not tol > 0:
+        raise ValueError(f"tol is {tol}; allowed: above 0")
+    if max_iter < 1:
+        raise ValueError(f"max_iter is {max_iter}; allowed: 1 or more")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver is {solver!r}; allowed: {', '.join(SOLVERS)}")
+    dtype = result_dtype(updates)
+    rows, scale = in_range(updates)
+    if solver == "gram":
+        gram = center(rows, gram_matrix(rows), row_weights)
+        point, iterations = minimise_in_hull(gram, row_weights, tol, max_iter)
+    else:
+        point, iterations = _classical(rows, row_weights, tol, max_iter)
+    dtype = result_dtype(updates)
+    vector = combine(_single_if_coincident(point), updates, dtype)
+    rounding = float(torch.finfo(dtype).eps) / 2 * _norm(vector) / scale
+    return GeometricMedian(
+        vector=vector,
+        weights=torch.from_numpy(point.hull_weights.copy()),
+        gap=point.gap_after_moving(rounding),
+        iterations=iterations,
+        objective=point.objective * scale,
+    )
+
+
+@dataclass(frozen=True)
+class HullPoint:
+    """A point ``y = sum_i hull_weights[i] x_i`` with all that its Gram matrix tells about it.
+
+    Attributes
+    ----------
+    hull_weights : (n,)
+        Convex coefficients.
+    pulls : (n,)
+        ``row_weights[i] / ||x_i - y||``, 0 for rows that coincide with y.
+    distances : (n,)
+        ``||x_i - y||``, no smaller than what float64 can tell from zero.
+    objective : float
+        ``g(y) = sum_i row_weights[i] ||x_i - y||``.
+    pull : float
+        ``R``, the norm of the smallest subgradient that is known at y.
+    slack : float
+        ``2 * sum of row_weights[i] ||x_i - y||`` over the rows that coincide with y.
+    row_weights : (n,)
+        The weights of the objective.
+    """
+
+    hull_weights: Array
+    pulls: Array
+    distances: Array
+    objective: float
+    pull: float
+    slack: float
+    row_weights: Array
+
+    @property
+    def gap(self) -> float:
+        """Bound on ``(g(y) - g*) / g*``."""
+        if self.objective == 0.0:
+            return 0.0
+        # n ||y - y*|| <= g(y) + g* <= 2 g(y); a row at distance r that is treated as coincident
+        # offers every unit vector as a 2r-subgradient.
+        excess = 2 * self.pull / self.row_weights.sum() + self.slack / self.objective
+        return float(excess / (1 - excess)) if excess < 1 else float("inf")
+
+    def gap_after_moving(self, distance: float) -> float:
+        """Bound on the gap of any point within ``distance`` of y (the rounded vector)."""
+        if self.objective == 0.0 or distance == 0.0 or not np.isfinite(self.gap):
+            return self.gap
+        # ||a + e|| <= ||a|| + <a, e> / ||a|| + ||e||^2 / (2 ||a||), and <= ||a|| + ||e||.
+        safe = np.maximum(self.distances, 1e-300)
+        second_order = np.minimum(distance, distance**2 / (2 * safe)) @ self.row_weights
+        total_pull = self.pull + self.row_weights[self.pulls == 0].sum()
+        growth = (total_pull * distance + second_order) / self.objective
+        return float((1 + self.gap) * (1 + growth) - 1)
+
+
+def minimise_in_hull(
+    gram: Array, row_weights: Array, tol: float = 1e-6, max_iter: int = 1000
+) -> tuple[HullPoint, int]:
+    """Minimise ``sum_i row_weights[i] ||y - x_i||`` given only the rows' Gram matrix.
+
+    Rows are tried first: a geometric median that coincides with a row is recognised exactly
+    (there Weiszfeld's iteration crawls). Otherwise each step is Weiszfeld's, taken from a Newton
+    step of the same objective when that is lower. Returns the best point and the steps taken.
+    """
+    start = _optimal_rows(gram, row_weights)
+    best = _hull_point(gram, row_weights, _start(gram, row_weights) if start is None else start)
+    iterations = 0
+    stalled = 0
+    current = best
+    # The margin leaves room for the rounding of the vector, so that the final gap is below tol.
+    while best.gap > 0.99 * tol and iterations < max_iter and stalled < 3:
+        iterations += 1
+        current = _step(gram, current)
+        lower = current.objective < best.objective * (1 - 4 * _EPSILON)
+        if current.gap < best.gap or (lower and not np.isfinite(best.gap)):
+            best = current
+            stalled = 0
+        elif not lower:
+            stalled += 1
+    return best, iterations
+
+
+def _hull_point(gram: Array, row_weights: Array, hull_weights: Array) -> HullPoint:
+    """Evaluate distances, objective and certificate of ``y = hull_weights @ X``."""
+    product = gram @ hull_weights
+    diagonal = np.diagonal(gram)
+    squared_norm = max(float(hull_weights @ product), 0.0)
+    squared = np.maximum(diagonal - 2 * product + squared_norm, 0.0)
+    noise = 64 * _EPSILON * (diagonal + squared_norm)
+    coincident = squared <= noise
+    # A row that is y itself, to the bit, is at distance zero; others are only below the noise.
+    exact = coincident & (hull_weights == 1.0)
+    distances = np.sqrt(np.where(exact, 0.0, np.maximum(squared, noise)))
+    pulls = np.where(coincident, 0.0, row_weights / np.where(coincident, 1.0, distances))
+    # sum_i pulls_i (y - x_i) = coefficients @ X
+    coefficients = pulls.sum() * hull_weights - pulls
+    size = np.abs(coefficients) @ np.sqrt(diagonal)
+    squared_pull = max(float(coefficients @ gram @ coefficients), 0.0) + 4 * _EPSILON * size**2
+    pull = max(0.0, np.sqrt(squared_pull) - float(row_weights[coincident].sum()))
+    return HullPoint(
+        hull_weights=hull_weights,
+        pulls=pulls,
+        distances=distances,
+        objective=float(row_weights @ distances),
+        pull=float(pull),
+        slack=float(2 * row_weights[coincident] @ distances[coincident]),
+        row_weights=row_weights,
+    )
+
+
+def _step(gram: Array, point: HullPoint) -> HullPoint:
+    """Return Weiszfeld's next point, or that after a Newton step if it is lower."""
+    plain = _hull_point(gram, point.row_weights, _weiszfeld_weights(point))
+    newton = _newton_weights(gram, point)
+    if newton is None:
+        return plain
+    moved = _hull_point(gram, point.row_weights, newton)
+    if not moved.objective < point.objective:
+        return plain
+    polished = _hull_point(gram, point.row_weights, _weiszfeld_weights(moved))
+    return polished if polished.objective < plain.objective else plain
+
+
+def _weiszfeld_weights(point: HullPoint) -> Array:
+    """Weiszfeld's map, with Vardi and Zhang's correction when y coincides with rows."""
+    total = point.pulls.sum()
+    if total == 0.0:
+        return point.hull_weights
+    target: Array = point.pulls / total
+    held = float(point.row_weights[point.pulls == 0].sum())
+    if held == 0.0:
+        return target
+    keep = held / (held + point.pull)  # pull = R - held, so this is min(1, held / R)
+    mixed: Array = (1 - keep) * target + keep * point.hull_weights
+    return mixed
+
+
+def _newton_weights(gram: Array, point: HullPoint) -> Array | None:
+    """Hull coefficients of y after one Newton step, or None where the step is not defined.
+
+    With ``b_i = x_i - y``, ``r_i = ||b_i||`` and weights ``o_i`` the Hessian is
+    ``S I - sum_i (o_i / r_i^3) b_i b_i^T``, ``S = sum_i o_i / r_i``, and the step
+    ``p = sum_i z_i (o_i / r_i) b_i`` solves ``S z_i - sum_j cos_ij (o_j / r_i) z_j = 1``.
+    Coefficients may be negative: Weiszfeld's map brings them back into the hull.
+    """
+    if (point.pulls == 0).any():
+        return None
+    weights, distances = point.hull_weights, point.distances
+    product = gram @ weights
+    inner = gram - product[:, None] - product[None, :] + weights @ product
+    cosines = np.clip(inner / np.outer(distances, distances), -1.0, 1.0)
+    system = point.pulls.sum() * np.eye(len(weights))
+    system -= cosines * point.row_weights[None, :] / distances[:, None]
+    try:
+        step = point.pulls * np.linalg.solve(system, np.ones(len(weights)))
+    except np.linalg.LinAlgError:
+        return None
+    if not np.isfinite(step).all():
+        return None
+    moved: Array = (1 - step.sum()) * weights + step
+    return moved
+
+
+def _optimal_rows(gram: Array, row_weights: Array) -> Array | None:
+    """Hull weights of the rows that are geometric medians themselves, or None.
+
+    Row k is one if the unit vectors towards the rows elsewhere sum to at most the weight of the
+    rows that coincide with it (Vardi and Zhang). Where several are, so is their average.
+    """
+    squared = squared_distances(gram)
+    diagonal = np.diagonal(gram)
+    coincident = squared <= 64 * _EPSILON * (diagonal[:, None] + diagonal[None, :])
+    np.fill_diagonal(coincident, True)
+    pulls = np.where(
+        coincident, 0.0, row_weights[None, :] / np.sqrt(np.where(coincident, 1.0, squared))
+    )
+    coefficients = pulls - np.diag(pulls.sum(axis=1))
+    pull = np.sqrt(np.maximum(np.einsum("ki,ki->k", coefficients @ gram, coefficients), 0.0))
+    held = coincident @ row_weights
+    optimal = (pull <= held * (1 + 1e-9)) & (row_weights > 0)
+    if not optimal.any():
+        return None
+    weights: Array = optimal / optimal.sum()
+    return weights
+
+
+def _start(gram: Array, row_weights: Array) -> Array:
+    """Weiszfeld's weights seen from the row of least summed distance, softened near that row."""
+    distances = np.sqrt(squared_distances(gram))
+    medoid = int(np.argmin(distances @ row_weights))
+    from_medoid = distances[medoid]
+    near = float(np.median(from_medoid[from_medoid > 0]))
+    pulls = row_weights / np.hypot(from_medoid, near)
+    weights: Array = pulls / pulls.sum()
+    return weights
+
+
+def _single_if_coincident(point: HullPoint) -> Array:
+    """Hull weights for forming the vector: all rows equal means any one of them, to the bit."""
+    if point.objective > 0.0:
+        return point.hull_weights
+    single = np.zeros_like(point.hull_weights)
+    single[int(np.argmax(point.row_weights))] = 1.0
+    return single
+
+
+def _classical(
+    rows: Tensor, row_weights: Array, tol: float, max_iter: int
+) -> tuple[HullPoint, int]:
+    """Weiszfeld's iteration in R^d from the mean, in float64."""
+    refuse_non_finite(rows)
+    hull_weights = row_weights / row_weights.sum()
+    best: HullPoint | None = None
+    iteration = 0
+    while True:
+        point = _classical_point(rows, row_weights, hull_weights)
+        if best is None or point.gap < best.gap:
+            best = point
+        if point.gap <= 0.99 * tol or iteration == max_iter:
+            return best, iteration
+        hull_weights = _weiszfeld_weights(point)
+        iteration += 1
+
+
+def _classical_point(rows: Tensor, row_weights: Array, hull_weights: Array) -> HullPoint:
+    """Evaluate ``y = hull_weights @ rows`` and its certificate by passes over the data."""
+    y = combine(hull_weights, rows, torch.float64)
+    distances = row_norms(rows, -y)
+    coincident = distances <= 8 * _EPSILON * (distances + _norm(y))
+    pulls = np.where(coincident, 0.0, row_weights / np.where(coincident, 1.0, distances))
+    total = float(pulls.sum())
+    held = float(row_weights[coincident].sum())
+    resultant = 0.0
+    if total > 0:
+        # sum_i pulls_i (x_i - y) = total * (Weiszfeld's next point - y)
+        resultant = total * _norm(combine(pulls / total, rows, torch.float64) - y)
+    return HullPoint(
+        hull_weights=hull_weights,
+        pulls=pulls,
+        distances=distances,
+        objective=float(row_weights @ distances),
+        pull=max(0.0, resultant - held),
+        slack=float(2 * row_weights[coincident] @ distances[coincident]),
+        row_weights=row_weights,
+    )
+
+
+def _norm(vector: Tensor) -> float:
+    """Euclidean norm that does not overflow for finite float32 input."""
+    largest = float(vector.abs().max())
+    return largest * float(torch.linalg.vector_norm(vector / largest)) if largest > 0 else 0.0

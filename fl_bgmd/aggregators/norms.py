@@ -1,0 +1,144 @@
+"""Rules that look at the rows' norms only: thresholding, clipping and projection."""
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ._rows import (
+    check_fraction,
+    check_updates,
+    column_blocks,
+    combine,
+    in_range,
+    refuse_non_finite,
+    result_dtype,
+    row_norms,
+)
+from .results import Aggregate, FilteredAggregate
+
+
+def norm_threshold(
+    updates: Tensor,
+    *,
+    drop_fraction: float = 0.25,
+    order: float = 2,
+    norms: Tensor | None = None,
+) -> FilteredAggregate:
+    """Drop the ``ceil(drop_fraction * n)`` rows of largest norm and average the rest.
+
+    Algorithms 1 and 2 of Ghosh et al., the central machine's step, with ``drop_fraction`` their
+    beta. Tolerates ``drop_fraction * n`` rows of any size; rows of ordinary size that point
+    anywhere are averaged in.
+
+    Parameters
+    ----------
+    updates : Tensor
+        (n, d), floating point.
+    drop_fraction : float
+        0 to below 1. The paper asks for at least the hostile fraction and below 1/2.
+    order : float
+        The q of the norm, 1 or more, ``math.inf`` included.
+    norms : Tensor, optional
+        (n,), 0 or more: the norms that clients report (Option I). Computed from the rows when
+        not given (Option II).
+
+    Raises
+    ------
+    TypeError, ValueError
+        For input outside of the above; a row with a NaN or an infinity is named.
+    """
+    check_updates(updates)
+    check_fraction("drop_fraction", drop_fraction, below=1)
+    if not order >= 1:
+        raise ValueError(f"order is {order}; allowed: 1 or more")
+    n = updates.shape[0]
+    if norms is None:
+        sizes = _norms_of_order(updates, order)
+    else:
+        sizes = torch.as_tensor(norms).detach().cpu().double().numpy()
+        if sizes.shape != (n,) or not (sizes >= 0).all():
+            raise ValueError(f"norms is {sizes.tolist()}; allowed: {n} values of 0 or more")
+    # The small margin keeps ceil(0.1 * 30) at 3: the product is 3.0000000000000004.
+    dropped = min(n - 1, math.ceil(drop_fraction * n - 1e-9))
+    kept = np.zeros(n, dtype=bool)
+    kept[np.argsort(sizes, kind="stable")[: n - dropped]] = True
+    vector = combine(kept / kept.sum(), updates, result_dtype(updates))
+    if norms is not None and not bool(torch.isfinite(vector).all()):
+        refuse_non_finite(updates)
+    return FilteredAggregate(
+        vector, torch.from_numpy(kept / kept.sum()), kept=torch.from_numpy(kept)
+    )
+
+
+def norm_clip(updates: Tensor, *, radius: float | None = None) -> Aggregate:
+    """Scale every row down to at most ``radius`` and average: norm clipping.
+
+    Parameters
+    ----------
+    updates : Tensor
+        (n, d), floating point.
+    radius : float, optional
+        Above 0; the median row norm by default, which no minority can raise beyond the largest
+        honest norm.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For input outside of the above; a row with a NaN or an infinity is named.
+    """
+    check_updates(updates)
+    if radius is not None and not radius > 0:
+        raise ValueError(f"radius is {radius}; allowed: above 0")
+    rows, scale = in_range(updates)
+    sizes = row_norms(rows) * scale
+    factors = clip_factors(sizes, float(np.median(sizes)) if radius is None else radius)
+    coefficients = factors / len(sizes)
+    vector = combine(coefficients, updates, result_dtype(updates))
+    return Aggregate(vector, torch.from_numpy(coefficients))
+
+
+def clip_factors(norms: NDArray[np.float64], radius: float) -> NDArray[np.float64]:
+    """Return ``min(1, radius / norm)`` for each norm, 1 for a norm of 0; (n,) float64."""
+    factors: NDArray[np.float64] = np.minimum(
+        1.0, radius / np.where(norms > 0, norms, np.inf) + (norms == 0)
+    )
+    return factors
+
+
+def project(vector: Tensor, radius: float, center: Tensor | None = None) -> Tensor:
+    """Project ``vector`` (d,) on the ball of ``radius`` around ``center`` (the origin by default).
+
+    The papers' projection on C (Data and Diggavi, Algorithm 1) and on W (Ghosh et al.,
+    Algorithms 1 and 2) for a ball. Raises ``ValueError`` for a radius that is not above 0.
+    """
+    if not radius > 0:
+        raise ValueError(f"radius is {radius}; allowed: above 0")
+    offset = vector if center is None else vector - center
+    norm = float(torch.linalg.vector_norm(offset, dtype=torch.float64))
+    if norm <= radius:
+        return vector
+    offset = offset * (radius / norm)
+    return offset if center is None else center + offset
+
+
+def _norms_of_order(updates: Tensor, order: float) -> NDArray[np.float64]:
+    """Return the norms of ``order`` of the rows, (n,) float64."""
+    rows, scale = in_range(updates)
+    if order == 2:
+        return row_norms(rows) * scale
+    scales = rows.abs().amax(dim=1).double()
+    if not bool(torch.isfinite(scales).all()):
+        refuse_non_finite(updates)
+    safe = torch.where(scales > 0, scales, 1.0)
+    if order == math.inf:
+        largest: NDArray[np.float64] = (scales * scale).cpu().numpy()
+        return largest
+    total = torch.zeros_like(scales)
+    for _, block in column_blocks(rows):
+        block /= safe[:, None]
+        total += block.abs_().pow_(order).sum(dim=1)
+    sizes: NDArray[np.float64] = (total.pow(1 / order) * safe * scale).cpu().numpy()
+    return sizes
