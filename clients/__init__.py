@@ -1,0 +1,1 @@
+"""The project's ClientApp: trains and evaluates a partition, misbehaves when told to."""

@@ -1,0 +1,91 @@
+"""The ClientApp: load the partition, train, evaluate; lie when the attack says so."""
+
+from typing import cast
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import nn
+
+from clients.training import LocalTraining, evaluate, scheduled_learning_rate, threads, train
+from fl_bgmd.data import Dataset, load, partition
+from fl_bgmd.models import build
+from fl_bgmd.mods import ByzantineMod
+from fl_bgmd.strategies import resolve_device
+
+app = ClientApp(mods=[ByzantineMod()])
+
+
+@app.train()
+def handle_train(message: Message, context: Context) -> Message:
+    """Train the received model on this client's partition."""
+    config = context.run_config
+    partition_id = int(context.node_config["partition-id"])
+    server_round = int(cast(int, message.content["config"]["server-round"]))
+    seed = np.random.SeedSequence([int(config["seed"]), server_round, partition_id, 1])
+    dataset, model, device = _prepare(message, context)
+    indices = partition(
+        dataset.train_labels,
+        int(context.node_config["num-partitions"]),
+        scheme=str(config["partition"]),
+        num_shards=int(config["num-shards"]),
+        alpha=float(config["alpha"]),
+        seed=int(config["seed"]),
+    )[partition_id]
+    settings = LocalTraining(
+        steps=int(config["local-steps"]),
+        epochs=int(config["local-epochs"]),
+        batch_size=int(config["batch-size"]),
+        learning_rate=scheduled_learning_rate(
+            float(config["learning-rate"]),
+            str(config["lr-schedule"]),
+            server_round,
+            int(config["num-server-rounds"]),
+        ),
+        momentum=float(config["momentum"]),
+        weight_decay=float(config["weight-decay"]),
+    )
+    with threads(int(config["client-threads"])):
+        loss = train(model, dataset, indices, settings, int(seed.generate_state(1)[0]), device)
+    metrics: dict[str, int | float | list[int] | list[float]] = {
+        "num-examples": len(indices),
+        "train-loss": loss,
+        "partition-id": partition_id,
+    }
+    content = RecordDict(
+        {"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord(metrics)}
+    )
+    return Message(content, reply_to=message)
+
+
+@app.evaluate()
+def handle_evaluate(message: Message, context: Context) -> Message:
+    """Evaluate the received model on this client's even share of the test examples."""
+    dataset, model, device = _prepare(message, context)
+    partition_id = int(context.node_config["partition-id"])
+    shares = np.array_split(
+        np.arange(len(dataset.test_labels)), int(context.node_config["num-partitions"])
+    )
+    with threads(int(context.run_config["client-threads"])):
+        loss, accuracy, count = evaluate(model, dataset, shares[partition_id], device)
+    metrics: dict[str, int | float | list[int] | list[float]] = {
+        "num-examples": count,
+        "loss": loss,
+        "accuracy": accuracy,
+        "partition-id": partition_id,
+    }
+    return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+
+
+def _prepare(message: Message, context: Context) -> tuple[Dataset, nn.Module, torch.device]:
+    """Load what both phases need: the data (once per process), the model as received, a device."""
+    config = context.run_config
+    dataset = load(str(config["dataset"]), str(config["data-dir"]) or None)
+    model = build(
+        str(config["model"]), input_shape=dataset.input_shape, num_classes=dataset.num_classes
+    )
+    arrays = message.content["arrays"]
+    assert isinstance(arrays, ArrayRecord)
+    model.load_state_dict(arrays.to_torch_state_dict())
+    return dataset, model, resolve_device(str(config["device"]))

@@ -1,0 +1,144 @@
+"""What a client does with a model and its partition: train it, evaluate it."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fl_bgmd.data import Dataset, normalize
+
+LR_SCHEDULES = ("constant", "cosine", "exponential")
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How a client trains in a round.
+
+    Attributes
+    ----------
+    steps : int
+        Mini-batches; 0 means ``epochs`` passes over the partition.
+    epochs : int
+        Passes over the partition when ``steps`` is 0.
+    batch_size : int
+        Examples in a mini-batch.
+    learning_rate, momentum, weight_decay : float
+        Of plain SGD, started anew in each round.
+    """
+
+    steps: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+
+
+def scheduled_learning_rate(
+    learning_rate: float, schedule: str, server_round: int, num_rounds: int
+) -> float:
+    """Return the learning rate of a round: ``cosine`` falls to 0, ``exponential`` by 1 % a round.
+
+    Raises ``ValueError`` for an unknown schedule.
+    """
+    if schedule == "constant":
+        return learning_rate
+    if schedule == "cosine":
+        return learning_rate * (1 + math.cos(math.pi * (server_round - 1) / num_rounds)) / 2
+    if schedule == "exponential":
+        return learning_rate * 0.99 ** (server_round - 1)
+    raise ValueError(f"lr-schedule is {schedule!r}; allowed: {', '.join(LR_SCHEDULES)}")
+
+
+def train(
+    model: nn.Module,
+    dataset: Dataset,
+    indices: NDArray[np.int64],
+    settings: LocalTraining,
+    seed: int,
+    device: torch.device,
+) -> float:
+    """Train ``model`` in place on the examples at ``indices``; return the mean loss.
+
+    ``seed`` fixes the order of the examples and all that the model draws (dropout).
+    """
+    torch.manual_seed(seed)
+    model.to(device).train()
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+    losses: list[Tensor] = []
+    for batch in _batches(indices, settings, np.random.default_rng(seed)):
+        images = to_input(normalize(dataset.train_images[batch], dataset), device)
+        labels = torch.from_numpy(dataset.train_labels[batch]).to(device)
+        optimizer.zero_grad(set_to_none=True)
+        loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(loss.detach())
+    return float(torch.stack(losses).mean())
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    indices: NDArray[np.int64] | None,
+    device: torch.device,
+    batch_size: int = 1000,
+) -> tuple[float, float, int]:
+    """Return ``(mean loss, accuracy, number of examples)`` on test examples, all for None."""
+    model.to(device).eval()
+    chosen = np.arange(len(dataset.test_labels)) if indices is None else indices
+    loss, correct = 0.0, 0
+    with torch.inference_mode():
+        for start in range(0, len(chosen), batch_size):
+            batch = chosen[start : start + batch_size]
+            images = to_input(normalize(dataset.test_images[batch], dataset), device)
+            labels = torch.from_numpy(dataset.test_labels[batch]).to(device)
+            outputs = model(images)
+            loss += float(nn.functional.cross_entropy(outputs, labels, reduction="sum"))
+            correct += int((outputs.argmax(dim=1) == labels).sum())
+    return loss / len(chosen), correct / len(chosen), len(chosen)
+
+
+def to_input(images: Tensor, device: torch.device) -> Tensor:
+    """Move images to the device, channels last: convolutions are a third faster that way."""
+    return images.to(device).contiguous(memory_format=torch.channels_last)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run the body with ``count`` torch threads: results then do not depend on the backend."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _batches(
+    indices: NDArray[np.int64], settings: LocalTraining, generator: np.random.Generator
+) -> Iterator[NDArray[np.int64]]:
+    """Yield mini-batches: shuffled passes over the partition, cut off after ``steps`` if given."""
+    size = min(settings.batch_size, len(indices))
+    taken = 0
+    while True:
+        order = generator.permutation(indices)
+        # With a number of steps all batches are full; with epochs every example counts.
+        end = len(order) - size + 1 if settings.steps else len(order)
+        for start in range(0, end, size):
+            yield order[start : start + size]
+            taken += 1
+            if taken == settings.steps:
+                return
+        if not settings.steps and taken >= settings.epochs * math.ceil(len(order) / size):
+            return

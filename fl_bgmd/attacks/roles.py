@@ -1,0 +1,46 @@
+"""Who is hostile in which round: computed alike by everyone who knows the seed."""
+
+import numpy as np
+
+SELECTIONS = ("per-round", "fixed")
+
+
+def byzantine_clients(
+    num_clients: int, fraction: float, round: int, seed: int, selection: str = "per-round"
+) -> frozenset[int]:
+    """Return the partition ids that are hostile in a round.
+
+    Exactly ``floor(fraction * num_clients)`` of ``0 .. num_clients - 1``, drawn from the seed and
+    the round alone, so that clients on different machines agree without a word.
+
+    Parameters
+    ----------
+    num_clients : int
+        1 or more.
+    fraction : float
+        0 to 1.
+    round : int
+        The server's round, 0 or more.
+    seed : int
+        0 or more.
+    selection : {"per-round", "fixed"}
+        Redrawn in each round, or the same in all.
+
+    Raises
+    ------
+    ValueError
+        For a value outside of the above.
+    """
+    if num_clients < 1:
+        raise ValueError(f"num_clients is {num_clients}; allowed: 1 or more")
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction is {fraction}; allowed: 0 to 1")
+    if round < 0 or seed < 0:
+        raise ValueError(f"round is {round} and seed is {seed}; allowed: 0 or more")
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection is {selection!r}; allowed: {', '.join(SELECTIONS)}")
+    drawn_for = 0 if selection == "fixed" else round
+    # The margin keeps floor(0.29 * 100) at 29: the product is 28.999999999999996.
+    count = int(fraction * num_clients + 1e-9)
+    order = np.random.default_rng([seed, drawn_for]).permutation(num_clients)
+    return frozenset(int(client) for client in order[:count])

@@ -1,0 +1,405 @@
+"""The trust boundary: what a client sends is hostile until it was looked at here.
+
+:class:`ModelLayout` says what was sent out; :func:`screen` looks at one reply alone, decodes it
+without unpickling and without allocating more than the model allows, and writes its update into a
+row of the update matrix. It never raises for anything a client can send.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from io import BytesIO
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, Message, MetricRecord
+from numpy.typing import NDArray
+
+MetricValue = int | float | list[int] | list[float]
+
+_MAX_HEADER_BYTES = 4096
+_BUFFER_SUFFIXES = ("running_mean", "running_var")
+_FLOATS = ("float16", "float32", "float64")
+
+
+class Rejection(StrEnum):
+    """Why a reply was not used; one reason each, the first that applies."""
+
+    ERROR = "error"
+    """The client, its process or its node failed: the reply carries an error."""
+    DUPLICATE = "duplicate"
+    """The node has replied already in this round."""
+    ARRAY_RECORDS = "array-records"
+    """Not exactly one ArrayRecord."""
+    KEYS = "keys"
+    """The array keys differ from those sent."""
+    SHAPE = "shape"
+    """An array has another shape than the one sent."""
+    DTYPE = "dtype"
+    """An array has a dtype that does not convert safely to the one sent."""
+    ENCODING = "encoding"
+    """The bytes are not a plain .npy array of the declared shape and dtype."""
+    NON_FINITE = "non-finite"
+    """An array, or its difference to the one sent, holds a NaN or an infinity."""
+    METRIC_RECORDS = "metric-records"
+    """Not exactly one MetricRecord."""
+    METRICS = "metrics"
+    """A metric is not a finite number or a list of finite numbers."""
+    NUM_EXAMPLES = "num-examples"
+    """The number of examples is not a finite number of 0 or more, or missing where needed."""
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of the model: where it came from and what a reply must hold in its place."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    offset: int
+    """Where its values start in the row of its role."""
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+class InvalidReplyError(Exception):
+    """Raised inside this module while a reply is screened; ends up as a :class:`Rejection`."""
+
+    def __init__(self, reason: Rejection, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class ModelLayout:
+    """How the arrays of a model are laid out in flat rows.
+
+    Attributes
+    ----------
+    directions : list of ArraySpec
+        Floating-point arrays that are trained: rows of the update matrix.
+    buffers : list of ArraySpec
+        Batch-norm statistics and integer or boolean arrays: their values are combined, not
+        their differences.
+    dtype : numpy dtype
+        Of the update matrix: float64 if any direction is, float32 otherwise.
+
+    Raises
+    ------
+    ValueError
+        If an array of the model is neither floating-point, integer nor boolean, or no array is
+        trained.
+    """
+
+    def __init__(self, arrays: ArrayRecord) -> None:
+        self.keys = list(arrays.keys())
+        self.directions: list[ArraySpec] = []
+        self.buffers: list[ArraySpec] = []
+        values = {key: array.numpy() for key, array in arrays.items()}
+        for key, value in values.items():
+            dtype = value.dtype
+            if dtype.name in _FLOATS and not key.endswith(_BUFFER_SUFFIXES):
+                specs = self.directions
+            elif dtype.name in _FLOATS or dtype.kind in "iub":
+                specs = self.buffers
+            else:
+                raise ValueError(
+                    f"array {key!r} of the model has dtype {dtype}; allowed: "
+                    f"{', '.join(_FLOATS)}, integers and bool"
+                )
+            offset = specs[-1].offset + specs[-1].size if specs else 0
+            specs.append(ArraySpec(key, value.shape, dtype, offset))
+        if not self.directions or self.num_directions == 0:
+            raise ValueError("the model holds no floating-point array to train")
+        wide = any(spec.dtype == np.float64 for spec in self.directions)
+        self.dtype = np.dtype(np.float64 if wide else np.float32)
+        self.values = self._flatten(values, self.directions, self.dtype)
+        self.buffer_values = self._flatten(values, self.buffers, np.dtype(np.float64))
+
+    @property
+    def num_directions(self) -> int:
+        """Length d of an update."""
+        last = self.directions[-1]
+        return last.offset + last.size
+
+    @property
+    def num_buffers(self) -> int:
+        """Number of values that are combined as they are."""
+        return self.buffers[-1].offset + self.buffers[-1].size if self.buffers else 0
+
+    def to_arrays(
+        self, directions: NDArray[np.floating], buffers: NDArray[np.floating]
+    ) -> ArrayRecord:
+        """Build the ArrayRecord of a model from its flat values, in the order and dtypes sent."""
+        arrays: dict[str, Array] = {}
+        for specs, values in ((self.directions, directions), (self.buffers, buffers)):
+            for spec in specs:
+                value = values[spec.offset : spec.offset + spec.size].reshape(spec.shape)
+                if spec.dtype.kind in "iub":
+                    value = np.rint(value)
+                arrays[spec.key] = Array(np.ascontiguousarray(value.astype(spec.dtype)))
+        return ArrayRecord({key: arrays[key] for key in self.keys})
+
+    @staticmethod
+    def _flatten(
+        values: dict[str, NDArray[np.generic]], specs: list[ArraySpec], dtype: np.dtype[np.generic]
+    ) -> NDArray[np.floating]:
+        if not specs:
+            return np.zeros(0, dtype=dtype)
+        return np.concatenate([values[spec.key].ravel().astype(dtype) for spec in specs])
+
+
+@dataclass(frozen=True)
+class Screened:
+    """What :func:`screen` found.
+
+    Attributes
+    ----------
+    reason : Rejection or None
+        None when the reply was accepted.
+    detail : str
+        The reason in words, for the log.
+    num_examples : float
+        As reported, 1 where it was missing.
+    metrics : dict
+        The other metrics of an accepted reply.
+    """
+
+    reason: Rejection | None
+    detail: str = ""
+    num_examples: float = 1.0
+    metrics: dict[str, MetricValue] = field(default_factory=dict)
+
+
+def screen(
+    reply: Message,
+    layout: ModelLayout | None,
+    row: NDArray[np.floating] | None = None,
+    buffers: NDArray[np.floating] | None = None,
+    *,
+    examples_key: str = "num-examples",
+    needs_examples: bool = False,
+    seen_nodes: set[int] | None = None,
+) -> Screened:
+    """Accept or reject one reply; write an accepted one's update into ``row``.
+
+    Parameters
+    ----------
+    reply : Message
+        Anything a client sent.
+    layout : ModelLayout or None
+        The model that was sent out; None for a reply without arrays (evaluation).
+    row : ndarray, optional
+        (d,) of ``layout.dtype``: receives ``sent - received``, the update. Holds nothing of use
+        when the reply is rejected.
+    buffers : ndarray, optional
+        (number of buffer values,) float64: receives the reply's buffers.
+    examples_key : str
+        The metric with the number of examples.
+    needs_examples : bool
+        Whether a reply without that metric is rejected rather than counted as 1.
+    seen_nodes : set of int, optional
+        Nodes that have replied already; the reply's node is added.
+
+    Returns
+    -------
+    Screened
+        Never raises for what a client can send.
+    """
+    try:
+        if reply.has_error():
+            raise InvalidReplyError(Rejection.ERROR, f"error reply: {reply.error.reason}")
+        node = reply.metadata.src_node_id
+        if seen_nodes is not None:
+            if node in seen_nodes:
+                raise InvalidReplyError(Rejection.DUPLICATE, f"node {node} has replied already")
+            seen_nodes.add(node)
+        num_examples, metrics = _read_metrics(reply, examples_key, needs_examples)
+        if layout is not None:
+            assert row is not None
+            assert buffers is not None
+            _read_arrays(reply, layout, row, buffers)
+    except InvalidReplyError as invalid:
+        return Screened(invalid.reason, str(invalid))
+    except Exception as unforeseen:  # a client must not be able to end the run
+        return Screened(Rejection.ENCODING, f"{type(unforeseen).__name__}: {unforeseen}")
+    return Screened(None, "", num_examples, metrics)
+
+
+def partition_id(reply: Message) -> int | None:
+    """Return the ``partition-id`` that a reply claims in its metrics, if it is one.
+
+    Used to bring replies into a reproducible order, never for trust.
+    """
+    if not reply.has_content():
+        return None
+    for record in reply.content.metric_records.values():
+        value = record.get("partition-id")
+        if isinstance(value, int) and 0 <= value < 2**31:
+            return value
+    return None
+
+
+def median_metrics(metrics: Iterable[dict[str, MetricValue]]) -> MetricRecord:
+    """Combine clients' metrics so that no minority can bend them.
+
+    A key that more than half of the clients report, with one shape, becomes the (element-wise)
+    median of their values; others are left out.
+    """
+    collected = list(metrics)
+    values: dict[tuple[str, int], list[MetricValue]] = {}
+    for client in collected:
+        for key, value in client.items():
+            length = len(value) if isinstance(value, list) else -1
+            values.setdefault((key, length), []).append(value)
+    result: dict[str, MetricValue] = {}
+    for (key, length), reported in values.items():
+        if 2 * len(reported) > len(collected):
+            middle = np.median(np.asarray(reported, dtype=np.float64), axis=0)
+            result[key] = float(middle) if length < 0 else [float(value) for value in middle]
+    return MetricRecord(result)
+
+
+def _read_metrics(
+    reply: Message, examples_key: str, needs_examples: bool
+) -> tuple[float, dict[str, MetricValue]]:
+    records = list(reply.content.metric_records.values())
+    if len(records) != 1:
+        raise InvalidReplyError(
+            Rejection.METRIC_RECORDS, f"{len(records)} metric records; allowed: 1"
+        )
+    record = dict(records[0])
+    examples = record.pop(examples_key, None)
+    if examples is None and needs_examples:
+        raise InvalidReplyError(Rejection.NUM_EXAMPLES, f"no metric {examples_key!r}")
+    num_examples = 1.0
+    if examples is not None:
+        if not _is_finite(examples) or isinstance(examples, list) or examples < 0:
+            shown = repr(examples)[:80]
+            raise InvalidReplyError(
+                Rejection.NUM_EXAMPLES,
+                f"{examples_key} is {shown}; allowed: a finite number of 0 or more",
+            )
+        num_examples = float(examples)
+    record.pop("partition-id", None)
+    metrics: dict[str, MetricValue] = {}
+    for key, value in record.items():
+        if not _is_finite(value):
+            raise InvalidReplyError(Rejection.METRICS, f"metric {key[:80]!r} is not finite")
+        metrics[key] = [float(v) for v in value] if isinstance(value, list) else float(value)
+    return num_examples, metrics
+
+
+def _is_finite(value: object) -> bool:
+    if isinstance(value, list):
+        return all(_is_finite(item) and not isinstance(item, list) for item in value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**1000
+
+
+def _read_arrays(
+    reply: Message,
+    layout: ModelLayout,
+    row: NDArray[np.floating],
+    buffers: NDArray[np.floating],
+) -> None:
+    """Write the reply's update into ``row`` and its buffers into ``buffers``."""
+    records = list(reply.content.array_records.values())
+    if len(records) != 1:
+        raise InvalidReplyError(
+            Rejection.ARRAY_RECORDS, f"{len(records)} array records; allowed: 1"
+        )
+    arrays = records[0]
+    if set(arrays.keys()) != set(layout.keys):
+        missing = sorted(set(layout.keys) - set(arrays.keys()))[:3]
+        extra = sorted(key[:80] for key in set(arrays.keys()) - set(layout.keys))[:3]
+        raise InvalidReplyError(Rejection.KEYS, f"missing array keys {missing}, extra {extra}")
+    with np.errstate(all="ignore"):
+        for spec in layout.directions:
+            part = slice(spec.offset, spec.offset + spec.size)
+            value = view_array(arrays[spec.key], spec)
+            np.subtract(
+                layout.values[part].reshape(spec.shape),
+                value,
+                out=row[part].reshape(spec.shape),
+                casting="same_kind",
+            )
+            _require_finite(row[part], spec.key)
+        for spec in layout.buffers:
+            part = slice(spec.offset, spec.offset + spec.size)
+            buffers[part] = view_array(arrays[spec.key], spec).ravel()
+            _require_finite(buffers[part], spec.key)
+
+
+def _require_finite(values: NDArray[np.floating], key: str) -> None:
+    if values.size == 0:
+        return
+    low, high = torch.aminmax(torch.from_numpy(values))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InvalidReplyError(Rejection.NON_FINITE, f"array {key!r} leads to a non-finite update")
+
+
+def view_array(array: Array, spec: ArraySpec) -> NDArray[np.generic]:
+    """Return the values of an untrusted ``Array`` as a view of its bytes, nothing copied.
+
+    The .npy header is parsed without unpickling and must agree with ``spec`` and with the number
+    of bytes that follow. Raises :class:`InvalidReplyError` otherwise.
+    """
+    if tuple(array.shape) != spec.shape:
+        shown = repr(tuple(array.shape))[:80]
+        raise InvalidReplyError(
+            Rejection.SHAPE, f"array {spec.key!r} declares shape {shown}; sent: {spec.shape}"
+        )
+    if array.stype != "numpy.ndarray":
+        raise InvalidReplyError(
+            Rejection.ENCODING, f"array {spec.key!r} is serialised as {array.stype[:80]!r}"
+        )
+    shape, fortran_order, dtype, start = _read_npy_header(array.data, spec.key)
+    if shape != spec.shape:
+        raise InvalidReplyError(
+            Rejection.SHAPE,
+            f"array {spec.key!r} holds shape {repr(shape)[:80]}; sent: {spec.shape}",
+        )
+    if not _converts_safely(dtype, spec.dtype) or array.dtype != dtype.name:
+        raise InvalidReplyError(
+            Rejection.DTYPE,
+            f"array {spec.key!r} holds {dtype}, declares {array.dtype[:80]!r}; sent: {spec.dtype}",
+        )
+    if len(array.data) - start != spec.size * dtype.itemsize:
+        raise InvalidReplyError(
+            Rejection.ENCODING,
+            f"array {spec.key!r} has {len(array.data) - start} bytes of values; "
+            f"expected {spec.size * dtype.itemsize}",
+        )
+    values = np.frombuffer(array.data, dtype=dtype, count=spec.size, offset=start)
+    return values.reshape(spec.shape, order="F" if fortran_order else "C")
+
+
+def _read_npy_header(
+    data: bytes, key: str
+) -> tuple[tuple[int, ...], bool, np.dtype[np.generic], int]:
+    """Parse an .npy header: ``(shape, fortran_order, dtype, offset of the values)``."""
+    stream = BytesIO(data[: _MAX_HEADER_BYTES + 12])
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, fortran_order, dtype = read(stream, max_header_size=_MAX_HEADER_BYTES)
+    except Exception as error:
+        raise InvalidReplyError(
+            Rejection.ENCODING, f"array {key!r} is not a .npy array: {type(error).__name__}"
+        ) from error
+    return tuple(shape), bool(fortran_order), dtype, stream.tell()
+
+
+def _converts_safely(received: np.dtype[np.generic], sent: np.dtype[np.generic]) -> bool:
+    """Whether values may be used in place of those sent: the same dtype, or float for float."""
+    if received.hasobject or not received.isnative or received.subdtype is not None:
+        return False
+    return received == sent or (received.name in _FLOATS and sent.name in _FLOATS)

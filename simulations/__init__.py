@@ -1,0 +1,1 @@
+"""The ServerApp, the command line and the experiments: ``python -m simulations --help``."""

@@ -1,0 +1,232 @@
+"""The run configuration: which keys there are, what each may hold, and how they fit together.
+
+The defaults are those of ``[tool.flwr.app.config]`` in ``pyproject.toml``; ``flwr run`` and
+``python -m simulations`` share the keys and pass through :func:`validate` before anything starts.
+"""
+
+import difflib
+import math
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from clients.training import LR_SCHEDULES
+from fl_bgmd.aggregators.block import MEMORY_RULES, SCORES
+from fl_bgmd.aggregators.geometric_median import SOLVERS
+from fl_bgmd.aggregators.sampling import SELECTIONS as BLOCK_SELECTIONS
+from fl_bgmd.attacks import ATTACKS
+from fl_bgmd.attacks import SELECTIONS as BYZANTINE_SELECTIONS
+from fl_bgmd.data import DATASETS, SCHEMES
+from fl_bgmd.models import MODELS
+from fl_bgmd.strategies import MIXINGS, WEIGHTINGS, resolve_device
+
+Value = bool | int | float | str
+Config = dict[str, Value]
+
+STRATEGIES = (
+    "mean",
+    "gmd",
+    "bgmd",
+    "cmd",
+    "trimmed-mean",
+    "norm-threshold",
+    "robust-filter",
+    "krum",
+    "multi-krum",
+    "centered-clipping",
+)
+ATTACK_NAMES = ("none", *ATTACKS)
+
+
+class ConfigError(ValueError):
+    """A key or value of the run configuration that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key: its type, what it may hold, and what it means."""
+
+    kind: type[int] | type[float] | type[str]
+    allowed: str
+    holds: Callable[[Value], bool]
+    help: str
+
+
+def _number(
+    kind: type[int] | type[float],
+    help: str,
+    low: float = 0,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
+) -> Setting:
+    """Build a numeric setting from low to high, each end excluded by ``above`` or ``below``."""
+    allowed = f"{'above ' if above else ''}{low:g}"
+    allowed += f" to {'below ' if below else ''}{high:g}" if high < math.inf else " or more"
+    if above and high == math.inf:
+        allowed = f"above {low:g}"
+
+    def holds(value: Value) -> bool:
+        number = float(value)
+        inside = low <= number <= high and math.isfinite(number)
+        return inside and not (above and number == low) and not (below and number == high)
+
+    return Setting(kind, f"{'an integer, ' if kind is int else ''}{allowed}", holds, help)
+
+
+def _choice(allowed: tuple[str, ...], help: str) -> Setting:
+    return Setting(str, ", ".join(allowed), lambda value: value in allowed, help)
+
+
+def _device_holds(value: Value) -> bool:
+    try:
+        resolve_device(str(value))
+    except ValueError:
+        return False
+    return True
+
+
+SETTINGS: dict[str, Setting] = {
+    "num-server-rounds": _number(int, "rounds of the run", 1),
+    "num-clients": _number(int, "clients; the server waits for all of them", 1),
+    "fraction-train": _number(float, "share of clients that train in a round", 0, 1, above=True),
+    "fraction-evaluate": _number(float, "share of the clients that evaluate in a round", 0, 1),
+    "local-steps": _number(int, "mini-batches a client trains on in a round; 0: see local-epochs"),
+    "local-epochs": _number(int, "passes over its data instead, when local-steps is 0"),
+    "batch-size": _number(int, "examples in a mini-batch", 1),
+    "learning-rate": _number(float, "of the clients' SGD", 0, above=True),
+    "momentum": _number(float, "of the clients' SGD", 0, 1, below=True),
+    "weight-decay": _number(float, "of the clients' SGD"),
+    "lr-schedule": _choice(LR_SCHEDULES, "of the clients' learning rate over the rounds"),
+    "server-learning-rate": _number(float, "step of the server along the update", 0, above=True),
+    "server-momentum": _number(float, "of the server", 0, 1, below=True),
+    "dataset": _choice(DATASETS, "real data"),
+    "data-dir": Setting(str, "a folder, or empty", lambda _: True, "where data sets are kept"),
+    "model": _choice(MODELS, "what is trained"),
+    "partition": _choice(SCHEMES, "how the training examples are spread over the clients"),
+    "num-shards": _number(int, "of partition shards; a multiple of num-clients", 1),
+    "alpha": _number(float, "of partition dirichlet", 0, 1e6, above=True),
+    "strategy": _choice(STRATEGIES, "the server's rule"),
+    "mixing": _choice(MIXINGS, "pre-aggregation"),
+    "bucket-size": _number(int, "of mixing bucketing", 1),
+    "assumed-byzantine-fraction": _number(
+        float, "hostile fraction the server prepares for", 0, 0.5, below=True
+    ),
+    "min-valid-replies": _number(int, "with fewer the round keeps the model", 1),
+    "weighting": _choice(WEIGHTINGS, "of the clients"),
+    "gmd.solver": _choice(SOLVERS, "of the geometric median"),
+    "bgmd.block-fraction": _number(float, "share of the coordinates in a block", 0, 1, above=True),
+    "bgmd.selection": _choice(BLOCK_SELECTIONS, "how the block is chosen"),
+    "bgmd.score": _choice(SCORES, "what a coordinate is worth"),
+    "bgmd.memory": _choice(MEMORY_RULES, "what becomes of the rest"),
+    "norm-threshold.order": _number(float, "of the norm", 1),
+    "robust-filter.sigma0": _number(float, "honest standard deviation; 0: estimated"),
+    "multi-krum.num-selected": _number(int, "updates to average; 0: all but the hostile fraction"),
+    "centered-clipping.radius": _number(float, "of the clipping; 0: the median distance"),
+    "attack": _choice(ATTACK_NAMES, "what hostile clients do"),
+    "attack.scale": _number(float, "strength of the attack; 0: the paper's"),
+    "byzantine-fraction": _number(float, "hostile share of the clients", 0, 1),
+    "byzantine-selection": _choice(BYZANTINE_SELECTIONS, "hostile clients: redrawn or the same"),
+    "seed": _number(int, "of everything", 0, 2**31),
+    "device": Setting(str, "auto, cpu, cuda, cuda:N", _device_holds, "of clients and server"),
+    "client-threads": _number(int, "torch threads of a client", 1),
+    "evaluate-every": _number(int, "rounds between evaluations on all test examples", 1),
+    "round-timeout": _number(float, "seconds to wait for replies", 0, above=True),
+    "results-dir": Setting(str, "a folder", lambda value: value != "", "where results are written"),
+}
+
+
+def defaults() -> Config:
+    """Return the defaults of ``pyproject.toml``, checked against :data:`SETTINGS`."""
+    path = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    project = tomllib.loads(path.read_text(encoding="utf-8"))
+    return _flatten(project["tool"]["flwr"]["app"]["config"])
+
+
+def validate(given: Mapping[str, Value]) -> Config:
+    """Return a complete configuration: ``given`` over the defaults.
+
+    Raises
+    ------
+    ConfigError
+        Naming the key, the value and what is allowed, for an unknown key, a wrong type, a value
+        out of range, or values that do not fit together.
+    """
+    config = defaults()
+    for key, value in given.items():
+        if key not in SETTINGS:
+            close = difflib.get_close_matches(key, SETTINGS, n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise ConfigError(
+                f"unknown key {key!r} (value {value!r}){hint}; allowed: " + ", ".join(SETTINGS)
+            )
+        config[key] = value
+    for key, setting in SETTINGS.items():
+        config[key] = _check(key, config[key], setting)
+    _check_combinations(config)
+    return config
+
+
+def parse(key: str, text: str) -> Value:
+    """Turn a command-line string into the type of ``key``; :class:`ConfigError` if it is not."""
+    kind = SETTINGS[key].kind
+    try:
+        return kind(text)
+    except ValueError:
+        raise ConfigError(f"{key} is {text!r}; allowed: {SETTINGS[key].allowed}") from None
+
+
+def _check(key: str, value: Value, setting: Setting) -> Value:
+    if setting.kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, setting.kind) or isinstance(value, bool) or not setting.holds(value):
+        raise ConfigError(f"{key} is {value!r}; allowed: {setting.allowed}")
+    return value
+
+
+def _check_combinations(config: Config) -> None:
+    """Refuse values that are fine alone and not together."""
+    clients, fraction = int(config["num-clients"]), float(config["byzantine-fraction"])
+    if bool(config["local-steps"]) == bool(config["local-epochs"]):
+        raise ConfigError(
+            f"local-steps is {config['local-steps']} and local-epochs is "
+            f"{config['local-epochs']}; allowed: one of them 0, the other above 0"
+        )
+    if config["partition"] == "shards" and int(config["num-shards"]) % clients:
+        raise ConfigError(
+            f"num-shards is {config['num-shards']}; allowed: a multiple of num-clients ({clients})"
+        )
+    hostile = int(fraction * clients + 1e-9)
+    if config["attack"] != "none" and hostile == 0:
+        raise ConfigError(
+            f"attack is {config['attack']!r} with byzantine-fraction {fraction}: none of "
+            f"{clients} clients is hostile; allowed: byzantine-fraction of {1 / clients:g} or more"
+        )
+    if config["attack"] == "none" and fraction > 0:
+        raise ConfigError(
+            f"byzantine-fraction is {fraction} with attack 'none'; allowed: 0, or an attack of "
+            + ", ".join(ATTACKS)
+        )
+    if config["weighting"] != "uniform" and config["strategy"] not in ("mean", "gmd"):
+        raise ConfigError(
+            f"weighting is {config['weighting']!r} with strategy {config['strategy']!r}; "
+            "allowed: uniform (examples: mean, gmd)"
+        )
+    if config["model"] == "linear":
+        raise ConfigError(
+            "model is 'linear'; allowed with images: "
+            + ", ".join(name for name in MODELS if name != "linear")
+        )
+
+
+def _flatten(table: Mapping[str, object], prefix: str = "") -> Config:
+    flat: Config = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            assert isinstance(value, bool | int | float | str)
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,227 @@
+"""One federated run: build everything from a configuration, run the rounds, keep the history."""
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import flwr
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp import Grid
+
+from clients.training import evaluate
+from fl_bgmd import __version__
+from fl_bgmd.data import load
+from fl_bgmd.models import build
+from fl_bgmd.strategies import (
+    BGMD,
+    CMD,
+    GMD,
+    CenteredClipping,
+    Krum,
+    Mean,
+    MultiKrum,
+    NormThreshold,
+    RobustFilter,
+    RobustStrategy,
+    TrimmedMean,
+    resolve_device,
+)
+from simulations.config import Config
+
+OnRound = Callable[[int, float | None], None]
+
+
+@dataclass
+class RunResult:
+    """What a run left behind.
+
+    Attributes
+    ----------
+    config : dict
+        The complete configuration.
+    rounds : list of dict
+        One for each round: test accuracy and loss (where evaluated), seconds, diagnostics.
+    status : str
+        ``finished``, ``diverged`` (the model could not be moved any more) or ``failed``.
+    """
+
+    config: Config
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    status: str = "finished"
+    error: str = ""
+    seconds: float = 0.0
+
+    @property
+    def accuracies(self) -> dict[int, float]:
+        """Test accuracy by round, round 0 included."""
+        return {
+            int(entry["round"]): float(entry["accuracy"])
+            for entry in self.rounds
+            if "accuracy" in entry
+        }
+
+    @property
+    def final_accuracy(self) -> float:
+        """Test accuracy after the last evaluated round."""
+        return self.accuracies[max(self.accuracies)] if self.accuracies else float("nan")
+
+    @property
+    def best_accuracy(self) -> float:
+        """Highest test accuracy of any round."""
+        return max(self.accuracies.values(), default=float("nan"))
+
+    @property
+    def seconds_per_round(self) -> float:
+        """Mean wall clock of a round, evaluation included."""
+        seconds = [float(entry["seconds"]) for entry in self.rounds if "seconds" in entry]
+        return float(np.mean(seconds)) if seconds else float("nan")
+
+    def total(self, key: str) -> int:
+        """Sum a count (``accepted``, ``rejected``) over the rounds."""
+        return sum(int(entry.get(key, 0)) for entry in self.rounds)
+
+    def write(self, folder: Path) -> Path:
+        """Write ``run.json`` and ``rounds.jsonl`` into ``folder``; return it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(entry, sort_keys=True) for entry in self.rounds]
+        (folder / "rounds.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        record = {
+            "status": self.status,
+            "error": self.error,
+            "final-accuracy": self.final_accuracy,
+            "best-accuracy": self.best_accuracy,
+            "seconds": self.seconds,
+            "accepted": self.total("accepted"),
+            "rejected": self.total("rejected"),
+            "config": self.config,
+            "environment": environment(),
+        }
+        (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        return folder
+
+
+def environment() -> dict[str, Any]:
+    """Return versions and hardware, for the record."""
+    return {
+        "fl-bgmd": __version__,
+        "flwr": flwr.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+    }
+
+
+def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) -> RunResult:
+    """Run a validated configuration on any grid.
+
+    ``on_round(round, accuracy or None)`` is called after each round (0: before the first).
+    """
+    result = RunResult(config)
+    dataset = load(str(config["dataset"]), str(config["data-dir"]) or None)
+    torch.manual_seed(int(config["seed"]))
+    model = build(
+        str(config["model"]), input_shape=dataset.input_shape, num_classes=dataset.num_classes
+    )
+    strategy = build_strategy(config)
+    device = resolve_device(str(config["device"]))
+    num_rounds, every = int(config["num-server-rounds"]), int(config["evaluate-every"])
+    started = clock = time.perf_counter()
+
+    def evaluate_model(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        nonlocal clock
+        entry: dict[str, Any] = {"round": server_round}
+        due = server_round % every == 0 or server_round == num_rounds
+        if due:
+            model.load_state_dict(arrays.to_torch_state_dict())
+            loss, accuracy, _ = evaluate(model, dataset, None, device)
+            entry |= {"accuracy": accuracy, "loss": loss}
+        if server_round > 0:
+            entry["seconds"] = time.perf_counter() - clock
+        clock = time.perf_counter()
+        result.rounds.append(entry)
+        if on_round is not None:
+            on_round(server_round, float(entry["accuracy"]) if due else None)
+        return MetricRecord({"accuracy": accuracy, "loss": loss}) if due else None
+
+    outcome = strategy.start(
+        grid=grid,
+        initial_arrays=ArrayRecord(model.state_dict()),
+        num_rounds=num_rounds,
+        timeout=float(config["round-timeout"]),
+        train_config=ConfigRecord(),
+        evaluate_config=ConfigRecord(),
+        evaluate_fn=evaluate_model,
+    )
+    for entry in result.rounds:
+        server_round = int(entry["round"])
+        entry |= dict(outcome.train_metrics_clientapp.get(server_round, {}))
+        evaluated = dict(outcome.evaluate_metrics_clientapp.get(server_round, {}))
+        entry |= {f"clients-{key}": value for key, value in evaluated.items()}
+    result.seconds = time.perf_counter() - started
+    if _diverged(result):
+        result.status = "diverged"
+    return result
+
+
+def build_strategy(config: Config) -> RobustStrategy:
+    """Build the strategy that a validated configuration names."""
+    clients = int(config["num-clients"])
+    options: dict[str, Any] = {
+        "fraction_train": float(config["fraction-train"]),
+        "fraction_evaluate": float(config["fraction-evaluate"]),
+        # All clients must be there before the first round samples any.
+        "min_available_nodes": clients,
+        "min_train_nodes": max(1, int(float(config["fraction-train"]) * clients + 1e-9)),
+        "min_evaluate_nodes": max(1, int(float(config["fraction-evaluate"]) * clients + 1e-9)),
+        "server_learning_rate": float(config["server-learning-rate"]),
+        "server_momentum": float(config["server-momentum"]),
+        "mixing": config["mixing"],
+        "bucket_size": config["bucket-size"],
+        "byzantine_fraction": float(config["assumed-byzantine-fraction"]),
+        "min_valid_replies": config["min-valid-replies"],
+        "weighting": config["weighting"],
+        "seed": config["seed"],
+        "device": config["device"],
+    }
+    own: dict[str, tuple[type[RobustStrategy], dict[str, Any]]] = {
+        "mean": (Mean, {}),
+        "gmd": (GMD, {"solver": config["gmd.solver"]}),
+        "bgmd": (
+            BGMD,
+            {
+                "block_fraction": config["bgmd.block-fraction"],
+                "selection": config["bgmd.selection"],
+                "score": config["bgmd.score"],
+                "memory": config["bgmd.memory"],
+            },
+        ),
+        "cmd": (CMD, {}),
+        "trimmed-mean": (TrimmedMean, {}),
+        "norm-threshold": (NormThreshold, {"order": config["norm-threshold.order"]}),
+        "robust-filter": (RobustFilter, {"sigma0": config["robust-filter.sigma0"] or None}),
+        "krum": (Krum, {}),
+        "multi-krum": (MultiKrum, {"num_selected": config["multi-krum.num-selected"] or None}),
+        "centered-clipping": (
+            CenteredClipping,
+            {"radius": config["centered-clipping.radius"] or None},
+        ),
+    }
+    strategy, extra = own[str(config["strategy"])]
+    return strategy(**options, **extra)
+
+
+def _diverged(result: RunResult) -> bool:
+    """Whether the model left the range of its dtype, or no reply to it was finite any more."""
+    last = result.rounds[-1]
+    accepted, rejected = int(last.get("accepted", 0)), int(last.get("rejected", 0))
+    lost = accepted == 0 and rejected > 0 and rejected == int(last.get("rejected-non-finite", 0))
+    loss = float(last.get("loss", 0.0))
+    return bool(last.get("diverged", 0)) or lost or not np.isfinite(loss)

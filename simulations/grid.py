@@ -1,0 +1,119 @@
+"""A grid without processes: it calls the ClientApp directly, in order, in this process.
+
+Bit-for-bit reproducible, and the cheapest way to run the real ServerApp, ClientApp, mods and
+strategies: tests and long experiments use it.
+"""
+
+from collections.abc import Iterable
+from itertools import count
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from simulations.config import Config
+
+CLIENT_FAILED = 2
+"""Flower's error code for an exception in a ClientApp."""
+
+
+class InProcessGrid(Grid):
+    """Flower's Grid over clients of this process.
+
+    Parameters
+    ----------
+    client_app : ClientApp
+        Called for every message.
+    num_clients : int
+        Nodes ``1 .. num_clients``, partitions ``0 .. num_clients - 1``.
+    run_config : dict
+        What the clients see as ``context.run_config``.
+    """
+
+    def __init__(self, client_app: ClientApp, num_clients: int, run_config: Config) -> None:
+        if num_clients < 1:
+            raise ValueError(f"num_clients is {num_clients}; allowed: 1 or more")
+        # Messages can only be made inside a run: Flower keeps its identity in a global.
+        TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+        self._run = Run.create_empty(run_id=1)
+        self._client_app = client_app
+        self._message_ids = count(1)
+        self._replies: dict[str, Message] = {}
+        self._contexts = {
+            node: Context(
+                run_id=1,
+                node_id=node,
+                node_config={"partition-id": node - 1, "num-partitions": num_clients},
+                state=RecordDict(),
+                run_config=dict(run_config),
+            )
+            for node in range(1, num_clients + 1)
+        }
+
+    def set_run(self, run: Run) -> None:
+        """Set the run."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Create a message."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes' ids, ascending."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Run the clients the messages are for; their replies wait to be pulled."""
+        ids = []
+        for message in messages:
+            message_id = str(next(self._message_ids))
+            message.metadata.__dict__["_message_id"] = message_id
+            self._replies[message_id] = self._deliver(message)
+            ids.append(message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies to the messages, each once."""
+        return [self._replies.pop(key) for key in message_ids if key in self._replies]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Run the clients and return their replies in the order of the messages."""
+        return self.pull_messages(self.push_messages(messages))
+
+    def _deliver(self, message: Message) -> Message:
+        """Call the ClientApp with content of its own, as if it had travelled."""
+        message.content = _copy(message.content)
+        try:
+            return self._client_app(message, self._contexts[message.metadata.dst_node_id])
+        except Exception as error:  # what a SuperNode does with a client that raises
+            reason = f"{type(error).__name__}: {error}"
+            return Message(Error(code=CLIENT_FAILED, reason=reason), reply_to=message)
+
+
+def _copy(content: RecordDict) -> RecordDict:
+    """Copy the records, not the arrays' bytes: clients share nothing they can change."""
+    copied = RecordDict()
+    for name, record in content.items():
+        if isinstance(record, ArrayRecord):
+            copied[name] = ArrayRecord(dict(record))
+        elif isinstance(record, ConfigRecord):
+            copied[name] = ConfigRecord(dict(record))
+        else:
+            copied[name] = type(record)(dict(record))
+    return copied

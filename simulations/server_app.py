@@ -1,0 +1,31 @@
+"""The ServerApp of ``flwr run``: validate the run configuration, run, write the results."""
+
+import logging
+import time
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from simulations.config import validate
+from simulations.experiment import run_experiment
+
+LOG = logging.getLogger("flwr.fl_bgmd")
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the experiment that the run configuration describes."""
+    config = validate(context.run_config)
+    result = run_experiment(grid, config)
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config['strategy']}-{context.run_id}"
+    folder = result.write(Path(str(config["results-dir"])).resolve() / name)
+    LOG.info(
+        "%s: final accuracy %.4f, best %.4f, results in %s",
+        result.status,
+        result.final_accuracy,
+        result.best_accuracy,
+        folder,
+    )

@@ -1,0 +1,28 @@
+"""Flower strategies that hold up when clients lie. Import them from ``fl_bgmd.strategies``."""
+
+from .bgmd import BGMD
+from .clipping import CenteredClipping
+from .cmd import CMD, TrimmedMean
+from .gmd import GMD
+from .krum import Krum, MultiKrum
+from .mean import Mean
+from .norm_threshold import NormThreshold
+from .robust import MIXINGS, WEIGHTINGS, RobustStrategy, resolve_device
+from .robust_filter import RobustFilter
+
+__all__ = [
+    "BGMD",
+    "CMD",
+    "GMD",
+    "MIXINGS",
+    "WEIGHTINGS",
+    "CenteredClipping",
+    "Krum",
+    "Mean",
+    "MultiKrum",
+    "NormThreshold",
+    "RobustFilter",
+    "RobustStrategy",
+    "TrimmedMean",
+    "resolve_device",
+]

@@ -1,0 +1,114 @@
+"""Block coordinate geometric median descent."""
+
+from typing import Any
+
+import torch
+from flwr.app import MetricRecord
+from torch import Tensor
+
+from fl_bgmd.aggregators import Aggregate, BlockGeometricMedian, block_geometric_median
+from fl_bgmd.aggregators.block import MEMORY_RULES, SCORES
+from fl_bgmd.aggregators.sampling import SELECTIONS
+
+from .robust import RobustStrategy, Round, require
+
+
+class BGMD(RobustStrategy):
+    """Block coordinate geometric median descent (BGmD): Algorithms 1 and 2 of Acharya et al.
+
+    Each round aggregates a block of the coordinates and keeps the rest in a memory. The default
+    memory is this project's: the printed one lets attacks in (see
+    :func:`fl_bgmd.aggregators.block_geometric_median`).
+
+    Parameters
+    ----------
+    block_fraction : float
+        Above 0, at most 1.
+    selection : {"sample", "top-k", "uniform"}
+        How the block is chosen.
+    score : {"clipped", "squared-norm", "norm"}
+        What a coordinate is worth.
+    memory : {"robust", "mean", "per-client", "none"}
+        What becomes of the coordinates outside the block; ``mean`` is the paper's.
+    tol : float
+        Certified relative accuracy of the block's median. Above 0.
+    **options
+        Those of :class:`RobustStrategy`.
+    """
+
+    def __init__(
+        self,
+        *,
+        block_fraction: float = 0.1,
+        selection: str = "sample",
+        score: str = "clipped",
+        memory: str = "robust",
+        tol: float = 1e-6,
+        **options: Any,
+    ) -> None:
+        require("block_fraction", block_fraction, 0 < block_fraction <= 1, "above 0 to 1")
+        require("selection", selection, selection in SELECTIONS, ", ".join(SELECTIONS))
+        require("score", score, score in SCORES, ", ".join(SCORES))
+        require("memory", memory, memory in MEMORY_RULES, ", ".join(MEMORY_RULES))
+        require("tol", tol, tol > 0, "above 0")
+        super().__init__(**options)
+        if memory == "per-client" and self.mixing == "bucketing":
+            raise ValueError(
+                "memory is 'per-client' with mixing 'bucketing'; allowed with it: none, "
+                "nearest-neighbor, since a bucket has no client of its own"
+            )
+        self.block_fraction = block_fraction
+        self.selection = selection
+        self.score = score
+        self.memory_rule = memory
+        self.tol = tol
+        self._memory: Tensor | None = None
+        self._client_memory: dict[int, Tensor] = {}
+
+    def aggregate(self, current: Round) -> Aggregate:
+        """Return the geometric median of the round's block and keep the memory."""
+        result = block_geometric_median(
+            current.updates,
+            self._memory_for(current),
+            block_fraction=self.block_fraction,
+            selection=self.selection,
+            score=self.score,
+            memory_rule=self.memory_rule,
+            generator=self.generator,
+            tol=self.tol,
+        )
+        if self.memory_rule == "per-client" and result.memory is not None:
+            self._client_memory.update(zip(current.nodes, result.memory.unbind(0), strict=True))
+        else:
+            self._memory = result.memory
+        return result
+
+    def describe(self, result: Aggregate, metrics: MetricRecord) -> None:
+        """Report the residual ratio and the norm of the memory."""
+        assert isinstance(result, BlockGeometricMedian)
+        metrics["residual-ratio"] = result.residual_ratio
+        if result.memory is not None:
+            norm = torch.linalg.vector_norm(result.memory, dtype=torch.float64)
+            metrics["memory-norm"] = float(norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next round depends on."""
+        return super().state_dict() | {
+            "memory": self._memory,
+            "client-memory": dict(self._client_memory),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned."""
+        super().load_state_dict(state)
+        self._memory = state["memory"]
+        self._client_memory = dict(state["client-memory"])
+
+    def _memory_for(self, current: Round) -> Tensor | None:
+        """Return the memory in the shape the rule wants; clients not seen before have none."""
+        if self.memory_rule != "per-client":
+            return self._memory
+        if not self._client_memory:
+            return None
+        empty = torch.zeros_like(current.updates[0])
+        return torch.stack([self._client_memory.get(node, empty) for node in current.nodes])

@@ -1,0 +1,40 @@
+"""Coordinate-wise rules: median and trimmed mean."""
+
+from typing import Any
+
+from fl_bgmd.aggregators import Aggregate, coordinate_median, trimmed_mean
+
+from .robust import RobustStrategy, Round
+
+
+class CMD(RobustStrategy):
+    """Coordinate-wise median descent (CmD): Table 1 of Acharya et al. (BGMD), after Yin et al.
+
+    See :class:`RobustStrategy` for the parameters.
+    """
+
+    def aggregate(self, current: Round) -> Aggregate:
+        """Return the median of every coordinate."""
+        return coordinate_median(current.updates)
+
+
+class TrimmedMean(RobustStrategy):
+    """Coordinate-wise trimmed mean of Yin et al.
+
+    Parameters
+    ----------
+    trim_fraction : float, optional
+        Dropped at each end; ``byzantine_fraction`` by default. 0 to below 1/2.
+    **options
+        Those of :class:`RobustStrategy`.
+    """
+
+    def __init__(self, *, trim_fraction: float | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.trim_fraction = self.byzantine_fraction if trim_fraction is None else trim_fraction
+        if not 0 <= self.trim_fraction < 0.5:
+            raise ValueError(f"trim_fraction is {trim_fraction}; allowed: 0 to below 0.5")
+
+    def aggregate(self, current: Round) -> Aggregate:
+        """Return the trimmed mean of every coordinate."""
+        return trimmed_mean(current.updates, trim_fraction=self.trim_fraction)

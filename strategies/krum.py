@@ -1,0 +1,46 @@
+"""Krum and Multi-Krum."""
+
+from typing import Any
+
+from fl_bgmd.aggregators import Aggregate, multi_krum
+
+from .robust import RobustStrategy, Round, require
+
+
+class MultiKrum(RobustStrategy):
+    """Average the updates with the closest neighbours: Multi-Krum of Blanchard et al.
+
+    Parameters
+    ----------
+    num_selected : int, optional
+        How many are averaged (all, if fewer replied); ``n - floor(byzantine_fraction n)`` by
+        default.
+    **options
+        Those of :class:`RobustStrategy`.
+    """
+
+    def __init__(self, *, num_selected: int | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        require(
+            "num_selected", num_selected, num_selected is None or num_selected >= 1, "1 or more"
+        )
+        self.num_selected = num_selected
+
+    def aggregate(self, current: Round) -> Aggregate:
+        """Return the mean of the selected rows."""
+        selected = self.num_selected
+        return multi_krum(
+            current.updates,
+            byzantine_fraction=self.byzantine_fraction,
+            num_selected=selected if selected is None else min(selected, len(current.updates)),
+        )
+
+
+class Krum(MultiKrum):
+    """Follow the one update with the closest neighbours: Krum of Blanchard et al.
+
+    See :class:`RobustStrategy` for the parameters.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(num_selected=1, **options)

@@ -1,0 +1,18 @@
+"""Plain averaging behind the same screening: the baseline."""
+
+from fl_bgmd.aggregators import Aggregate, mean
+
+from .robust import RobustStrategy, Round
+
+
+class Mean(RobustStrategy):
+    """Average the clients' updates: FedAvg with screened replies. Tolerates no hostile client.
+
+    See :class:`RobustStrategy` for the parameters.
+    """
+
+    weightable = True
+
+    def aggregate(self, current: Round) -> Aggregate:
+        """Return the (weighted) mean."""
+        return mean(current.updates, weights=current.weights)

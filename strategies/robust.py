@@ -1,0 +1,432 @@
+"""What all strategies share: screening, the update matrix, mixing, momentum, metrics."""
+
+import logging
+import random
+import time
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from torch import Tensor
+
+from fl_bgmd.aggregators import Aggregate, GeometricMedian
+from fl_bgmd.aggregators.mixing import bucketing_matrix, mix, nearest_neighbor_matrix
+from fl_bgmd.replies import ModelLayout, Screened, median_metrics, partition_id, screen
+
+MIXINGS = ("none", "nearest-neighbor", "bucketing")
+WEIGHTINGS = ("uniform", "examples")
+
+LOG = logging.getLogger("flwr.fl_bgmd")
+
+
+@dataclass(frozen=True)
+class Round:
+    """The accepted replies of a round, in a reproducible order.
+
+    Attributes
+    ----------
+    updates : Tensor
+        (n, d): row i is ``global - local_i``. The strategy owns it and may overwrite it.
+    weights : Tensor or None
+        float64 (n,) under ``weighting="examples"``.
+    nodes : list of int
+        The node id behind each row; after mixing, that of the row's own client.
+    """
+
+    updates: Tensor
+    weights: Tensor | None
+    nodes: list[int]
+
+
+class RobustStrategy(FedAvg):
+    """Base of all strategies: from Flower messages to a rule on an (n, d) tensor and back.
+
+    A subclass names a rule by implementing :meth:`aggregate`. Everything a client sends is
+    screened (:mod:`fl_bgmd.replies`); a rejected reply is logged and counted and never stops a
+    round.
+
+    Parameters
+    ----------
+    server_learning_rate : float
+        The new model is ``global - server_learning_rate * update``. Above 0.
+    server_momentum : float
+        ``v <- server_momentum * v + update`` and ``v`` takes the update's place. 0 to below 1.
+    mixing : {"none", "nearest-neighbor", "bucketing"}
+        Pre-aggregation: see :mod:`fl_bgmd.aggregators.mixing`. Recommended where clients hold
+        different data: ``nearest-neighbor``.
+    byzantine_fraction : float
+        The hostile fraction to be tolerated, for the rules and mixings that need to know it.
+        0 to below 1/2.
+    bucket_size : int
+        Of ``mixing="bucketing"``.
+    weighting : {"uniform", "examples"}
+        Whether ``num-examples`` weights the clients, each capped at the median of all. Only
+        strategies with ``weightable`` set allow it.
+    min_valid_replies : int
+        With fewer accepted replies the round keeps the model.
+    seed : int
+        Of the sampling of nodes and coordinates.
+    device : str
+        Where the update matrix lives: ``auto`` is CUDA where there is one, else the CPU.
+    **fedavg_options
+        All of :class:`flwr.serverapp.strategy.FedAvg`'s arguments.
+
+    Raises
+    ------
+    ValueError
+        For a value outside of the above.
+    """
+
+    weightable = False
+    """Whether the rule accepts weights."""
+
+    def __init__(
+        self,
+        *,
+        server_learning_rate: float = 1.0,
+        server_momentum: float = 0.0,
+        mixing: str = "none",
+        byzantine_fraction: float = 0.25,
+        bucket_size: int = 2,
+        weighting: str = "uniform",
+        min_valid_replies: int = 1,
+        seed: int = 0,
+        device: str = "auto",
+        **fedavg_options: Any,
+    ) -> None:
+        require("server_learning_rate", server_learning_rate, server_learning_rate > 0, "above 0")
+        require("server_momentum", server_momentum, 0 <= server_momentum < 1, "0 to below 1")
+        require("mixing", mixing, mixing in MIXINGS, ", ".join(MIXINGS))
+        require(
+            "byzantine_fraction",
+            byzantine_fraction,
+            0 <= byzantine_fraction < 0.5,
+            "0 to below 0.5",
+        )
+        require("bucket_size", bucket_size, bucket_size >= 1, "1 or more")
+        allowed = WEIGHTINGS if self.weightable else WEIGHTINGS[:1]
+        require("weighting", weighting, weighting in allowed, ", ".join(allowed))
+        require("min_valid_replies", min_valid_replies, min_valid_replies >= 1, "1 or more")
+        require("seed", seed, 0 <= seed < 2**63, "0 to below 2^63")
+        metrics_given = {
+            name: fedavg_options.get(name)
+            for name in ("train_metrics_aggr_fn", "evaluate_metrics_aggr_fn")
+        }
+        super().__init__(**fedavg_options)
+        self._own_metrics = {name: fn is None for name, fn in metrics_given.items()}
+        self.server_learning_rate = server_learning_rate
+        self.server_momentum = server_momentum
+        self.mixing = mixing
+        self.byzantine_fraction = byzantine_fraction
+        self.bucket_size = bucket_size
+        self.weighting = weighting
+        self.min_valid_replies = min_valid_replies
+        self.seed = seed
+        self.device = resolve_device(device)
+        self.generator = torch.Generator().manual_seed(seed)
+        self._velocity: Tensor | None = None
+        self._round = 0
+        self._layout: ModelLayout | None = None
+        self._sent: ArrayRecord | None = None
+        self._num_sent = 0
+
+    @abstractmethod
+    def aggregate(self, current: Round) -> Aggregate:
+        """Apply the rule to the rows of a round; keep what the next round needs."""
+
+    # ---------------------------------------------------------------- Flower's side of a round
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Sample nodes and send them the model, the round and the round's seed."""
+        self._sent = arrays
+        self._layout = ModelLayout(arrays)
+        if not np.isfinite(self._layout.values).all():
+            raise ValueError("arrays of the global model hold a NaN or an infinity")
+        if self.fraction_train == 0.0:
+            return []
+        config["round-seed"] = int(
+            np.random.SeedSequence([self.seed, server_round]).generate_state(1)[0]
+        )
+        messages = self._sample_and_send(
+            MessageType.TRAIN,
+            server_round,
+            RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config}),
+            grid,
+            self.fraction_train,
+            self.min_train_nodes,
+        )
+        self._num_sent = len(messages)
+        return messages
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Sample nodes and send them the model to evaluate."""
+        if self.fraction_evaluate == 0.0:
+            return []
+        return self._sample_and_send(
+            MessageType.EVALUATE,
+            server_round,
+            RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config}),
+            grid,
+            self.fraction_evaluate,
+            self.min_evaluate_nodes,
+        )
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Screen the replies, apply the rule, return the new model and the round's diagnostics.
+
+        Raises ``RuntimeError`` when called before :meth:`configure_train`, which keeps the model
+        that the updates refer to.
+        """
+        if self._layout is None or self._sent is None:
+            raise RuntimeError("aggregate_train was called before configure_train")
+        started = time.perf_counter()
+        self._round = server_round
+        if self.fraction_train == 0.0:
+            return None, None
+        messages = _in_order(replies)
+        layout = self._layout
+        rows = torch.empty(
+            len(messages), layout.num_directions, dtype=torch.from_numpy(layout.values).dtype
+        )
+        buffers = np.empty((len(messages), layout.num_buffers))
+        accepted: list[Screened] = []
+        nodes: list[int] = []
+        contents: list[RecordDict] = []
+        rejected: Counter[str] = Counter()
+        for message, screened in self._screen_all(messages, layout, rows, buffers):
+            if screened.reason is not None:
+                rejected[screened.reason.value] += 1
+                continue
+            accepted.append(screened)
+            nodes.append(message.metadata.src_node_id)
+            if not self._own_metrics["train_metrics_aggr_fn"]:
+                contents.append(message.content)
+        count = len(accepted)
+        LOG.info("aggregate_train: accepted %s replies, rejected %s", count, rejected.total())
+
+        metrics = self._metrics("train", accepted, contents)
+        metrics["accepted"] = count
+        metrics["rejected"] = rejected.total()
+        for reason, number in sorted(rejected.items()):
+            metrics[f"rejected-{reason}"] = number
+        metrics["missing"] = max(0, self._num_sent - len(messages))
+        arrays = self._sent
+        if count < self.min_valid_replies:
+            LOG.warning(
+                "round %s keeps the model: %s valid replies, min_valid_replies is %s",
+                server_round,
+                count,
+                self.min_valid_replies,
+            )
+        else:
+            current = Round(rows[:count].to(self.device), self._weights(accepted), nodes)
+            arrays = self._step(layout, current, buffers[:count], metrics)
+        metrics["aggregation-seconds"] = time.perf_counter() - started
+        return arrays, metrics
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Combine the clients' evaluation metrics by their median."""
+        messages = _in_order(replies)
+        pairs = list(self._screen_all(messages, None, None, None))
+        accepted = [screened for _, screened in pairs if screened.reason is None]
+        contents = [message.content for message, screened in pairs if screened.reason is None]
+        if not accepted:
+            return None
+        return self._metrics("evaluate", accepted, contents)
+
+    # ------------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next round depends on, as tensors and numbers."""
+        return {
+            "round": self._round,
+            "generator": self.generator.get_state(),
+            "velocity": self._velocity,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned."""
+        self._round = int(state["round"])
+        self.generator.set_state(state["generator"])
+        self._velocity = state["velocity"]
+
+    def summary(self) -> None:
+        """Log the configuration of the strategy."""
+        super().summary()
+        LOG.info("\t└──> Robustness:")
+        LOG.info("\t\t├── Mixing: %s", self.mixing)
+        LOG.info("\t\t├── Byzantine fraction assumed: %s", self.byzantine_fraction)
+        LOG.info("\t\t└── Device: %s", self.device)
+
+    # ---------------------------------------------------------------------------- details
+
+    def _screen_all(
+        self,
+        messages: list[Message],
+        layout: ModelLayout | None,
+        rows: Tensor | None,
+        buffers: np.ndarray[Any, Any] | None,
+    ) -> Iterable[tuple[Message, Screened]]:
+        """Screen each reply, accepted ones into consecutive rows; log each rejection once."""
+        filled = 0
+        seen: set[int] = set()
+        for message in messages:
+            node = message.metadata.src_node_id
+            screened = screen(
+                message,
+                layout,
+                None if rows is None else rows[filled].numpy(),
+                None if buffers is None else buffers[filled],
+                examples_key=self.weighted_by_key,
+                needs_examples=self.weighting == "examples",
+                seen_nodes=seen,
+            )
+            if screened.reason is None:
+                filled += 1
+            else:
+                LOG.warning(
+                    "rejected the reply of node %s (%s): %s",
+                    node,
+                    screened.reason.value,
+                    screened.detail,
+                )
+            yield message, screened
+
+    def _step(
+        self,
+        layout: ModelLayout,
+        current: Round,
+        buffers: np.ndarray[Any, Any],
+        metrics: MetricRecord,
+    ) -> ArrayRecord:
+        """Mix, aggregate and move the model; write the diagnostics into ``metrics``."""
+        current, matrix = self._mix(current)
+        result = self.aggregate(current)
+        update = result.vector
+        if self.server_momentum:
+            if self._velocity is not None:
+                update = update + self.server_momentum * self._velocity.to(update)
+            self._velocity = update
+        moved = layout.values - self.server_learning_rate * update.cpu().numpy()
+        moved = moved.astype(layout.dtype, copy=False)
+        metrics["update-norm"] = float(torch.linalg.vector_norm(result.vector, dtype=torch.float64))
+        if result.weights is not None:
+            weights = result.weights.numpy()
+            metrics["client-weights"] = [
+                float(weight) for weight in (weights if matrix is None else weights @ matrix)
+            ]
+        if isinstance(result, GeometricMedian):
+            metrics["iterations"] = result.iterations
+            metrics["gap"] = result.gap
+        self.describe(result, metrics)
+        if not np.isfinite(moved).all():
+            LOG.warning("round %s keeps the model: the new one is not finite", self._round)
+            metrics["diverged"] = 1
+            assert self._sent is not None
+            return self._sent
+        middle = np.median(buffers, axis=0) if buffers.size else layout.buffer_values
+        return layout.to_arrays(moved, middle)
+
+    def describe(self, result: Aggregate, metrics: MetricRecord) -> None:
+        """Add the rule's own diagnostics of a round to ``metrics``; nothing by default."""
+
+    def _mix(self, current: Round) -> tuple[Round, np.ndarray[Any, Any] | None]:
+        """Apply the pre-aggregation, in place where it keeps the number of rows."""
+        updates = current.updates
+        if self.mixing == "none" or updates.shape[0] == 1:
+            return current, None
+        if self.mixing == "nearest-neighbor":
+            matrix = nearest_neighbor_matrix(updates, byzantine_fraction=self.byzantine_fraction)
+            mixed = mix(updates, matrix, out=updates)
+        else:
+            matrix = bucketing_matrix(updates.shape[0], self.bucket_size, self.generator)
+            mixed = mix(updates, matrix)
+        weights = current.weights
+        if weights is not None:
+            weights = torch.from_numpy(matrix) @ weights
+        return Round(mixed, weights, current.nodes), matrix
+
+    def _weights(self, accepted: list[Screened]) -> Tensor | None:
+        """Numbers of examples, capped at their median so that no client can own the model."""
+        if self.weighting == "uniform":
+            return None
+        examples = np.asarray([screened.num_examples for screened in accepted])
+        capped = np.minimum(examples, np.median(examples))
+        return torch.from_numpy(capped if capped.any() else np.ones_like(capped))
+
+    def _metrics(
+        self, phase: str, accepted: list[Screened], contents: list[RecordDict]
+    ) -> MetricRecord:
+        """Combine the clients' metrics: by the user's function if given, else by medians."""
+        if self._own_metrics[f"{phase}_metrics_aggr_fn"] or not contents:
+            return median_metrics(screened.metrics for screened in accepted)
+        combine = self.train_metrics_aggr_fn if phase == "train" else self.evaluate_metrics_aggr_fn
+        return combine(contents, self.weighted_by_key)
+
+    def _sample_and_send(
+        self,
+        message_type: str,
+        server_round: int,
+        record: RecordDict,
+        grid: Grid,
+        fraction: float,
+        minimum: int,
+    ) -> list[Message]:
+        """Sample nodes once enough are there, the same ones for the same seed and node ids."""
+        needed = max(self.min_available_nodes, minimum)
+        while len(nodes := sorted(grid.get_node_ids())) < needed:
+            LOG.info("waiting for nodes: %s connected, %s needed", len(nodes), needed)
+            time.sleep(1)
+        count = min(len(nodes), max(int(len(nodes) * fraction + 1e-9), minimum))
+        draw = random.Random(f"{self.seed}-{server_round}-{message_type}")
+        chosen = sorted(draw.sample(nodes, count))
+        LOG.info("%s: sampled %s nodes (out of %s)", message_type, count, len(nodes))
+        record.config_records[self.configrecord_key]["server-round"] = server_round
+        return list(self._construct_messages(record, chosen, message_type))
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the torch device that ``device`` names; ``auto`` is CUDA where there is one.
+
+    Raises ``ValueError`` for a name torch does not know or a CUDA device that is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}; allowed: auto, cpu, cuda, cuda:N") from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {device!r}; this machine has {torch.cuda.device_count()}")
+    return resolved
+
+
+def _in_order(replies: Iterable[Message]) -> list[Message]:
+    """Sort replies by partition id where they name one, then by node: arrival order is chance."""
+
+    def key(message: Message) -> tuple[bool, int, int]:
+        partition = partition_id(message)
+        return partition is None, partition or 0, message.metadata.src_node_id
+
+    return sorted(replies, key=key)
+
+
+def require(name: str, value: object, holds: bool, allowed: str) -> None:
+    """Raise ``ValueError`` naming the argument, its value and what is allowed unless ``holds``."""
+    if not holds:
+        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")

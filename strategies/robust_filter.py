@@ -1,0 +1,54 @@
+"""The robust outlier filter of Data and Diggavi."""
+
+import warnings
+from typing import Any
+
+from flwr.app import MetricRecord
+
+from fl_bgmd.aggregators import Aggregate, SpectralFilter, spectral_filter
+from fl_bgmd.aggregators.spectral import METHODS
+
+from .robust import RobustStrategy, Round, require
+
+
+class RobustFilter(RobustStrategy):
+    """Spectral filtering of the updates: Algorithms 1 and 3 (RGE) of Data and Diggavi.
+
+    The paper's guarantee holds for ``byzantine_fraction`` up to 1/4.
+
+    Parameters
+    ----------
+    sigma0 : float, optional
+        Bound on the honest updates' standard deviation in every direction; estimated by default.
+    method : str
+        See :func:`fl_bgmd.aggregators.spectral_filter`.
+    **options
+        Those of :class:`RobustStrategy`.
+    """
+
+    def __init__(
+        self, *, sigma0: float | None = None, method: str = "mean", **options: Any
+    ) -> None:
+        super().__init__(**options)
+        require("sigma0", sigma0, sigma0 is None or sigma0 > 0, "above 0")
+        require("method", method, method in METHODS, ", ".join(METHODS))
+        self.sigma0 = sigma0
+        self.method = method
+
+    def aggregate(self, current: Round) -> Aggregate:
+        """Return the mean of the rows that survive the filter."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("once", message="byzantine_fraction")
+            return spectral_filter(
+                current.updates,
+                byzantine_fraction=self.byzantine_fraction,
+                sigma0=self.sigma0,
+                method=self.method,
+            )
+
+    def describe(self, result: Aggregate, metrics: MetricRecord) -> None:
+        """Report how many rows were dropped and the deviation that was allowed."""
+        assert isinstance(result, SpectralFilter)
+        metrics["dropped"] = int((~result.kept).sum())
+        metrics["iterations"] = result.iterations
+        metrics["sigma0"] = result.sigma0
