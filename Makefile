@@ -1,0 +1,41 @@
+# `make` alone explains itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help install simulate test test-slow lint format clean
+
+help: ## Show what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+install: $(READY) ## Create .venv with the project and all it needs
+
+simulate: $(READY) ## CIFAR-10, 40 % hostile clients: averaging, GMD and BGMD side by side
+	$(BIN)/python -m simulations compare --strategies mean gmd bgmd+nearest-neighbor \
+		--attack bit-flip --byzantine-fraction 0.4
+
+test: $(READY) ## The test suite
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY) ## The tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY) ## Linters and type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist

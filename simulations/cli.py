@@ -1,0 +1,203 @@
+"""The command line: ``run`` one configuration, ``compare`` several, fetch ``data``."""
+
+import argparse
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fl_bgmd.data import DATASETS, DataUnavailableError, data_directory, load
+from simulations.backends import BACKENDS, ClientResources, run
+from simulations.config import (
+    SETTINGS,
+    STRATEGIES,
+    Config,
+    ConfigError,
+    defaults,
+    parse,
+    validate,
+)
+from simulations.experiment import RunResult
+from simulations.report import plot_accuracy, results_table, write_markdown
+
+EXIT_RUN_FAILED, EXIT_BAD_CONFIG, EXIT_NO_DATA = 1, 2, 3
+
+CONSOLE = Console()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status.
+
+    0: all runs finished or diverged (a diverged run is a result). 1: a run failed. 2: a bad
+    option. 3: the data cannot be had.
+    """
+    warnings.filterwarnings("ignore", message="Tip: In future versions of Ray")
+    options, unknown = _parser().parse_known_args(arguments)
+    if not getattr(options, "verbose", False):
+        logging.getLogger("flwr").setLevel(logging.CRITICAL)
+    try:
+        _refuse_unknown(unknown)
+        return int(options.command(options))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_CONFIG
+    except DataUnavailableError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_NO_DATA
+
+
+def _refuse_unknown(unknown: list[str]) -> None:
+    """Raise :class:`ConfigError` for an option that does not exist, with the nearest that do."""
+    if unknown:
+        key = unknown[0].removeprefix("--").partition("=")[0]
+        value = unknown[0].partition("=")[2] or " ".join(unknown[1:2])
+        validate({key: value} if key not in SETTINGS else {f"--{key}": value})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m simulations", description="Byzantine-robust federated learning experiments."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    one = commands.add_parser("run", help="one run", allow_abbrev=False)
+    one.set_defaults(command=_run)
+    _add_settings(one)
+
+    several = commands.add_parser(
+        "compare", help="several strategies (and attacks) from the same seed", allow_abbrev=False
+    )
+    several.set_defaults(command=_compare)
+    several.add_argument(
+        "--strategies",
+        nargs="+",
+        default=["mean", "gmd", "bgmd+nearest-neighbor"],
+        metavar="STRATEGY[+MIXING]",
+        help=f"of {', '.join(STRATEGIES)}; mixing is none unless named",
+    )
+    _add_settings(several, leave_out=("strategy", "mixing"))
+
+    data = commands.add_parser("data", help="obtain and check data sets", allow_abbrev=False)
+    data.set_defaults(command=_data)
+    data.add_argument("--dataset", nargs="+", choices=DATASETS, default=["cifar10"])
+    data.add_argument("--data-dir", default="", help="default: $FL_BGMD_DATA or ~/.cache/fl-bgmd")
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()) -> None:
+    """Add an option for every key of the run configuration, and how to run it."""
+    parser.add_argument("--backend", choices=BACKENDS, default="ray", help="default: ray")
+    parser.add_argument("--client-resources-num-cpus", type=float, default=1.0, metavar="X")
+    parser.add_argument("--client-resources-num-gpus", type=float, default=0.0, metavar="X")
+    parser.add_argument("--verbose", action="store_true", help="show Flower's log")
+    group = parser.add_argument_group("run configuration")
+    for key, value in defaults().items():
+        if key not in leave_out:
+            setting = SETTINGS[key]
+            text = f"{setting.help}; {setting.allowed} (default: {value!r})"
+            group.add_argument(f"--{key}", dest=key, metavar="V", help=text.replace("%", "%%"))
+
+
+def _given(options: argparse.Namespace) -> Config:
+    """Return the run-configuration keys that were given, in their types."""
+    return {
+        key: parse(key, value)
+        for key, value in vars(options).items()
+        if key in SETTINGS and value is not None
+    }
+
+
+def _run(options: argparse.Namespace) -> int:
+    config = validate(_given(options))
+    return _run_all(options, {str(config["strategy"]): config}, "run")
+
+
+def _compare(options: argparse.Namespace) -> int:
+    given = _given(options)
+    configs: dict[str, Config] = {}
+    for name in options.strategies:
+        strategy, _, mixing = name.partition("+")
+        configs[name] = validate(given | {"strategy": strategy, "mixing": mixing or "none"})
+    return _run_all(options, configs, "compare")
+
+
+def _data(options: argparse.Namespace) -> int:
+    for name in options.dataset:
+        dataset = load(name, options.data_dir or None, progress=CONSOLE.print)
+        CONSOLE.print(
+            f"{name}: {len(dataset.train_labels)} training and {len(dataset.test_labels)} test "
+            f"images, checksums right, in {data_directory(options.data_dir or None) / name}"
+        )
+    return 0
+
+
+def _run_all(options: argparse.Namespace, configs: dict[str, Config], command: str) -> int:
+    """Run each configuration, show the table, write results; return the exit status."""
+    first = next(iter(configs.values()))
+    load(str(first["dataset"]), str(first["data-dir"]) or None, progress=CONSOLE.print)
+    resources = ClientResources(
+        options.client_resources_num_cpus, options.client_resources_num_gpus
+    )
+    folder = (
+        Path(str(first["results-dir"])).resolve() / f"{time.strftime('%Y%m%d-%H%M%S')}-{command}"
+    )
+    results: dict[str, RunResult] = {}
+    with Progress(
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[accuracy]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=CONSOLE,
+    ) as progress:
+        tasks = {
+            name: progress.add_task(
+                name, total=int(config["num-server-rounds"]), accuracy="", start=False
+            )
+            for name, config in configs.items()
+        }
+        for name, config in configs.items():
+            results[name] = _run_one(name, config, options.backend, resources, progress, tasks)
+            results[name].write(folder / name)
+    table = results_table(results)
+    CONSOLE.print(table)
+    files = [write_markdown(results, folder), plot_accuracy(results, folder)]
+    for name, result in results.items():
+        if result.status == "failed":
+            print(f"error: {name}: {result.error}", file=sys.stderr)
+    for path in (*files, folder):
+        CONSOLE.print(f"written: {path}", soft_wrap=True)
+    failed = any(result.status == "failed" for result in results.values())
+    return EXIT_RUN_FAILED if failed else 0
+
+
+def _run_one(
+    name: str,
+    config: Config,
+    backend: str,
+    resources: ClientResources,
+    progress: Progress,
+    tasks: dict[str, TaskID],
+) -> RunResult:
+    progress.start_task(tasks[name])
+
+    def on_round(server_round: int, accuracy: float | None) -> None:
+        progress.update(tasks[name], completed=server_round)
+        if accuracy is not None:
+            progress.update(tasks[name], accuracy=f"accuracy {accuracy:6.2%}")
+
+    return run(config, backend=backend, resources=resources, on_round=on_round)
