@@ -1,13 +1,15 @@
 """Where a run's clients live: Flower's Ray-backed simulation, or this process."""
 
+import os
 from dataclasses import dataclass
 
+import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from clients.client_app import app as client_app
-from simulations.config import Config
+from simulations.config import Config, ConfigError
 from simulations.experiment import OnRound, RunResult, run_experiment
 from simulations.grid import InProcessGrid
 
@@ -16,10 +18,31 @@ BACKENDS = ("ray", "inprocess")
 
 @dataclass(frozen=True)
 class ClientResources:
-    """What Ray sets aside for one client."""
+    """What Ray sets aside for one client.
+
+    Raises :class:`ConfigError` for more than the machine has: Flower would wait for it for ever.
+    """
 
     num_cpus: float = 1.0
     num_gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check both against this machine."""
+        for name, value, least, most in (
+            ("client-resources-num-cpus", self.num_cpus, 1, os.cpu_count() or 1),
+            ("client-resources-num-gpus", self.num_gpus, 0, torch.cuda.device_count()),
+        ):
+            if not least <= value <= most:
+                raise ConfigError(
+                    f"{name} is {value:g}; allowed: {least} to {most}, what this machine has"
+                )
+
+    def to_backend_config(self) -> dict[str, dict[str, float | bool]]:
+        """Return Flower's configuration of its Ray backend."""
+        return {
+            "client_resources": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
+            "init_args": {"log_to_driver": False, "include_dashboard": False},
+        }
 
 
 class ConfiguredClientApp(ClientApp):
@@ -88,9 +111,6 @@ def _run_on_ray(config: Config, resources: ClientResources, on_round: OnRound | 
         server_app,
         ConfiguredClientApp(client_app, config),
         num_supernodes=int(config["num-clients"]),
-        backend_config={
-            "client_resources": {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus},
-            "init_args": {"log_to_driver": False, "include_dashboard": False},
-        },
+        backend_config=resources.to_backend_config(),  # type: ignore[arg-type]
     )
     return results[0]

@@ -39,7 +39,8 @@ def results_table(results: Mapping[str, RunResult]) -> Table:
     """Return the table of results for the terminal."""
     table = Table(title="Test accuracy, all test examples")
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column in COLUMNS[:2] else "right")
+        is_text = column in COLUMNS[:2]
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=is_text)
     for row in rows(results):
         table.add_row(*row)
     return table

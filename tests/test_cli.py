@@ -1,0 +1,147 @@
+"""The command line, as a user types it, over the in-process backend."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from simulations.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    "--backend=inprocess",
+    "--model=tiny-cnn",
+    "--num-server-rounds=2",
+    "--local-steps=1",
+    "--batch-size=8",
+    "--num-clients=5",
+    "--evaluate-every=2",
+]
+ATTACK = ["--attack=bit-flip", "--byzantine-fraction=0.4"]
+
+
+def run_folder(results: Path) -> Path:
+    [folder] = results.iterdir()
+    return folder
+
+
+def test_run_writes_history_table_and_plot(tmp_path: Path) -> None:
+    assert main(["run", *SMALL, *ATTACK, f"--results-dir={tmp_path}"]) == 0
+    folder = run_folder(tmp_path)
+    record = json.loads((folder / "bgmd" / "run.json").read_text())
+    lines = (folder / "bgmd" / "rounds.jsonl").read_text().splitlines()
+    rounds = [json.loads(line) for line in lines]
+    assert record["status"] == "finished"
+    assert record["config"]["attack"] == "bit-flip"
+    assert record["accepted"] == 10
+    assert [entry["round"] for entry in rounds] == [0, 1, 2]
+    assert ["accuracy" in entry for entry in rounds] == [True, False, True]
+    assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert "| bgmd | finished |" in (folder / "table.md").read_text()
+
+
+def test_compare_runs_every_strategy_from_the_same_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--strategies", "mean", "bgmd+nearest-neighbor", f"--results-dir={tmp_path}"]
+    assert main(["compare", *SMALL, *ATTACK, *arguments]) == 0
+    folder = run_folder(tmp_path)
+    records = {
+        name: json.loads((folder / name / "run.json").read_text())
+        for name in ("mean", "bgmd+nearest-neighbor")
+    }
+    assert records["mean"]["config"]["mixing"] == "none"
+    assert records["bgmd+nearest-neighbor"]["config"]["mixing"] == "nearest-neighbor"
+    first = {
+        json.loads((folder / name / "rounds.jsonl").read_text().splitlines()[0])["loss"]
+        for name in records
+    }
+    assert len(first) == 1
+    shown = capsys.readouterr().out
+    assert "bgmd+nearest-neighbor" in shown
+    assert "accuracy.png" in shown.replace("\n", "")
+
+
+def test_same_seed_same_history_other_seed_another(tmp_path: Path) -> None:
+    histories = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        folder = tmp_path / name
+        assert main(["run", *SMALL, *ATTACK, f"--seed={seed}", f"--results-dir={folder}"]) == 0
+        lines = (run_folder(folder) / "bgmd" / "rounds.jsonl").read_text().splitlines()
+        last = json.loads(lines[-1])
+        histories.append((last["loss"], last["update-norm"], last["train-loss"]))
+    assert histories[0] == histories[1]
+    assert histories[0] != histories[2]
+
+
+def test_averaging_diverges_and_is_a_result_not_a_crash(tmp_path: Path) -> None:
+    arguments = ["--strategy=mean", "--mixing=none", "--num-server-rounds=30", "--learning-rate=1"]
+    arguments += ["--local-steps=2", "--evaluate-every=30", f"--results-dir={tmp_path}"]
+    assert main(["run", *SMALL, *ATTACK, *arguments]) == 0
+    record = json.loads((run_folder(tmp_path) / "mean" / "run.json").read_text())
+    assert record["status"] == "diverged"
+    assert record["rejected"] > 0
+    assert record["final-accuracy"] < 0.15
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["run", "--batch-size=0"], ["batch-size", "0", "1 or more"]),
+        (["run", "--batch-size=many"], ["batch-size", "many", "integer"]),
+        (["run", "--bath-size", "3"], ["bath-size", "3", "batch-size"]),
+        (["run", "--strategy=bmgd"], ["strategy", "bmgd", "bgmd"]),
+        (["run", "--attack=bit-flip"], ["attack", "bit-flip", "byzantine-fraction"]),
+        (["compare", "--strategies", "gmd+mixed"], ["mixing", "mixed", "nearest-neighbor"]),
+        (["compare", "--num-shards=81"], ["num-shards", "81", "multiple"]),
+    ],
+)
+def test_bad_options_are_refused_before_anything_starts(
+    arguments: list[str], named: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, f"--results-dir={tmp_path}/results"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error:")
+    for part in named:
+        assert part in error
+    assert not (tmp_path / "results").exists()
+
+
+def test_without_data_the_exit_status_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fl_bgmd.data import DataUnavailableError
+
+    def nothing(*_: object, **__: object) -> None:
+        raise DataUnavailableError("tried: a, b; put the files in X")
+
+    monkeypatch.setattr("simulations.cli.load", nothing)
+    assert main(["run", *SMALL]) == 3
+    assert "put the files in X" in capsys.readouterr().err
+
+
+def test_a_failed_run_ends_with_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("the server fell over")
+
+    monkeypatch.setattr("simulations.backends.run_experiment", broken)
+    assert main(["run", *SMALL, f"--results-dir={tmp_path}"]) == 1
+    assert "the server fell over" in capsys.readouterr().err
+    record = json.loads((run_folder(tmp_path) / "bgmd" / "run.json").read_text())
+    assert record["status"] == "failed"
+
+
+def test_data_command_names_the_folder() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "simulations", "data", "--dataset", "cifar10"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "50000 training and 10000 test images" in done.stdout.replace("\n", " ")

@@ -1,0 +1,160 @@
+"""Real Ray, real Flower processes: the same run everywhere."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from simulations.backends import ClientResources, run
+from simulations.config import Config, ConfigError, validate
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+SMALL: Config = {
+    "model": "tiny-cnn",
+    "num-server-rounds": 2,
+    "num-clients": 4,
+    "local-steps": 2,
+    "batch-size": 16,
+    "attack": "bit-flip",
+    "byzantine-fraction": 0.25,
+    "assumed-byzantine-fraction": 0.25,
+    "evaluate-every": 2,
+    "fraction-evaluate": 1.0,
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_ray_and_in_process_runs_agree_to_the_bit() -> None:
+    config = validate(SMALL)
+    ray = run(config, backend="ray", resources=ClientResources(num_cpus=1.0))
+    here = run(config, backend="inprocess")
+    assert ray.status == here.status == "finished", ray.error
+    timings = {"seconds", "aggregation-seconds"}
+    for there, local in zip(ray.rounds, here.rounds, strict=True):
+        assert {k: v for k, v in there.items() if k not in timings} == {
+            k: v for k, v in local.items() if k not in timings
+        }
+    assert ray.rounds[-1]["accepted"] == 4
+
+
+def test_more_resources_than_the_machine_has_are_refused() -> None:
+    gpus = torch.cuda.device_count()
+    with pytest.raises(
+        ConfigError, match=rf"client-resources-num-gpus is 64; allowed: 0 to {gpus}"
+    ):
+        ClientResources(num_gpus=64)
+    with pytest.raises(ConfigError, match=r"client-resources-num-cpus is 0; allowed: 1 to"):
+        ClientResources(num_cpus=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_clients_and_server_use_the_gpu() -> None:
+    resources = ClientResources(num_gpus=0.25)
+    assert resources.to_backend_config()["client_resources"]["num_gpus"] == 0.25
+    result = run(validate(SMALL | {"device": "cuda"}), backend="ray", resources=resources)
+    assert result.status == "finished", result.error
+    assert result.rounds[-1]["accepted"] == 4
+
+
+@pytest.fixture
+def superlink(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Start a SuperLink with the simulation runtime; yield the environment of its clients."""
+    environment = os.environ | {
+        "FLWR_HOME": str(tmp_path / "flwr"),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_LOG_LEVEL": "INFO",
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    }
+    control, api = free_port(), free_port()
+    neutral = tmp_path / "neutral"
+    neutral.mkdir()
+    (tmp_path / "flwr").mkdir()
+    (tmp_path / "flwr" / "config.toml").write_text(
+        f'[superlink]\ndefault = "test"\n\n[superlink.test]\naddress = "127.0.0.1:{api}"\n'
+        "insecure = true\n"
+    )
+    command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
+    command += ["--host", "127.0.0.1", "--port", str(api)]
+    command += ["--control-api-address", f"127.0.0.1:{control}"]
+    with (tmp_path / "superlink.log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=neutral, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        wait_for_port(api, process)
+        yield environment | {"NEUTRAL": str(neutral)}
+    finally:
+        os.killpg(process.pid, 15)
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+
+
+def test_flwr_run_from_a_neutral_directory(superlink: dict[str, str], tmp_path: Path) -> None:
+    assert shutil.which("flwr", path=superlink["PATH"])
+    results = tmp_path / "results"
+    settings = (
+        "strategy='bgmd' attack='bit-flip' byzantine-fraction=0.4 num-server-rounds=2 "
+        "num-clients=5 num-shards=80 model='tiny-cnn' local-steps=1 batch-size=8 "
+        f"results-dir='{results}'"
+    )
+    resources = "num-supernodes=5 client-resources-num-cpus=1"
+    command = ["flwr", "run", str(ROOT), "--stream"]
+    command += ["--run-config", settings, "--federation-config", resources]
+    done = subprocess.run(
+        command,
+        cwd=superlink["NEUTRAL"],
+        env=superlink,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    output = done.stdout + done.stderr
+    # `flwr run --stream` exits 0 for a failed run too: ask for the status itself.
+    listed = subprocess.run(
+        ["flwr", "list", "--format", "json"],
+        cwd=superlink["NEUTRAL"],
+        env=superlink,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    [entry] = json.loads(listed.stdout)["runs"]
+    assert entry["status"] == "finished:completed", output
+    [folder] = results.iterdir()
+    record = json.loads((folder / "run.json").read_text())
+    assert record["config"]["byzantine-fraction"] == 0.4
+    assert record["accepted"] == 10
+    assert record["status"] == "finished"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for_port(port: int, process: subprocess.Popen[bytes], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the SuperLink ended"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise AssertionError(f"nothing listens on port {port}")
