@@ -23,12 +23,12 @@ from ._rows import (
     in_range,
     result_dtype,
 )
-from .geometric_median import minimise_in_hull
 from .results import FilteredAggregate
+from .saddle import solve_saddle
 
 Array = NDArray[np.float64]
 
-METHODS = ("mean",)
+METHODS = ("mean", "saddle")
 PROVEN_FRACTION = 0.25
 
 
@@ -42,10 +42,13 @@ class SpectralFilter(FilteredAggregate):
         Rounds of down-weighting.
     sigma0 : float
         The bound on the honest standard deviation that was used, given or estimated.
+    gap : float or None
+        Largest relative duality gap of the saddle point problems solved; None for ``mean``.
     """
 
     iterations: int
     sigma0: float
+    gap: float | None
 
 
 def spectral_filter(
@@ -68,11 +71,13 @@ def spectral_filter(
         0 to below 1/2. The paper's guarantee holds up to 1/4; more is allowed with a warning.
     sigma0 : float, optional
         Above 0, the paper's sigma_0: bound on the standard deviation of the honest rows in every
-        direction. By default the square root of the top eigenvalue of the covariance of the
-        ``ceil((1 - byzantine_fraction) n)`` rows nearest to the geometric median.
-    method : {"mean"}
-        How a row is reconstructed from the others in Equation 94: ``mean`` takes their weighted
-        mean.
+        direction. Estimated by default: the top eigenvalue of the covariance is brought down by
+        dropping, one at a time, the row furthest along the top eigenvector, until
+        ``ceil((1 - byzantine_fraction) n)`` are left; its root is taken.
+    method : {"mean", "saddle"}
+        How a row is reconstructed from the others: ``mean`` takes their weighted mean; ``saddle``
+        solves the paper's problem, Equations 91 and 94, see
+        :func:`~fl_bgmd.aggregators.saddle.solve_saddle`. It costs an n x n eigenproblem a step.
 
     Raises
     ------
@@ -99,12 +104,21 @@ def spectral_filter(
     else:
         variance = (sigma0 / scale) ** 2
 
+    honest = 1 - byzantine_fraction  # alpha, line 1
+    cap = (4 - honest) / (honest * (2 + honest) * n)  # Equation 94
+    gap: float | None = None
     weights = np.ones(n)  # c_i, line 1
     active = np.ones(n, dtype=bool)  # A, line 1
     iterations = 0
     while active.sum() > 1:
         errors = np.zeros(n)
-        errors[active] = _reconstruction_errors(gram[np.ix_(active, active)], weights[active])
+        inner = gram[np.ix_(active, active)]
+        if method == "mean":
+            errors[active] = _reconstruction_errors(inner, weights[active])
+        else:
+            saddle = solve_saddle(inner, weights[active], max(cap, 1 / active.sum()))  # line 3
+            errors[active] = saddle.errors  # line 4
+            gap = max(gap or 0.0, saddle.gap)
         # Line 5. Rounding is allowed for: rows that are all equal must pass with sigma0 = 0.
         rounding = 1e-12 * float(np.diagonal(gram)[active].max())
         if errors @ weights <= 4 * n * variance + rounding:
@@ -120,6 +134,7 @@ def spectral_filter(
         kept=torch.from_numpy(active),
         iterations=iterations,
         sigma0=math.sqrt(variance) * scale,
+        gap=gap,
     )
 
 
@@ -143,12 +158,16 @@ def _reconstruction_errors(gram: Array, weights: Array) -> Array:
 
 
 def _honest_variance(gram: Array, byzantine_fraction: float) -> float:
-    """Top eigenvalue of the covariance of the rows nearest to the geometric median."""
+    """Estimate sigma_0^2: the top eigenvalue that is left when the worst rows are gone.
+
+    The rows nearest to some centre would not do: corrupt rows on the honest rows' shell, shifted
+    together, can be nearer to it than honest ones.
+    """
     n = gram.shape[0]
-    point, _ = minimise_in_hull(gram, np.ones(n))
-    nearest = np.argsort(point.distances, kind="stable")
-    chosen = nearest[: math.ceil((1 - byzantine_fraction) * n - 1e-9)]
-    inner = gram[np.ix_(chosen, chosen)]
-    means = inner.mean(axis=0)
-    centered = inner - means[:, None] - means[None, :] + means.mean()
-    return max(float(np.linalg.eigvalsh(centered)[-1]), 0.0) / len(chosen)
+    active = np.arange(n)
+    left = math.ceil((1 - byzantine_fraction) * n - 1e-9)
+    while True:
+        errors = _reconstruction_errors(gram[np.ix_(active, active)], np.ones(len(active)))
+        if len(active) <= max(left, 1):
+            return float(errors.sum()) / len(active)
+        active = np.delete(active, int(np.argmax(errors)))
