@@ -200,6 +200,7 @@ def spectral_filter(rows: Array, sigma0: float) -> tuple[Array, Array, int]:
     active = np.ones(n, dtype=bool)
     iterations = 0
     while active.sum() > 1:
+        before = active.copy()
         left, weights = rows[active], c[active]
         residuals = left - weights @ left / weights.sum()
         _, _, directions = np.linalg.svd(np.sqrt(weights)[:, None] * residuals)
@@ -208,8 +209,23 @@ def spectral_filter(rows: Array, sigma0: float) -> tuple[Array, Array, int]:
             break
         c[active] = weights * (1 - tau / tau.max())
         active &= c >= 0.5
+        if not active.any():  # the paper does not say what then
+            return rows[before].mean(axis=0), active, iterations
         iterations += 1
     return rows[active].mean(axis=0), active, iterations
+
+
+def spectral_sigma0(rows: Array, left: int) -> float:
+    """Return the root of the top eigenvalue when rows are dropped until ``left`` are left.
+
+    The row furthest along the top eigenvector of the covariance goes first.
+    """
+    while True:
+        residuals = rows - rows.mean(axis=0)
+        _, values, directions = np.linalg.svd(residuals)
+        if len(rows) <= left:
+            return float(values[0]) / math.sqrt(len(rows))
+        rows = np.delete(rows, int(np.argmax((residuals @ directions[0]) ** 2)), axis=0)
 
 
 # --- Strategies ---------------------------------------------------------------------------------

@@ -476,6 +476,15 @@ def test_integers_are_rounded(value: float, expected: int) -> None:
     assert back["n"].dtype == "int64"
 
 
+@pytest.mark.parametrize(("value", "expected"), [(0.4, False), (0.5, False), (0.6, True)])
+def test_masks_are_rounded(value: float, expected: bool) -> None:
+    model = to_record({"w": np.ones(1, np.float32), "mask": np.array([True])})
+    layout = ModelLayout(model)
+    back = layout.to_arrays(layout.values, np.array([value]))
+    assert back["mask"].numpy().tolist() == [expected]
+    assert back["mask"].dtype == "bool"
+
+
 @settings(deadline=None, max_examples=50)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=5),

@@ -76,8 +76,12 @@ def column_blocks(
         columns = slice(start, min(start + width, d))
         size = columns.stop - columns.start
         block = buffer[: n * size].view(n, size)
-        block.copy_(updates[:, columns])
-        if offset is not None:
+        if offset is None:
+            block.copy_(updates[:, columns])
+        elif updates.dtype == offset.dtype == dtype:
+            torch.add(updates[:, columns], offset[columns], out=block)
+        else:
+            block.copy_(updates[:, columns])
             block += offset[columns]
         yield columns, block
 
@@ -96,10 +100,24 @@ def gram_matrix(updates: Tensor, offset: Tensor | None = None) -> NDArray[np.flo
     float64 entries must not overflow: see :func:`in_range`.
     """
     n = updates.shape[0]
-    gram = torch.zeros(n, n, dtype=torch.float64, device=updates.device)
+    # A product this narrow runs on one core: a batch of them, one for each core, on all.
+    parts = torch.get_num_threads() if updates.device.type == "cpu" else 1
+    gram = torch.zeros(parts, n, n, dtype=torch.float64, device=updates.device)
+    groups = torch.split(torch.arange(n), max(16, -(-n // 4)))
     for _, block in column_blocks(updates, offset):
-        gram.addmm_(block, block.T)
-    result: NDArray[np.float64] = gram.cpu().numpy()
+        used = block.shape[1] // parts * parts
+        batch = block[:, :used].view(n, parts, -1).transpose(0, 1)
+        for i, rows in enumerate(groups):
+            left = slice(int(rows[0]), int(rows[-1]) + 1)
+            # Only the blocks on and below the diagonal: the rest is their mirror image.
+            for columns in groups[: i + 1]:
+                right = slice(int(columns[0]), int(columns[-1]) + 1)
+                gram[:, left, right].baddbmm_(batch[:, left], batch[:, right].transpose(1, 2))
+        if used < block.shape[1]:
+            gram[0].addmm_(block[:, used:], block[:, used:].T)
+    result: NDArray[np.float64] = gram.sum(0).cpu().numpy()
+    lower = np.tril(result)
+    result = lower + np.tril(result, -1).T
     if not np.isfinite(np.diagonal(result)).all():
         refuse_non_finite(updates)
     return result
@@ -137,7 +155,7 @@ def pairwise_squared_distances(updates: Tensor) -> NDArray[np.float64]:
     """Return the squared distances between all rows, (n, n) float64, free of cancellation.
 
     The rows are centered before their Gram matrix is used: on one of themselves in the middle of
-    the bulk, and only if the bulk is further from the origin than a hundred times its spread.
+    the bulk, and only if the bulk is further from the origin than ten times its spread.
     Rows beyond the range of squared float64 are scaled first (:func:`in_range`), all alike.
     """
     rows, _ = in_range(updates)
@@ -159,8 +177,9 @@ def center(
     weights = np.ones(n) if weights is None else weights
     distances = np.sqrt(squared_distances(gram))
     medoid = int(np.argmin(np.where(weights > 0, distances @ weights, np.inf)))
-    spread = float(np.median(np.delete(distances[medoid], medoid)))
-    if gram[medoid, medoid] <= 1e4 * spread**2:
+    # The nearest majority: no minority of far rows can inflate it.
+    spread = float(np.sort(distances[medoid])[n // 2])
+    if gram[medoid, medoid] <= 100 * spread**2:
         return gram
     return gram_matrix(rows, -rows[medoid].double())
 

@@ -1,25 +1,26 @@
 """Rules that treat each coordinate by itself: the median and the trimmed mean.
 
-A sorting network sorts the n values of every coordinate at once: each comparator is one
-element-wise minimum and one maximum of two rows of a column block, without branches or indices.
-Comparators that cannot reach the wanted order statistics are left out.
+Few rows go through a sorting network: each comparator is one element-wise minimum and one maximum
+of two rows of a column block, without branches or indices; comparators that cannot reach the
+wanted order statistics are left out. Many rows on a CPU are transposed block by block and sorted
+by NumPy, whose vectorised sort then beats the network. Column ranges run on all cores.
 """
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ._rows import (
-    check_fraction,
-    check_updates,
-    column_blocks,
-    refuse_non_finite,
-    result_dtype,
-)
+from ._rows import check_fraction, check_updates, refuse_non_finite, result_dtype
 from .results import Aggregate
 
-_BLOCK_ELEMENTS = 1 << 18
+_NETWORK_ELEMENTS, _SORT_WIDTH = 1 << 18, 1 << 12
+_NETWORK_ROWS = 16  # with more rows sorting is faster
 _MIN, _MAX, _BOTH = 1, 2, 3
 
 
@@ -70,34 +71,78 @@ def trimmed_mean(updates: Tensor, *, trim_fraction: float = 0.25) -> Aggregate:
 def _mean_of_middle(updates: Tensor, trim: int) -> Aggregate:
     """Average, per coordinate, the values of rank ``trim`` to ``n - trim - 1``."""
     n, d = updates.shape
-    dtype = result_dtype(updates)
-    vector = torch.empty(d, dtype=dtype, device=updates.device)
+    vector = torch.empty(d, dtype=result_dtype(updates), device=updates.device)
+    if updates.device.type != "cpu":
+        _network(updates, trim, vector, slice(0, d))
+        return Aggregate(vector, None)
+    method = _network if n <= _NETWORK_ROWS else _sort
+    workers = torch.get_num_threads()
+    edges = np.linspace(0, d, workers + 1, dtype=np.int64)
+    ranges = [slice(int(a), int(b)) for a, b in itertools.pairwise(edges) if a < b]
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda columns: method(updates, trim, vector, columns), ranges))
+    return Aggregate(vector, None)
+
+
+def _network(updates: Tensor, trim: int, vector: Tensor, columns: slice) -> None:
+    """Write the means of the middle ranks of ``columns`` into ``vector``: selection network."""
+    n = updates.shape[0]
     comparators = selection_network(n, trim)
     share = 1.0 / (n - 2 * trim)
-    zeros: Tensor | None = None
-    for columns, block in column_blocks(updates, dtype=dtype, elements=_BLOCK_ELEMENTS):
-        # 0 * x is NaN for a NaN or an infinity: one dot product finds them.
-        flat = block.view(-1)
-        zeros = torch.zeros_like(flat) if zeros is None else zeros
-        if bool(torch.dot(flat, zeros[: len(flat)]).isnan()):
-            refuse_non_finite(updates)
-        wires = list(block.unbind(0))
-        spare = torch.empty_like(wires[0])
+    on_cpu = updates.device.type == "cpu"
+    # NumPy and torch share these names; NumPy's run on this thread alone.
+    library: Any = np if on_cpu else torch
+    width = max(64, _NETWORK_ELEMENTS // n)
+    for start in range(columns.start, columns.stop, width):
+        part = slice(start, min(start + width, columns.stop))
+        block = (
+            _block(updates, part, vector.dtype)
+            if on_cpu
+            else updates[:, part].to(vector.dtype, copy=True)
+        )
+        _check_block(float(block.sum()), updates)
+        wires: list[Any] = list(block)
+        spare = library.empty_like(wires[0])
         for low, high, wanted in comparators:
             a, b = wires[low], wires[high]
             if wanted == _BOTH:
-                torch.minimum(a, b, out=spare)
-                torch.maximum(a, b, out=b)
+                library.minimum(a, b, out=spare)
+                library.maximum(a, b, out=b)
                 wires[low], spare = spare, a
             elif wanted == _MIN:
-                torch.minimum(a, b, out=a)
+                library.minimum(a, b, out=a)
             else:
-                torch.maximum(a, b, out=b)
+                library.maximum(a, b, out=b)
         middle = wires[trim] * share
         for wire in wires[trim + 1 : n - trim]:
-            middle.add_(wire, alpha=share)
-        vector[columns] = middle
-    return Aggregate(vector, None)
+            middle += wire * share
+        vector[part] = torch.from_numpy(middle) if on_cpu else middle
+
+
+def _sort(updates: Tensor, trim: int, vector: Tensor, columns: slice) -> None:
+    """Write the means of the middle ranks of ``columns`` into ``vector``: sort on the CPU."""
+    n = updates.shape[0]
+    result = vector.numpy()
+    for start in range(columns.start, columns.stop, _SORT_WIDTH):
+        part = slice(start, min(start + _SORT_WIDTH, columns.stop))
+        block = np.ascontiguousarray(_block(updates, part, vector.dtype).T)
+        block.sort(axis=1)
+        _check_block(float(block[:, 0].sum()) + float(block[:, -1].sum()), updates)
+        result[part] = block[:, trim : n - trim].mean(axis=1, dtype=np.float64)
+
+
+def _block(updates: Tensor, columns: slice, dtype: torch.dtype) -> NDArray[np.floating]:
+    """Return a NumPy copy of a block of columns."""
+    if updates.dtype == dtype:
+        return updates.numpy()[:, columns].copy()
+    converted: NDArray[np.floating] = updates[:, columns].to(dtype).numpy()
+    return converted
+
+
+def _check_block(total: float, updates: Tensor) -> None:
+    """Look for NaN and infinity where a sum is not finite (which may also have overflowed)."""
+    if not np.isfinite(total):
+        refuse_non_finite(updates)
 
 
 @lru_cache(maxsize=64)

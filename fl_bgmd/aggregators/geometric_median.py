@@ -125,6 +125,8 @@ class HullPoint:
         ``||x_i - y||``, no smaller than what float64 can tell from zero.
     objective : float
         ``g(y) = sum_i row_weights[i] ||x_i - y||``.
+    descent : float
+        ``g(y) - g(0)``, free of the cancellation that rows of 1e30 cause in ``objective``.
     pull : float
         ``R``, the norm of the smallest subgradient that is known at y.
     slack : float
@@ -137,6 +139,7 @@ class HullPoint:
     pulls: Array
     distances: Array
     objective: float
+    descent: float
     pull: float
     slack: float
     row_weights: Array
@@ -156,8 +159,8 @@ class HullPoint:
         if self.objective == 0.0 or distance == 0.0 or not np.isfinite(self.gap):
             return self.gap
         # ||a + e|| <= ||a|| + <a, e> / ||a|| + ||e||^2 / (2 ||a||), and <= ||a|| + ||e||.
-        safe = np.maximum(self.distances, 1e-300)
-        second_order = np.minimum(distance, distance**2 / (2 * safe)) @ self.row_weights
+        far = np.maximum(self.distances, distance / 2)
+        second_order = (distance * (distance / (2 * far))) @ self.row_weights
         total_pull = self.pull + self.row_weights[self.pulls == 0].sum()
         growth = (total_pull * distance + second_order) / self.objective
         return float((1 + self.gap) * (1 + growth) - 1)
@@ -180,14 +183,19 @@ def minimise_in_hull(
     # The margin leaves room for the rounding of the vector, so that the final gap is below tol.
     while best.gap > 0.99 * tol and iterations < max_iter and stalled < 3:
         iterations += 1
-        current = _step(gram, current)
-        lower = current.objective < best.objective * (1 - 4 * _EPSILON)
-        if current.gap < best.gap or (lower and not np.isfinite(best.gap)):
+        previous, current = current, _step(gram, current)
+        if _better(current, best):
             best = current
-            stalled = 0
-        elif not lower:
-            stalled += 1
+        moving = current.pull < previous.pull or current.descent < previous.descent
+        stalled = 0 if moving else stalled + 1
     return best, iterations
+
+
+def _better(point: HullPoint, other: HullPoint) -> bool:
+    """Whether ``point`` has the smaller gap; where neither has a finite one, the smaller pull."""
+    if np.isfinite(point.gap) or np.isfinite(other.gap):
+        return point.gap < other.gap
+    return point.pull < other.pull
 
 
 def _hull_point(gram: Array, row_weights: Array, hull_weights: Array) -> HullPoint:
@@ -202,9 +210,12 @@ def _hull_point(gram: Array, row_weights: Array, hull_weights: Array) -> HullPoi
     exact = coincident & (hull_weights == 1.0)
     distances = np.sqrt(np.where(exact, 0.0, np.maximum(squared, noise)))
     pulls = np.where(coincident, 0.0, row_weights / np.where(coincident, 1.0, distances))
+    lengths = np.sqrt(diagonal)
+    sums = distances + lengths
+    shifts = np.where(sums > 0, (squared_norm - 2 * product) / np.where(sums > 0, sums, 1.0), 0.0)
     # sum_i pulls_i (y - x_i) = coefficients @ X
     coefficients = pulls.sum() * hull_weights - pulls
-    size = np.abs(coefficients) @ np.sqrt(diagonal)
+    size = np.abs(coefficients) @ lengths
     squared_pull = max(float(coefficients @ gram @ coefficients), 0.0) + 4 * _EPSILON * size**2
     pull = max(0.0, np.sqrt(squared_pull) - float(row_weights[coincident].sum()))
     return HullPoint(
@@ -212,6 +223,7 @@ def _hull_point(gram: Array, row_weights: Array, hull_weights: Array) -> HullPoi
         pulls=pulls,
         distances=distances,
         objective=float(row_weights @ distances),
+        descent=float(row_weights @ shifts),
         pull=float(pull),
         slack=float(2 * row_weights[coincident] @ distances[coincident]),
         row_weights=row_weights,
@@ -225,10 +237,8 @@ def _step(gram: Array, point: HullPoint) -> HullPoint:
     if newton is None:
         return plain
     moved = _hull_point(gram, point.row_weights, newton)
-    if not moved.objective < point.objective:
-        return plain
     polished = _hull_point(gram, point.row_weights, _weiszfeld_weights(moved))
-    return polished if polished.objective < plain.objective else plain
+    return polished if polished.descent < plain.descent or polished.pull < plain.pull else plain
 
 
 def _weiszfeld_weights(point: HullPoint) -> Array:
@@ -285,9 +295,12 @@ def _optimal_rows(gram: Array, row_weights: Array) -> Array | None:
         coincident, 0.0, row_weights[None, :] / np.sqrt(np.where(coincident, 1.0, squared))
     )
     coefficients = pulls - np.diag(pulls.sum(axis=1))
-    pull = np.sqrt(np.maximum(np.einsum("ki,ki->k", coefficients @ gram, coefficients), 0.0))
+    squared_pull = np.einsum("ki,ki->k", coefficients @ gram, coefficients)
+    # Rows that are optimal on the edge (all rows on a line, n even) must not fail by rounding;
+    # the certificate is computed afterwards, for the point itself.
+    noise = 4 * _EPSILON * (np.abs(coefficients) @ np.sqrt(diagonal)) ** 2
     held = coincident @ row_weights
-    optimal = (pull <= held * (1 + 1e-9)) & (row_weights > 0)
+    optimal = (squared_pull <= held**2 * (1 + 1e-9) + noise) & (row_weights > 0)
     if not optimal.any():
         return None
     weights: Array = optimal / optimal.sum()
@@ -299,7 +312,7 @@ def _start(gram: Array, row_weights: Array) -> Array:
     distances = np.sqrt(squared_distances(gram))
     medoid = int(np.argmin(distances @ row_weights))
     from_medoid = distances[medoid]
-    near = float(np.median(from_medoid[from_medoid > 0]))
+    near = float(np.sort(from_medoid)[len(from_medoid) // 2])
     pulls = row_weights / np.hypot(from_medoid, near)
     weights: Array = pulls / pulls.sum()
     return weights
@@ -324,7 +337,12 @@ def _classical(
     iteration = 0
     while True:
         point = _classical_point(rows, row_weights, hull_weights)
-        if best is None or point.gap < best.gap:
+        if not point.pulls.any():
+            # All rows coincide with y up to rounding: a row itself is exact if they are equal.
+            single = np.zeros_like(row_weights)
+            single[int(np.argmax(row_weights))] = 1.0
+            return _classical_point(rows, row_weights, single), iteration
+        if best is None or _better(point, best):
             best = point
         if point.gap <= 0.99 * tol or iteration == max_iter:
             return best, iteration
@@ -349,6 +367,7 @@ def _classical_point(rows: Tensor, row_weights: Array, hull_weights: Array) -> H
         pulls=pulls,
         distances=distances,
         objective=float(row_weights @ distances),
+        descent=0.0,  # only the Gram solver compares steps
         pull=max(0.0, resultant - held),
         slack=float(2 * row_weights[coincident] @ distances[coincident]),
         row_weights=row_weights,

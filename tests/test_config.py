@@ -1,0 +1,422 @@
+"""The run configuration: every key, every refusal, and the strategy that comes of it."""
+
+import math
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fl_bgmd.attacks import ATTACKS
+from fl_bgmd.strategies import (
+    BGMD,
+    CMD,
+    GMD,
+    CenteredClipping,
+    Krum,
+    Mean,
+    MultiKrum,
+    NormThreshold,
+    RobustFilter,
+    RobustStrategy,
+    TrimmedMean,
+)
+from simulations.config import SETTINGS, STRATEGIES, ConfigError, defaults, parse, validate
+from simulations.experiment import build_strategy
+
+PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
+NAN, INF = math.nan, math.inf
+
+BAD: dict[str, list[Any]] = {
+    "num-server-rounds": [0, -1],
+    "num-clients": [0, -1],
+    "fraction-train": [0.0, -0.1, 1.1, NAN, INF],
+    "fraction-evaluate": [-0.1, 1.1, NAN, INF],
+    "local-steps": [-1],
+    "local-epochs": [-1],
+    "batch-size": [0, -64],
+    "learning-rate": [0.0, -0.1, NAN, INF],
+    "momentum": [-0.1, 1.0, NAN],
+    "weight-decay": [-0.1, NAN, INF],
+    "lr-schedule": ["linear", "", "Constant"],
+    "server-learning-rate": [0.0, -1.0, NAN, INF],
+    "server-momentum": [-0.1, 1.0, NAN],
+    "dataset": ["imagenet", "", "CIFAR10"],
+    "data-dir": [],
+    "model": ["vgg", ""],
+    "partition": ["random", ""],
+    "num-shards": [0, -80],
+    "alpha": [0.0, -1.0, NAN, INF, 1e7],
+    "strategy": ["fedavg", "", "BGMD"],
+    "mixing": ["nnm", ""],
+    "bucket-size": [0, -1],
+    "assumed-byzantine-fraction": [-0.1, 0.5, 0.9, NAN],
+    "min-valid-replies": [0, -1],
+    "weighting": ["size", ""],
+    "gmd.solver": ["newton", ""],
+    "bgmd.block-fraction": [0.0, -0.1, 1.1, NAN],
+    "bgmd.selection": ["first", ""],
+    "bgmd.score": ["variance", ""],
+    "bgmd.memory": ["median", ""],
+    "norm-threshold.order": [0.5, -1.0, NAN],
+    "robust-filter.sigma0": [-1.0, NAN, INF],
+    "multi-krum.num-selected": [-1],
+    "centered-clipping.radius": [-1.0, NAN, INF],
+    "attack": ["smile", ""],
+    "attack.scale": [-1.0, NAN, INF],
+    "byzantine-fraction": [-0.1, 1.1, NAN, INF],
+    "byzantine-selection": ["often", ""],
+    "seed": [-1, 2**31 + 1],
+    "device": ["tpu", "", "meta", "cuda:99", "gpu"],
+    "client-threads": [0, -1],
+    "evaluate-every": [0, -1],
+    "round-timeout": [0.0, -1.0, NAN, INF],
+    "results-dir": [""],
+}
+
+
+def refusal(given: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as error:
+        validate(given)
+    return str(error.value)
+
+
+# ------------------------------------------------------------------------------- defaults
+
+
+def test_the_defaults_are_those_of_pyproject_and_complete() -> None:
+    table = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"]
+
+    def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in values.items():
+            if isinstance(value, dict):
+                found |= flatten(value, f"{prefix}{key}.")
+            else:
+                found[prefix + key] = value
+        return found
+
+    assert set(flatten(table)) == set(SETTINGS)
+    assert defaults() == flatten(table)
+    assert validate({}) == flatten(table)
+
+
+def test_the_defaults_have_the_types_of_their_keys() -> None:
+    for key, value in validate({}).items():
+        assert type(value) is SETTINGS[key].kind, key
+
+
+def test_every_key_is_kebab_case_and_explained() -> None:
+    for key, setting in SETTINGS.items():
+        assert re.fullmatch(r"[a-z0-9]+([-.][a-z0-9]+)*", key)
+        assert setting.help
+        assert setting.allowed
+
+
+def test_what_is_given_replaces_the_default_and_nothing_else() -> None:
+    config = validate({"num-server-rounds": 3, "learning-rate": 1, "seed": 7})
+    assert config == {**defaults(), "num-server-rounds": 3, "learning-rate": 1.0, "seed": 7}
+    assert type(config["learning-rate"]) is float
+
+
+def test_what_is_given_is_left_alone() -> None:
+    given: dict[str, Any] = {"learning-rate": 1}
+    validate(given)
+    assert given == {"learning-rate": 1}
+    assert type(given["learning-rate"]) is int
+
+
+# --------------------------------------------------------------------------------- values
+
+
+def test_every_key_has_its_bad_values() -> None:
+    assert set(BAD) == set(SETTINGS)
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, bad) for key in BAD for bad in BAD[key]])
+def test_a_bad_value_is_refused_with_key_value_and_what_is_allowed(key: str, value: Any) -> None:
+    message = refusal({key: value})
+    assert message.startswith(f"{key} is {value!r}; allowed: ")
+    assert message.endswith(SETTINGS[key].allowed)
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_a_wrong_type_is_refused(key: str) -> None:
+    wrong: dict[type, list[Any]] = {
+        int: ["3", 3.0, True, False, None, [3], b"3"],
+        float: ["0.1", True, False, None, [0.1], 1j],
+        str: [3, 0.1, True, None, ["bgmd"], b"bgmd"],
+    }
+    for value in wrong[SETTINGS[key].kind]:
+        message = refusal({key: value})
+        assert message.startswith(f"{key} is {value!r}; allowed: ")
+
+
+@pytest.mark.parametrize(
+    "key", [key for key, setting in SETTINGS.items() if setting.kind is not str]
+)
+def test_a_number_beyond_all_range_is_refused_like_any_other(key: str) -> None:
+    for value in (10**400, -(10**400)):
+        assert refusal({key: value}).startswith(f"{key} is {value!r}; allowed: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("fraction-train", [1e-9, 1.0, 1]),
+        ("fraction-evaluate", [0.0, 1.0, 0]),
+        ("momentum", [0.0, 0.999]),
+        ("assumed-byzantine-fraction", [0.0, 0.49999]),
+        ("bgmd.block-fraction", [1e-9, 1.0, 1]),
+        ("norm-threshold.order", [1.0, 1, 100.0]),
+        ("seed", [0, 2**31]),
+        ("alpha", [1e-9, 1e6]),
+        ("device", ["cpu", "auto"]),
+        ("data-dir", ["", "/somewhere/else"]),
+        ("lr-schedule", ["constant", "cosine", "exponential"]),
+        ("strategy", list(STRATEGIES)),
+    ],
+)
+def test_the_ends_of_a_range_are_allowed(key: str, values: list[Any]) -> None:
+    for value in values:
+        assert validate({key: value})[key] == value
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("num-client", "num-clients"),
+        ("num_clients", "num-clients"),
+        ("learning_rate", "learning-rate"),
+        ("bgmd.block_fraction", "bgmd.block-fraction"),
+        ("block-fraction", "bgmd.block-fraction"),
+        ("byzantine", "byzantine-fraction"),
+    ],
+)
+def test_an_unknown_key_is_an_error_that_helps(key: str, hint: str) -> None:
+    message = refusal({"seed": 1, key: 5})
+    assert message.startswith(f"unknown key {key!r} (value 5); did you mean ")
+    assert hint in message.partition(";")[2].partition("?")[0]
+    assert message.endswith("allowed: " + ", ".join(SETTINGS))
+
+
+def test_an_unknown_key_like_none_other_has_no_hint() -> None:
+    message = refusal({"zzz": "y"})
+    assert message.startswith("unknown key 'zzz' (value 'y'); allowed: num-server-rounds, ")
+
+
+# --------------------------------------------------------------------------- combinations
+
+
+def test_either_steps_or_epochs() -> None:
+    expected = "local-steps is {} and local-epochs is {}; allowed: one of them 0, the other above 0"
+    for steps, epochs in ((6, 2), (0, 0)):
+        given = {"local-steps": steps, "local-epochs": epochs}
+        assert refusal(given) == expected.format(steps, epochs)
+    assert validate({"local-steps": 0, "local-epochs": 2})["local-epochs"] == 2
+    assert validate({"local-steps": 3, "local-epochs": 0})["local-steps"] == 3
+
+
+def test_shards_are_a_multiple_of_the_clients() -> None:
+    expected = "num-shards is {}; allowed: a multiple of num-clients ({})"
+    for shards, clients in ((81, 10), (80, 7), (80, 160)):
+        given = {"partition": "shards", "num-shards": shards, "num-clients": clients}
+        assert refusal(given) == expected.format(shards, clients)
+        assert validate({**given, "partition": "iid"})
+        assert validate({**given, "partition": "dirichlet"})
+    assert validate({"partition": "shards", "num-shards": 84, "num-clients": 7})
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_attack_needs_hostile_clients(attack: str) -> None:
+    for fraction in (0.0, 0.09):
+        given = {"attack": attack, "byzantine-fraction": fraction, "num-clients": 10}
+        message = refusal(given)
+        assert message.startswith(f"attack is '{attack}' with byzantine-fraction {fraction}: ")
+        assert message.endswith("allowed: byzantine-fraction of 0.1 or more")
+    assert validate({"attack": attack, "byzantine-fraction": 0.1, "num-clients": 10})
+
+
+def test_the_share_that_the_message_names_is_enough() -> None:
+    given: dict[str, Any] = {"attack": "bit-flip", "partition": "iid"}
+    for clients in (1, 3, 7, 11, 49, 97, 1000):
+        share = float(refusal({**given, "num-clients": clients}).split()[-3])
+        assert validate({**given, "num-clients": clients, "byzantine-fraction": share})
+
+
+def test_hostile_clients_need_an_attack() -> None:
+    message = refusal({"byzantine-fraction": 0.4, "attack": "none"})
+    assert message.startswith("byzantine-fraction is 0.4 with attack 'none'; allowed: 0, or ")
+    assert message.endswith(", ".join(ATTACKS))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_weighting_needs_a_rule_that_weights(strategy: str) -> None:
+    given = {"weighting": "examples", "strategy": strategy}
+    if strategy in ("mean", "gmd"):
+        assert validate(given)["weighting"] == "examples"
+    else:
+        assert refusal(given) == (
+            f"weighting is 'examples' with strategy '{strategy}'; "
+            "allowed: uniform (examples: mean, gmd)"
+        )
+
+
+def test_linear_regression_takes_no_images() -> None:
+    message = refusal({"model": "linear"})
+    assert message.startswith("model is 'linear'; allowed with images: lenet, ")
+    assert "linear" not in message.partition("images: ")[2]
+
+
+def test_per_client_memory_and_bucketing_are_refused_before_anything_starts() -> None:
+    message = refusal({"bgmd.memory": "per-client", "mixing": "bucketing", "strategy": "bgmd"})
+    assert "per-client" in message
+    assert "bucketing" in message
+    assert validate({"bgmd.memory": "per-client", "mixing": "bucketing", "strategy": "gmd"})
+
+
+# ---------------------------------------------------------------------------------- parse
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_parse_gives_back_what_is_printed(key: str) -> None:
+    value = defaults()[key]
+    assert parse(key, str(value)) == value
+    assert type(parse(key, str(value))) is SETTINGS[key].kind
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("num-clients", "ten"),
+        ("num-clients", "10.0"),
+        ("num-clients", ""),
+        ("num-clients", "1e3"),
+        ("seed", "0x10"),
+        ("learning-rate", "fast"),
+        ("learning-rate", ""),
+        ("learning-rate", "0,1"),
+    ],
+)
+def test_text_that_is_no_number_is_refused(key: str, text: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(key, text)
+    assert str(error.value) == f"{key} is {text!r}; allowed: {SETTINGS[key].allowed}"
+
+
+def test_parsed_values_are_validated_afterwards() -> None:
+    for key, text in (("learning-rate", "nan"), ("learning-rate", "-1"), ("strategy", "x")):
+        assert refusal({key: parse(key, text)}).startswith(f"{key} is ")
+    assert parse("learning-rate", "1e-3") == 0.001
+
+
+def test_an_unknown_key_cannot_be_parsed() -> None:
+    with pytest.raises(ConfigError, match="unknown key 'learning_rate'"):
+        parse("learning_rate", "0.1")
+
+
+# ------------------------------------------------------------------------------- strategy
+
+CLASSES: dict[str, type[RobustStrategy]] = {
+    "mean": Mean,
+    "gmd": GMD,
+    "bgmd": BGMD,
+    "cmd": CMD,
+    "trimmed-mean": TrimmedMean,
+    "norm-threshold": NormThreshold,
+    "robust-filter": RobustFilter,
+    "krum": Krum,
+    "multi-krum": MultiKrum,
+    "centered-clipping": CenteredClipping,
+}
+
+
+def test_every_name_has_its_strategy() -> None:
+    assert set(CLASSES) == set(STRATEGIES)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_shared_settings_reach_the_strategy(name: str) -> None:
+    strategy = build_strategy(
+        validate(
+            {
+                "strategy": name,
+                "num-clients": 20,
+                "partition": "iid",
+                "fraction-train": 0.29,
+                "fraction-evaluate": 0.5,
+                "server-learning-rate": 0.5,
+                "server-momentum": 0.25,
+                "mixing": "bucketing",
+                "bucket-size": 3,
+                "assumed-byzantine-fraction": 0.125,
+                "min-valid-replies": 4,
+                "seed": 9,
+                "device": "cpu",
+            }
+        )
+    )
+    assert type(strategy) is CLASSES[name]
+    expected = {
+        "fraction_train": 0.29,
+        "fraction_evaluate": 0.5,
+        "min_available_nodes": 20,
+        "min_train_nodes": 5,
+        "min_evaluate_nodes": 10,
+        "server_learning_rate": 0.5,
+        "server_momentum": 0.25,
+        "mixing": "bucketing",
+        "bucket_size": 3,
+        "byzantine_fraction": 0.125,
+        "min_valid_replies": 4,
+        "weighting": "uniform",
+        "seed": 9,
+    }
+    assert {key: getattr(strategy, key) for key in expected} == expected
+    assert str(strategy.device) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "attributes"),
+    [
+        ("gmd", {"gmd.solver": "weiszfeld"}, {"solver": "weiszfeld"}),
+        (
+            "bgmd",
+            {
+                "bgmd.block-fraction": 0.3,
+                "bgmd.selection": "top-k",
+                "bgmd.score": "norm",
+                "bgmd.memory": "mean",
+            },
+            {"block_fraction": 0.3, "selection": "top-k", "score": "norm", "memory_rule": "mean"},
+        ),
+        ("trimmed-mean", {"assumed-byzantine-fraction": 0.3}, {"trim_fraction": 0.3}),
+        (
+            "norm-threshold",
+            {"norm-threshold.order": 1.5, "assumed-byzantine-fraction": 0.3},
+            {"order": 1.5, "drop_fraction": 0.3},
+        ),
+        ("robust-filter", {}, {"sigma0": None}),
+        ("robust-filter", {"robust-filter.sigma0": 2.0}, {"sigma0": 2.0}),
+        ("krum", {}, {"num_selected": 1}),
+        ("multi-krum", {}, {"num_selected": None}),
+        ("multi-krum", {"multi-krum.num-selected": 4}, {"num_selected": 4}),
+        ("centered-clipping", {}, {"radius": None}),
+        ("centered-clipping", {"centered-clipping.radius": 0.5}, {"radius": 0.5}),
+        ("mean", {"weighting": "examples"}, {"weighting": "examples"}),
+    ],
+)
+def test_the_own_settings_reach_the_strategy(
+    name: str, given: dict[str, Any], attributes: dict[str, Any]
+) -> None:
+    strategy = build_strategy(validate({"strategy": name, "mixing": "none", **given}))
+    assert {key: getattr(strategy, key) for key in attributes} == attributes
+
+
+def test_at_least_one_node_trains() -> None:
+    strategy = build_strategy(
+        validate({"fraction-train": 0.01, "num-clients": 10, "num-shards": 80})
+    )
+    assert strategy.min_train_nodes == 1
+    assert strategy.min_available_nodes == 10

@@ -1,0 +1,359 @@
+"""The spectral filter: against SVDs in R^d, by hand, and where norms see nothing."""
+
+import math
+import warnings
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import few_examples, numpy64
+
+from fl_bgmd.aggregators import (
+    SpectralFilter,
+    coordinate_median,
+    mean,
+    norm_clip,
+    norm_threshold,
+    spectral_filter,
+)
+
+METHODS = ("mean", "saddle")
+
+
+def planted(
+    n: int, d: int, corrupt: int, *, seed: int = 0, push: float | None = None
+) -> tuple[torch.Tensor, np.ndarray, float]:
+    """Return updates (corrupt rows first), the honest mean, and the honest sigma_0.
+
+    Honest rows are N(0, I); corrupt rows agree on one direction and have the honest norm,
+    sqrt(d), or ``push`` times it.
+    """
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((n, d))
+    direction = rng.standard_normal(d)
+    direction /= np.linalg.norm(direction)
+    rows[:corrupt] = math.sqrt(d) * direction * (1.0 if push is None else push)
+    honest = rows[corrupt:]
+    middle = honest.mean(axis=0)
+    sigma0 = float(np.linalg.norm(honest - middle, 2)) / math.sqrt(len(honest))
+    return torch.from_numpy(rows), middle, sigma0
+
+
+def assert_consistent(updates: torch.Tensor, result: SpectralFilter) -> None:
+    """Check that the vector is the plain mean of the kept rows, at least one of them."""
+    kept = result.kept.numpy()
+    assert kept.dtype == bool
+    assert kept.any()
+    assert result.weights is not None
+    assert result.weights.tolist() == pytest.approx((kept / kept.sum()).tolist())
+    rows = numpy64(updates)[kept]
+    error = np.abs(numpy64(result.vector) - rows.mean(axis=0))
+    assert (error <= 1e-6 * np.abs(rows).max(axis=0)).all()
+
+
+# --- Against the oracle -------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 15),
+    st.integers(1, 20),
+    st.integers(0, 4),
+    st.sampled_from((0.1, 0.5, 1.0, 2.0)),
+    st.sampled_from((0.0, 1e2, 1e4)),
+    st.integers(0, 2**32 - 1),
+)
+@few_examples
+def test_against_svds_in_r_d(
+    n: int, d: int, corrupt: int, sigma0: float, offset: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((n, d)) * rng.uniform(0.5, 2, (n, 1)) + offset
+    rows[:corrupt] += 10.0 ** rng.uniform(0, 6, (min(n, corrupt), 1))
+    vector, kept, iterations = oracles.spectral_filter(rows, sigma0)
+    if not kept.any():
+        return
+    result = spectral_filter(torch.from_numpy(rows), sigma0=sigma0)
+    assert result.kept.tolist() == kept.tolist()
+    assert result.iterations == iterations
+    assert result.sigma0 == pytest.approx(sigma0)
+    np.testing.assert_allclose(numpy64(result.vector), vector, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("byzantine_fraction", [0.0, 0.1, 0.25])
+@pytest.mark.parametrize("n", [4, 11, 20])
+def test_estimate_of_sigma0(n: int, byzantine_fraction: float) -> None:
+    rng = np.random.default_rng(n)
+    rows = rng.standard_normal((n, 7)) + 5
+    rows[0] += 100
+    left = math.ceil((1 - byzantine_fraction) * n - 1e-9)
+    for method in METHODS:
+        result = spectral_filter(
+            torch.from_numpy(rows), byzantine_fraction=byzantine_fraction, method=method
+        )
+        assert result.sigma0 == pytest.approx(oracles.spectral_sigma0(rows, left), rel=1e-9)
+        assert_consistent(torch.from_numpy(rows), result)
+        if left < n:
+            assert result.kept.tolist() == [i > 0 for i in range(n)]
+
+
+# --- Values derived by hand ---------------------------------------------------------------------
+
+
+def test_one_far_row_is_dropped() -> None:
+    """0, 0, 0, 0, 10: mean 2, tau = 4, 4, 4, 4, 64, sum 80 > 4 * 5 * 1. Then all equal."""
+    updates = torch.tensor([[0.0], [0.0], [0.0], [0.0], [10.0]])
+    result = spectral_filter(updates, sigma0=1.0)
+    assert result.kept.tolist() == [True] * 4 + [False]
+    assert result.vector.tolist() == [0.0]
+    assert result.iterations == 1
+    # With sigma_0 = 2 the sum 80 is just allowed: 4 * 5 * 4 = 80.
+    allowed = spectral_filter(updates, sigma0=2.0)
+    assert allowed.kept.all()
+    assert allowed.iterations == 0
+    assert allowed.vector.tolist() == [2.0]
+
+
+def test_soft_weights_decide_in_the_second_round() -> None:
+    """A row that survives the first round at c >= 1/2 counts less in the second.
+
+    -1, 0, 0, 1, 6, 40: mean 46/6; the farthest goes, c of the others stays above 1/2; then
+    6 against -1, 0, 0, 1 goes as well.
+    """
+    updates = torch.tensor([[-1.0], [0.0], [0.0], [1.0], [6.0], [40.0]], dtype=torch.float64)
+    result = spectral_filter(updates, sigma0=0.6)
+    assert result.kept.tolist() == [True, True, True, True, False, False]
+    assert result.vector.tolist() == [0.0]
+    assert result.iterations == 2
+
+
+def test_direction_of_the_largest_spread_decides() -> None:
+    """The far row is the one of ordinary norm that agrees with nobody in the second coordinate."""
+    updates = torch.tensor(
+        [[5.0, 0.1], [5.1, -0.1], [4.9, 0.0], [5.0, 0.0], [5.05, 0.05], [0.0, 5.0]]
+    )
+    result = spectral_filter(updates, sigma0=0.2)
+    assert result.kept.tolist() == [True] * 5 + [False]
+
+
+@pytest.mark.parametrize("sigma0", [None, 0.1])
+def test_equal_rows_are_all_kept(sigma0: float | None) -> None:
+    for value in (0.0, 0.1, -1e30):
+        updates = torch.full((6, 3), value)
+        result = spectral_filter(updates, sigma0=sigma0)
+        assert result.kept.all()
+        assert result.iterations == 0
+        torch.testing.assert_close(result.vector, updates[0])
+
+
+@pytest.mark.parametrize("sigma0", [None, 0.1])
+def test_one_row(sigma0: float | None) -> None:
+    row = torch.tensor([[1e30, -0.1]])
+    result = spectral_filter(row, sigma0=sigma0)
+    assert torch.equal(result.vector, row[0])
+    assert result.kept.tolist() == [True]
+
+
+def test_two_rows_are_both_kept() -> None:
+    """Each tau is (6^2 + 8^2) / 4 = 25 and sigma_0 is estimated as 5: 50 <= 4 * 2 * 25."""
+    updates = torch.tensor([[0.0, 0.0], [6.0, 8.0]])
+    result = spectral_filter(updates)
+    assert result.sigma0 == pytest.approx(5.0)
+    assert result.kept.all()
+    assert result.vector.tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[0.0, 0.0], [6.0, 8.0]],
+        [[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]],
+        [[5.0], [5.0], [-5.0], [-5.0], [5.0], [-5.0]],
+    ],
+)
+def test_rows_that_are_all_equally_wrong_do_not_vanish_together(rows: list[list[float]]) -> None:
+    """Every tau is the largest, so every weight falls to 0: something must be returned."""
+    updates = torch.tensor(rows)
+    result = spectral_filter(updates, sigma0=0.01)
+    assert torch.isfinite(result.vector).all()
+    assert_consistent(updates, result)
+
+
+# --- Properties ---------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 12), st.integers(1, 20), st.booleans(), st.integers(0, 2**32 - 1))
+@few_examples
+def test_symmetries(n: int, d: int, given_sigma: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = torch.from_numpy(rng.standard_normal((n, d)) * rng.uniform(0.5, 2, (n, 1)))
+    rows[0] += 30
+    sigma0 = 1.0 if given_sigma else None
+
+    def kept(updates: torch.Tensor, scale: float = 1.0) -> list[bool]:
+        result = spectral_filter(updates, sigma0=None if sigma0 is None else scale * sigma0)
+        assert_consistent(updates, result)
+        return result.kept.tolist()
+
+    before = kept(rows)
+    order = rng.permutation(n)
+    assert kept(rows[torch.from_numpy(order)]) == [before[i] for i in order]
+    assert kept(rows + 100 * torch.from_numpy(rng.standard_normal(d))) == before
+    assert kept(-1e9 * rows, 1e9) == before
+    assert kept(1e-9 * rows, 1e-9) == before
+    assert kept(rows @ oracles.rotation(d, seed)) == before
+
+
+@pytest.mark.parametrize("sigma0_is_given", [False, True])
+@pytest.mark.parametrize("corrupt", [10, 25, 50])
+def test_planted_corruption_that_norms_cannot_see(corrupt: int, sigma0_is_given: bool) -> None:
+    """Theorem 3: ||estimate - honest mean|| = O(sigma_0 sqrt(eps)); 1 is enough for the O here.
+
+    Corrupt rows lie on the shell of the honest ones, so rules on norms average them in and move
+    by eps sqrt(d), and the coordinate-wise median goes a good part of the way.
+    """
+    n, d = 200, 2000
+    updates, middle, honest_sigma = planted(n, d, corrupt)
+    epsilon = corrupt / n
+    result = spectral_filter(
+        updates,
+        byzantine_fraction=epsilon,
+        sigma0=honest_sigma if sigma0_is_given else None,
+    )
+    assert_consistent(updates, result)
+    error = oracles.norm(result.vector.numpy() - middle)
+    assert error <= honest_sigma * math.sqrt(epsilon)
+    assert not result.kept[:corrupt].any()
+    blind = (
+        mean(updates),
+        norm_clip(updates),
+        norm_threshold(updates, drop_fraction=epsilon),
+        coordinate_median(updates),
+    )
+    for other in blind:
+        assert oracles.norm(other.vector.numpy() - middle) > 2 * error
+
+
+def test_corruption_too_weak_to_see_is_too_weak_to_hurt() -> None:
+    """What passes the test of line 5 moves the mean by less than sigma_0 sqrt(eps)."""
+    for push in (0.05, 0.2, 0.4):
+        updates, middle, sigma0 = planted(200, 500, 20, push=push)
+        result = spectral_filter(updates, byzantine_fraction=0.1, sigma0=sigma0)
+        error = oracles.norm(result.vector.numpy() - middle)
+        assert error <= 2 * sigma0 * math.sqrt(0.1)
+
+
+def test_honest_rows_alone_pass() -> None:
+    for seed in range(5):
+        updates, _, sigma0 = planted(50, 300, 0, seed=seed)
+        assert spectral_filter(updates, sigma0=sigma0).kept.all()
+        assert spectral_filter(updates).kept.all()
+
+
+@pytest.mark.parametrize("size", [1e2, 1e6, 1e15, 1e30])
+@pytest.mark.parametrize("kind", ["one point", "scattered"])
+def test_a_quarter_of_huge_rows(kind: str, size: float) -> None:
+    rng = np.random.default_rng(3)
+    rows = rng.standard_normal((20, 10))
+    rows[:5] = size * (rng.standard_normal(10) if kind == "one point" else rows[:5])
+    updates = torch.from_numpy(rows).float()
+    result = spectral_filter(updates, byzantine_fraction=0.25)
+    assert not result.kept[:5].any()
+    assert_consistent(updates, result)
+    honest = numpy64(updates)[5:]
+    deviation = oracles.norm(numpy64(result.vector) - honest.mean(axis=0))
+    assert deviation <= oracles.distances(honest.mean(axis=0), honest).max()
+
+
+def test_a_majority_of_equal_rows_wins() -> None:
+    updates = torch.from_numpy(np.random.default_rng(4).standard_normal((10, 4))).float()
+    updates[2:] = 1e6
+    result = spectral_filter(updates)
+    assert (result.vector == 1e6).all()
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e170, 1e300])
+def test_float64_rows_of_any_magnitude(scale: float) -> None:
+    rows = np.random.default_rng(5).standard_normal((9, 5))
+    rows[0] += 50
+    for sigma0 in (None, 1.0):
+        expected = spectral_filter(torch.from_numpy(rows), sigma0=sigma0)
+        result = spectral_filter(
+            torch.from_numpy(rows * scale), sigma0=None if sigma0 is None else scale * sigma0
+        )
+        assert torch.equal(result.kept, expected.kept)
+        assert result.sigma0 / scale == pytest.approx(expected.sigma0)
+        np.testing.assert_allclose(
+            numpy64(result.vector) / scale, numpy64(expected.vector), rtol=1e-9
+        )
+
+
+def test_float64_rows_at_both_ends_of_the_range() -> None:
+    rows = np.random.default_rng(6).standard_normal((12, 5))
+    rows[:2] *= 1e30
+    rows[2] *= 1e300
+    result = spectral_filter(torch.from_numpy(rows), byzantine_fraction=0.25)
+    assert not result.kept[:3].any()
+    assert oracles.norm(numpy64(result.vector)) <= 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_dtype(dtype: torch.dtype) -> None:
+    rows = np.random.default_rng(7).standard_normal((8, 30))
+    rows[3] += 100
+    updates = torch.from_numpy(rows).to(dtype)
+    before = updates.clone()
+    result = spectral_filter(updates)
+    assert result.vector.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(updates, before)
+    assert result.kept.tolist() == [i != 3 for i in range(8)]
+
+
+# --- Warned of and refused ----------------------------------------------------------------------
+
+
+def test_warns_above_a_quarter() -> None:
+    updates = torch.from_numpy(np.random.default_rng(8).standard_normal((10, 4)))
+    updates[:4] *= 1e6
+    message = "byzantine_fraction is 0.4: the guarantee of the spectral filter .* ends at 0.25"
+    with pytest.warns(UserWarning, match=message):
+        result = spectral_filter(updates, byzantine_fraction=0.4)
+    assert not result.kept[:4].any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spectral_filter(updates, byzantine_fraction=0.25)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"byzantine_fraction": -0.1}, "byzantine_fraction is -0.1; allowed: 0 to below 0.5"),
+        ({"byzantine_fraction": 0.5}, "byzantine_fraction is 0.5; allowed: 0 to below 0.5"),
+        ({"byzantine_fraction": math.nan}, "byzantine_fraction is nan; allowed: 0 to below 0.5"),
+        ({"sigma0": 0.0}, "sigma0 is 0.0; allowed: above 0"),
+        ({"sigma0": -2.0}, "sigma0 is -2.0; allowed: above 0"),
+        ({"sigma0": math.nan}, "sigma0 is nan; allowed: above 0"),
+        ({"method": "median"}, "method is 'median'; allowed: mean, saddle"),
+    ],
+)
+def test_refused_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        spectral_filter(torch.ones(4, 2), **options)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_non_finite_rows_are_named(value: float, dtype: torch.dtype) -> None:
+    updates = torch.ones(5, 3, dtype=dtype)
+    updates[3, 2] = value
+    with pytest.raises(ValueError, match="updates: row 3 holds a NaN or an infinity"):
+        spectral_filter(updates)
+
+
+def test_refused_updates() -> None:
+    with pytest.raises(ValueError, match=r"updates has shape \(4,\); allowed: \(n, d\)"):
+        spectral_filter(torch.ones(4))
+    with pytest.raises(TypeError, match=r"updates has dtype torch\.int64"):
+        spectral_filter(torch.ones(4, 2, dtype=torch.int64))
