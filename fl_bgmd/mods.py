@@ -73,7 +73,9 @@ class ByzantineMod:
         )
         [sent] = message.content.array_records.values()
         [(record_name, trained)] = reply.content.array_records.items()
-        before, after = ModelLayout(sent), ModelLayout(trained)
+        # In the order sent: a client may reply in another one.
+        in_order = ArrayRecord({key: trained[key] for key in sent})
+        before, after = ModelLayout(sent), ModelLayout(in_order)
         update = torch.from_numpy(before.values - after.values)
         update = chosen.apply(update, strength or chosen.strength, generator)
         lie: ArrayRecord = after.to_arrays(before.values - update.numpy(), after.buffer_values)

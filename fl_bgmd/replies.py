@@ -6,6 +6,7 @@ row of the update matrix. It never raises for anything a client can send.
 """
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -18,7 +19,11 @@ from numpy.typing import NDArray
 
 MetricValue = int | float | list[int] | list[float]
 
+BUFFER_DTYPE = np.dtype(np.longdouble)
+"""Holds every float64 and, where it has 64 bits of mantissa, every 64-bit integer."""
+
 _MAX_HEADER_BYTES = 4096
+_MAX_DETAIL = 300
 _BUFFER_SUFFIXES = ("running_mean", "running_var")
 _FLOATS = ("float16", "float32", "float64")
 
@@ -117,7 +122,7 @@ class ModelLayout:
         wide = any(spec.dtype == np.float64 for spec in self.directions)
         self.dtype = np.dtype(np.float64 if wide else np.float32)
         self.values = self._flatten(values, self.directions, self.dtype)
-        self.buffer_values = self._flatten(values, self.buffers, np.dtype(np.float64))
+        self.buffer_values = self._flatten(values, self.buffers, BUFFER_DTYPE)
 
     @property
     def num_directions(self) -> int:
@@ -138,10 +143,28 @@ class ModelLayout:
         for specs, values in ((self.directions, directions), (self.buffers, buffers)):
             for spec in specs:
                 value = values[spec.offset : spec.offset + spec.size].reshape(spec.shape)
-                if spec.dtype.kind in "iub":
+                if spec.dtype.kind in "iu":
+                    limits = np.iinfo(spec.dtype.name)
+                    value = np.clip(np.rint(value), limits.min, limits.max)
+                elif spec.dtype.kind == "b":
                     value = np.rint(value)
-                arrays[spec.key] = Array(np.ascontiguousarray(value.astype(spec.dtype)))
+                with np.errstate(over="ignore", invalid="ignore"):
+                    # Not np.ascontiguousarray: it turns a 0-d array into one of shape (1,).
+                    arrays[spec.key] = Array(np.array(value, dtype=spec.dtype, order="C"))
         return ArrayRecord({key: arrays[key] for key in self.keys})
+
+    def holds(self, directions: NDArray[np.floating]) -> bool:
+        """Whether all values are finite, also in the dtypes of the arrays they go to."""
+        if not np.isfinite(directions).all():
+            return False
+        with np.errstate(over="ignore"):
+            return all(
+                np.isfinite(
+                    directions[spec.offset : spec.offset + spec.size].astype(spec.dtype)
+                ).all()
+                for spec in self.directions
+                if spec.dtype.itemsize < directions.dtype.itemsize
+            )
 
     @staticmethod
     def _flatten(
@@ -196,7 +219,7 @@ def screen(
         (d,) of ``layout.dtype``: receives ``sent - received``, the update. Holds nothing of use
         when the reply is rejected.
     buffers : ndarray, optional
-        (number of buffer values,) float64: receives the reply's buffers.
+        (number of buffer values,) of :data:`BUFFER_DTYPE`: receives the reply's buffers.
     examples_key : str
         The metric with the number of examples.
     needs_examples : bool
@@ -223,10 +246,16 @@ def screen(
             assert buffers is not None
             _read_arrays(reply, layout, row, buffers)
     except InvalidReplyError as invalid:
-        return Screened(invalid.reason, str(invalid))
+        return Screened(invalid.reason, _one_line(str(invalid)))
     except Exception as unforeseen:  # a client must not be able to end the run
-        return Screened(Rejection.ENCODING, f"{type(unforeseen).__name__}: {unforeseen}")
+        return Screened(Rejection.ENCODING, _one_line(f"{type(unforeseen).__name__}: {unforeseen}"))
     return Screened(None, "", num_examples, metrics)
+
+
+def _one_line(text: str) -> str:
+    """Cut a text short and keep it on one line: clients write into the log through it."""
+    shown = "".join(c if c.isprintable() else " " for c in text[: _MAX_DETAIL + 1])
+    return shown if len(shown) <= _MAX_DETAIL else shown[:_MAX_DETAIL] + "..."
 
 
 def partition_id(reply: Message) -> int | None:
@@ -258,7 +287,8 @@ def median_metrics(metrics: Iterable[dict[str, MetricValue]]) -> MetricRecord:
     result: dict[str, MetricValue] = {}
     for (key, length), reported in values.items():
         if 2 * len(reported) > len(collected):
-            middle = np.median(np.asarray(reported, dtype=np.float64), axis=0)
+            # Halved: the mean of two middle values must not overflow.
+            middle = 2 * np.median(np.asarray(reported, dtype=np.float64) / 2, axis=0)
             result[key] = float(middle) if length < 0 else [float(value) for value in middle]
     return MetricRecord(result)
 
@@ -331,8 +361,12 @@ def _read_arrays(
             _require_finite(row[part], spec.key)
         for spec in layout.buffers:
             part = slice(spec.offset, spec.offset + spec.size)
-            buffers[part] = view_array(arrays[spec.key], spec).ravel()
-            _require_finite(buffers[part], spec.key)
+            value = view_array(arrays[spec.key], spec).ravel()
+            if not np.isfinite(value.astype(spec.dtype)).all():
+                raise InvalidReplyError(
+                    Rejection.NON_FINITE, f"array {spec.key!r} is not finite as {spec.dtype}"
+                )
+            buffers[part] = value
 
 
 def _require_finite(values: NDArray[np.floating], key: str) -> None:
@@ -385,17 +419,25 @@ def _read_npy_header(
     """Parse an .npy header: ``(shape, fortran_order, dtype, offset of the values)``."""
     stream = BytesIO(data[: _MAX_HEADER_BYTES + 12])
     try:
-        version = np.lib.format.read_magic(stream)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran_order, dtype = read(stream, max_header_size=_MAX_HEADER_BYTES)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            shape, fortran_order, dtype = _parse_npy_header(stream)
     except Exception as error:
         raise InvalidReplyError(
             Rejection.ENCODING, f"array {key!r} is not a .npy array: {type(error).__name__}"
         ) from error
     return tuple(shape), bool(fortran_order), dtype, stream.tell()
+
+
+def _parse_npy_header(stream: BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
+    """Parse what NumPy writes for plain arrays: versions 1 and 2, which evaluate literals only."""
+    version = np.lib.format.read_magic(stream)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    shape, fortran_order, dtype = read(stream, max_header_size=_MAX_HEADER_BYTES)
+    return shape, fortran_order, dtype
 
 
 def _converts_safely(received: np.dtype[np.generic], sent: np.dtype[np.generic]) -> bool:

@@ -65,7 +65,9 @@ class ConfiguredClientApp(ClientApp):
             state=context.state,
             run_config=dict(self._run_config),
         )
-        return self._inner(message, configured)
+        reply = self._inner(message, configured)
+        context.state = configured.state
+        return reply
 
 
 def run(

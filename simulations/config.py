@@ -69,6 +69,8 @@ def _number(
         allowed = f"above {low:g}"
 
     def holds(value: Value) -> bool:
+        if isinstance(value, int) and abs(value) > 2**63:
+            return False
         number = float(value)
         inside = low <= number <= high and math.isfinite(number)
         return inside and not (above and number == low) and not (below and number == high)
@@ -156,12 +158,7 @@ def validate(given: Mapping[str, Value]) -> Config:
     """
     config = defaults()
     for key, value in given.items():
-        if key not in SETTINGS:
-            close = difflib.get_close_matches(key, SETTINGS, n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise ConfigError(
-                f"unknown key {key!r} (value {value!r}){hint}; allowed: " + ", ".join(SETTINGS)
-            )
+        _check_key(key, value)
         config[key] = value
     for key, setting in SETTINGS.items():
         config[key] = _check(key, config[key], setting)
@@ -171,6 +168,7 @@ def validate(given: Mapping[str, Value]) -> Config:
 
 def parse(key: str, text: str) -> Value:
     """Turn a command-line string into the type of ``key``; :class:`ConfigError` if it is not."""
+    _check_key(key, text)
     kind = SETTINGS[key].kind
     try:
         return kind(text)
@@ -178,8 +176,17 @@ def parse(key: str, text: str) -> Value:
         raise ConfigError(f"{key} is {text!r}; allowed: {SETTINGS[key].allowed}") from None
 
 
+def _check_key(key: str, value: Value) -> None:
+    if key not in SETTINGS:
+        close = difflib.get_close_matches(key, SETTINGS, n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        allowed = ", ".join(SETTINGS)
+        raise ConfigError(f"unknown key {key!r} (value {value!r}){hint}; allowed: {allowed}")
+
+
 def _check(key: str, value: Value, setting: Setting) -> Value:
-    if setting.kind is float and isinstance(value, int) and not isinstance(value, bool):
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if setting.kind is float and is_number and setting.holds(value):
         value = float(value)
     if not isinstance(value, setting.kind) or isinstance(value, bool) or not setting.holds(value):
         raise ConfigError(f"{key} is {value!r}; allowed: {setting.allowed}")
@@ -200,14 +207,21 @@ def _check_combinations(config: Config) -> None:
         )
     hostile = int(fraction * clients + 1e-9)
     if config["attack"] != "none" and hostile == 0:
+        least = math.ceil(1e6 / clients) / 1e6
         raise ConfigError(
             f"attack is {config['attack']!r} with byzantine-fraction {fraction}: none of "
-            f"{clients} clients is hostile; allowed: byzantine-fraction of {1 / clients:g} or more"
+            f"{clients} clients is hostile; allowed: byzantine-fraction of {least:g} or more"
         )
     if config["attack"] == "none" and fraction > 0:
         raise ConfigError(
             f"byzantine-fraction is {fraction} with attack 'none'; allowed: 0, or an attack of "
             + ", ".join(ATTACKS)
+        )
+    memory = config["bgmd.memory"] if config["strategy"] == "bgmd" else ""
+    if memory == "per-client" and config["mixing"] == "bucketing":
+        raise ConfigError(
+            "bgmd.memory is 'per-client' with mixing 'bucketing'; allowed with it: none, "
+            "nearest-neighbor"
         )
     if config["weighting"] != "uniform" and config["strategy"] not in ("mean", "gmd"):
         raise ConfigError(

@@ -5,9 +5,10 @@ strategies: tests and long experiments use it.
 """
 
 from collections.abc import Iterable
+from copy import deepcopy
 from itertools import count
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -100,20 +101,23 @@ class InProcessGrid(Grid):
         """Call the ClientApp with content of its own, as if it had travelled."""
         message.content = _copy(message.content)
         try:
-            return self._client_app(message, self._contexts[message.metadata.dst_node_id])
-        except Exception as error:  # what a SuperNode does with a client that raises
+            reply = self._client_app(message, self._contexts[message.metadata.dst_node_id])
+            if not isinstance(reply, Message):
+                raise TypeError(f"the ClientApp returned a {type(reply).__name__}, not a Message")
+        except (Exception, SystemExit) as error:  # what a SuperNode does with a client that fails
             reason = f"{type(error).__name__}: {error}"
             return Message(Error(code=CLIENT_FAILED, reason=reason), reply_to=message)
+        if reply.has_content():
+            reply.content = _copy(reply.content)
+        return reply
 
 
 def _copy(content: RecordDict) -> RecordDict:
-    """Copy the records, not the arrays' bytes: clients share nothing they can change."""
+    """Copy the records, not the arrays' bytes: the sides share nothing they can change."""
     copied = RecordDict()
     for name, record in content.items():
         if isinstance(record, ArrayRecord):
             copied[name] = ArrayRecord(dict(record))
-        elif isinstance(record, ConfigRecord):
-            copied[name] = ConfigRecord(dict(record))
         else:
-            copied[name] = type(record)(dict(record))
+            copied[name] = deepcopy(record)
     return copied

@@ -1,6 +1,7 @@
 """What all strategies share: screening, the update matrix, mixing, momentum, metrics."""
 
 import logging
+import math
 import random
 import time
 from abc import abstractmethod
@@ -18,7 +19,14 @@ from torch import Tensor
 
 from fl_bgmd.aggregators import Aggregate, GeometricMedian
 from fl_bgmd.aggregators.mixing import bucketing_matrix, mix, nearest_neighbor_matrix
-from fl_bgmd.replies import ModelLayout, Screened, median_metrics, partition_id, screen
+from fl_bgmd.replies import (
+    BUFFER_DTYPE,
+    ModelLayout,
+    Screened,
+    median_metrics,
+    partition_id,
+    screen,
+)
 
 MIXINGS = ("none", "nearest-neighbor", "bucketing")
 WEIGHTINGS = ("uniform", "examples")
@@ -101,7 +109,12 @@ class RobustStrategy(FedAvg):
         device: str = "auto",
         **fedavg_options: Any,
     ) -> None:
-        require("server_learning_rate", server_learning_rate, server_learning_rate > 0, "above 0")
+        require(
+            "server_learning_rate",
+            server_learning_rate,
+            0 < server_learning_rate < math.inf,
+            "above 0",
+        )
         require("server_momentum", server_momentum, 0 <= server_momentum < 1, "0 to below 1")
         require("mixing", mixing, mixing in MIXINGS, ", ".join(MIXINGS))
         require(
@@ -149,7 +162,8 @@ class RobustStrategy(FedAvg):
         """Sample nodes and send them the model, the round and the round's seed."""
         self._sent = arrays
         self._layout = ModelLayout(arrays)
-        if not np.isfinite(self._layout.values).all():
+        buffers_finite = np.isfinite(self._layout.buffer_values).all()
+        if not (np.isfinite(self._layout.values).all() and buffers_finite):
             raise ValueError("arrays of the global model hold a NaN or an infinity")
         if self.fraction_train == 0.0:
             return []
@@ -201,7 +215,7 @@ class RobustStrategy(FedAvg):
         rows = torch.empty(
             len(messages), layout.num_directions, dtype=torch.from_numpy(layout.values).dtype
         )
-        buffers = np.empty((len(messages), layout.num_buffers))
+        buffers = np.empty((len(messages), layout.num_buffers), dtype=BUFFER_DTYPE)
         accepted: list[Screened] = []
         nodes: list[int] = []
         contents: list[RecordDict] = []
@@ -293,7 +307,8 @@ class RobustStrategy(FedAvg):
                 None if rows is None else rows[filled].numpy(),
                 None if buffers is None else buffers[filled],
                 examples_key=self.weighted_by_key,
-                needs_examples=self.weighting == "examples",
+                # Flower's own combiners, and those written like them, read it from every reply.
+                needs_examples=self.weighting == "examples" or not all(self._own_metrics.values()),
                 seen_nodes=seen,
             )
             if screened.reason is None:
@@ -315,15 +330,21 @@ class RobustStrategy(FedAvg):
         metrics: MetricRecord,
     ) -> ArrayRecord:
         """Mix, aggregate and move the model; write the diagnostics into ``metrics``."""
-        current, matrix = self._mix(current)
-        result = self.aggregate(current)
-        update = result.vector
-        if self.server_momentum:
-            if self._velocity is not None:
-                update = update + self.server_momentum * self._velocity.to(update)
-            self._velocity = update
-        moved = layout.values - self.server_learning_rate * update.cpu().numpy()
-        moved = moved.astype(layout.dtype, copy=False)
+        before = self.state_dict()
+        # Replies near the end of the range may overflow anywhere: the model is looked at below.
+        with np.errstate(all="ignore"):
+            try:
+                current, matrix = self._mix(current)
+                result = self.aggregate(current)
+            except ValueError as error:
+                return self._keep(before, f"the rule failed: {error}", metrics)
+            update = result.vector
+            if self.server_momentum:
+                if self._velocity is not None:
+                    update = update + self.server_momentum * self._velocity.to(update)
+                self._velocity = update
+            moved = layout.values - self.server_learning_rate * update.cpu().numpy()
+            moved = moved.astype(layout.dtype, copy=False)
         metrics["update-norm"] = float(torch.linalg.vector_norm(result.vector, dtype=torch.float64))
         if result.weights is not None:
             weights = result.weights.numpy()
@@ -334,13 +355,18 @@ class RobustStrategy(FedAvg):
             metrics["iterations"] = result.iterations
             metrics["gap"] = result.gap
         self.describe(result, metrics)
-        if not np.isfinite(moved).all():
-            LOG.warning("round %s keeps the model: the new one is not finite", self._round)
-            metrics["diverged"] = 1
-            assert self._sent is not None
-            return self._sent
+        if not layout.holds(moved):
+            return self._keep(before, "the new one is not finite", metrics)
         middle = np.median(buffers, axis=0) if buffers.size else layout.buffer_values
         return layout.to_arrays(moved, middle)
+
+    def _keep(self, state: dict[str, Any], reason: str, metrics: MetricRecord) -> ArrayRecord:
+        """Undo the round: the model and the state stay as they were."""
+        LOG.warning("round %s keeps the model: %s", self._round, reason)
+        metrics["diverged"] = 1
+        self.load_state_dict(state)
+        assert self._sent is not None
+        return self._sent
 
     def describe(self, result: Aggregate, metrics: MetricRecord) -> None:
         """Add the rule's own diagnostics of a round to ``metrics``; nothing by default."""
@@ -376,7 +402,11 @@ class RobustStrategy(FedAvg):
         if self._own_metrics[f"{phase}_metrics_aggr_fn"] or not contents:
             return median_metrics(screened.metrics for screened in accepted)
         combine = self.train_metrics_aggr_fn if phase == "train" else self.evaluate_metrics_aggr_fn
-        return combine(contents, self.weighted_by_key)
+        try:
+            return combine(contents, self.weighted_by_key)
+        except Exception as error:  # it reads what clients sent: it must not end the run
+            LOG.warning("%s_metrics_aggr_fn failed (%s): medians are used", phase, error)
+            return median_metrics(screened.metrics for screened in accepted)
 
     def _sample_and_send(
         self,
@@ -411,6 +441,8 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device is {device!r}; allowed: auto, cpu, cuda, cuda:N") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; allowed: auto, cpu, cuda, cuda:N")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device is {device!r}; this machine has {torch.cuda.device_count()}")
     return resolved

@@ -6,9 +6,9 @@ from typing import Any
 from flwr.app import MetricRecord
 
 from fl_bgmd.aggregators import Aggregate, SpectralFilter, spectral_filter
-from fl_bgmd.aggregators.spectral import METHODS
+from fl_bgmd.aggregators.spectral import METHODS, PROVEN_FRACTION
 
-from .robust import RobustStrategy, Round, require
+from .robust import LOG, RobustStrategy, Round, require
 
 
 class RobustFilter(RobustStrategy):
@@ -32,13 +32,20 @@ class RobustFilter(RobustStrategy):
         super().__init__(**options)
         require("sigma0", sigma0, sigma0 is None or sigma0 > 0, "above 0")
         require("method", method, method in METHODS, ", ".join(METHODS))
+        if self.byzantine_fraction > PROVEN_FRACTION:
+            LOG.warning(
+                "byzantine_fraction is %s: the guarantee of the robust filter ends at %s",
+                self.byzantine_fraction,
+                PROVEN_FRACTION,
+            )
         self.sigma0 = sigma0
         self.method = method
 
     def aggregate(self, current: Round) -> Aggregate:
         """Return the mean of the rows that survive the filter."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("once", message="byzantine_fraction")
+            # Said once, when the strategy was made.
+            warnings.filterwarnings("ignore", message="byzantine_fraction")
             return spectral_filter(
                 current.updates,
                 byzantine_fraction=self.byzantine_fraction,

@@ -264,7 +264,7 @@ def test_clipped_scores_by_hand() -> None:
     """Norms 5, 1 and 1000 have the median 5, so the last row counts as (0, 0, 5)."""
     updates = torch.tensor([[3.0, 4.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1000.0]])
     # Columns: 9, 16, 1 and 25 of 51, so k = 2 takes them with probability 18, 32, 2 and 50 of 51.
-    draws = 1500
+    draws = 800
     counts = np.zeros(4)
     generator = seeded(0)
     for _ in range(draws):
@@ -282,7 +282,7 @@ def test_clipped_scores_by_hand() -> None:
 )
 def test_norm_and_squared_norm_by_hand(score: str, expected: list[float]) -> None:
     updates = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    draws = 1500
+    draws = 800
     counts = np.zeros(4)
     generator = seeded(1)
     for _ in range(draws):
@@ -326,8 +326,8 @@ def test_block_hijack() -> None:
 )
 @pytest.mark.parametrize("block_fraction", [0.05, 0.3])
 def test_lemma_1(selection: str, score: str, block_fraction: float) -> None:
-    """E ||G - C_k(G)||^2 <= (1 - k/d) ||G||^2, over 400 blocks of one G."""
-    n, d, draws = 4, 60, 400
+    """E ||G - C_k(G)||^2 <= (1 - k/d) ||G||^2, over 250 blocks of one G."""
+    n, d, draws = 4, 60, 250
     updates = torch.from_numpy(np.random.default_rng(0).standard_t(3, (n, d)))
     generator = seeded(0)
     ratios = np.array(
@@ -447,6 +447,19 @@ def test_float64_rows_of_any_magnitude(memory_rule: str, scale: float) -> None:
     assert expected.memory is not None
     torch.testing.assert_close(result.memory / scale, expected.memory, rtol=1e-5, atol=1e-6)
     assert result.residual_ratio == pytest.approx(expected.residual_ratio)
+
+
+@pytest.mark.parametrize("largest", [1e160, 1e200, 1e300])
+def test_float64_rows_at_both_ends_of_the_range(largest: float) -> None:
+    """One row of 1e300 must not make the others, honest and hostile, look alike."""
+    updates = normal(9, 40)
+    updates[:3] *= 1e30
+    updates[3] *= largest
+    result = block_geometric_median(updates, selection="uniform", generator=seeded(0))
+    honest = float(updates[4:].norm(dim=1).max())
+    assert float(result.vector.norm()) <= 20 * honest
+    assert result.memory is not None
+    assert float(result.memory.norm()) <= honest
 
 
 # --- The memory ---------------------------------------------------------------------------------
@@ -584,7 +597,7 @@ def test_no_minority_makes_the_robust_memory_larger_than_the_honest_residuals(
 # --- The algorithm ------------------------------------------------------------------------------
 
 
-def descend(memory_rule: str, *, attack: bool = True, rounds: int = 400) -> float:
+def descend(memory_rule: str, *, attack: bool = True, rounds: int = 250) -> float:
     """Return the final loss over the first one of Algorithm 1 on a noisy quadratic.
 
     10 clients, 100 parameters, blocks of 10; each round 4 clients, redrawn, send -100 times

@@ -191,12 +191,19 @@ def test_float64_rows_of_any_magnitude(scale: float, solver: str) -> None:
 
 
 def test_float64_rows_at_both_ends_of_the_range() -> None:
-    rows = np.random.default_rng(2).standard_normal((9, 4))
-    rows[:4] *= 1e300
-    result = geometric_median(torch.from_numpy(rows))
-    assert result.gap <= TOL
-    assert np.isfinite(result.vector.numpy()).all()
-    assert oracles.norm(result.vector.numpy()) <= 1e290
+    """One row of 1e300 must not make the others, honest and hostile, look alike."""
+    rng = np.random.default_rng(2)
+    for largest in (1e160, 1e200, 1e300):
+        rows = rng.standard_normal((9, 4))
+        rows[:3] *= 1e30
+        rows[3] *= largest
+        updates = torch.from_numpy(rows)
+        result = geometric_median(updates)
+        assert result.gap <= TOL
+        assert_certified(updates, result)
+        assert_convex_coefficients(updates, result)
+        bound = 2 * 5 / (9 - 2 * 4) * oracles.distances(rows[4:].mean(axis=0), rows[4:]).max()
+        assert oracles.distances(rows[4:].mean(axis=0), result.vector.numpy()[None]) <= bound
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -337,6 +344,30 @@ def test_rows_of_weight_zero_do_not_count() -> None:
     assert result.gap <= TOL
 
 
+def test_many_equal_rows_of_little_weight() -> None:
+    """More than half of the rows, not of the weight, are at one point that is not the median."""
+    angles = torch.tensor([0.5, 0.5 + 2 / 3, 0.5 + 4 / 3], dtype=torch.float64) * math.pi
+    heavy = torch.stack((angles.cos(), angles.sin()), dim=1)
+    light = torch.tensor([[0.1, 0.0]], dtype=torch.float64).repeat(9, 1)
+    weights = torch.tensor([1.0] * 3 + [0.01] * 9)
+    for solver in SOLVERS:
+        updates = torch.cat((heavy, light))
+        result = geometric_median(updates, weights=weights, solver=solver)
+        assert_certified(updates, result, weights.numpy().astype(float))
+        assert result.gap <= TOL
+
+
+def test_far_rows_of_little_weight_do_not_cost_digits() -> None:
+    """Most of the weight is a million times further from the origin than it is wide."""
+    rng = np.random.default_rng(11)
+    rows = rng.standard_normal((11, 4)) + 1e6
+    rows[3:] += 1e9 * rng.standard_normal((8, 4))
+    weights = torch.tensor([1.0] * 3 + [0.01] * 8)
+    result = geometric_median(torch.from_numpy(rows), weights=weights)
+    assert_certified(torch.from_numpy(rows), result, weights.numpy().astype(float))
+    assert result.gap <= TOL
+
+
 def test_scaling_all_weights_changes_the_objective_only() -> None:
     rows = torch.from_numpy(np.random.default_rng(6).standard_normal((6, 4)))
     weights = torch.tensor([1.0, 2.0, 1.0, 3.0, 1.0, 2.0])
@@ -404,6 +435,20 @@ def test_no_minority_breaks_it_whatever_the_scales(attack: tuple[torch.Tensor, i
     single = geometric_median(updates.float())
     moved = oracles.norm(numpy64(single.vector) - middle)
     assert moved <= bound * (1 + 1e-5) + 1e-6 * n * oracles.norm(middle)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_gap_is_within_the_default_tolerance_when_hostile_rows_are_equal(seed: int) -> None:
+    """The median is then often at the point that they share, away from the origin."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(5, 42))
+    hostile = (n - 1) // 2
+    honest = rng.standard_normal((n - hostile, 30)) + 8 * rng.standard_normal(30)
+    direction = rng.standard_normal(30)
+    direction /= np.linalg.norm(direction)
+    point = honest.mean(axis=0) + 10 ** rng.uniform(0, 3) * direction
+    updates = torch.from_numpy(np.concatenate((honest, np.tile(point, (hostile, 1)))))
+    assert geometric_median(updates).gap <= TOL
 
 
 @pytest.mark.parametrize("n", [3, 4, 10, 11])

@@ -22,9 +22,7 @@ def row_norms(updates: torch.Tensor, order: float = 2) -> np.ndarray:
 # --- norm_threshold -----------------------------------------------------------------------------
 
 
-@given(
-    update_matrices(), st.sampled_from(ORDERS), st.sampled_from((0.0, 0.1, 0.25, 0.4, 0.5, 0.9))
-)
+@given(update_matrices(), st.sampled_from(ORDERS), st.sampled_from((0.0, 0.1, 0.25, 0.4, 0.5, 0.9)))
 @few_examples
 def test_keeps_the_rows_of_least_norm(
     updates: torch.Tensor, order: float, drop_fraction: float

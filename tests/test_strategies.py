@@ -982,7 +982,7 @@ def test_metrics_can_be_combined_by_the_users_function() -> None:
 
 
 def test_an_accepted_reply_cannot_break_the_users_function() -> None:
-    """One reply without ``num-examples`` counts as 1 here: the user's function must see that."""
+    """A combiner reads ``num-examples`` from every reply: one without it is not accepted then."""
 
     def reply(messages: list[Message]) -> list[Message]:
         bad = reply_with(messages[0], sent_arrays(messages[0]), {"loss": 1.0})
@@ -994,8 +994,9 @@ def test_an_accepted_reply_cannot_break_the_users_function() -> None:
 
     strategy = named("mean", train_metrics_aggr_fn=weighted)
     _, metrics = train_round(strategy, plain_model(), reply=reply)
-    assert metrics["accepted"] == NODES
-    assert metrics["total"] == 1 + sum(10 * i for i in range(2, NODES + 1))
+    assert metrics["accepted"] == NODES - 1
+    assert metrics["rejected-num-examples"] == 1
+    assert metrics["total"] == sum(10 * i for i in range(2, NODES + 1))
 
 
 def test_the_keys_of_the_records_can_be_chosen() -> None:

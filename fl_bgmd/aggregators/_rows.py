@@ -123,24 +123,28 @@ def gram_matrix(updates: Tensor, offset: Tensor | None = None) -> NDArray[np.flo
     return result
 
 
-def largest_entry(updates: Tensor) -> float:
-    """Return the largest absolute value in ``updates`` without a copy of it."""
-    low, high = torch.aminmax(updates)
-    return max(abs(float(low)), abs(float(high)))
+def in_range(updates: Tensor) -> tuple[Tensor, NDArray[np.float64]]:
+    """Return ``(rows, scales)`` with ``rows[i] = updates[i] / scales[i]`` safe to square.
 
-
-def in_range(updates: Tensor) -> tuple[Tensor, float]:
-    """Return ``(rows, scale)`` with ``rows = updates / scale`` safe to square in float64.
-
-    ``scale`` is 1 and ``rows`` is ``updates`` itself unless it is float64 with entries whose
-    squares leave the range of float64; narrower dtypes cannot hold such entries.
+    All scales are 1 and ``rows`` is ``updates`` itself unless it is float64 with entries whose
+    squares leave the range of float64; narrower dtypes cannot hold such entries. Then all rows
+    are scaled alike to bring the bulk near 1, and rows still beyond 1e150 are pulled in to that
+    along their ray: seen from the bulk their direction is the same, and so is what a robust rule
+    makes of them.
     """
+    scales = np.ones(updates.shape[0])
     if updates.dtype != torch.float64:
-        return updates, 1.0
-    largest = largest_entry(updates)
-    if 1e-140 <= largest <= 1e150 or largest == 0.0 or not math.isfinite(largest):
-        return updates, 1.0
-    return updates / largest, largest
+        return updates, scales
+    low, high = torch.aminmax(updates, dim=1)
+    sizes = torch.maximum(low.abs(), high.abs()).cpu().numpy()
+    if not np.isfinite(sizes).all():
+        refuse_non_finite(updates)
+    typical = float(np.sort(sizes)[len(sizes) // 2]) or float(sizes.max())
+    is_ordinary = 1e-100 <= typical <= 1e100 or typical == 0.0
+    if is_ordinary and sizes.max() <= 1e150:
+        return updates, scales
+    scales = np.maximum(1.0 if is_ordinary else typical, sizes / 1e150)
+    return updates / torch.from_numpy(scales).to(updates.device)[:, None], scales
 
 
 def squared_distances(gram: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -156,10 +160,20 @@ def pairwise_squared_distances(updates: Tensor) -> NDArray[np.float64]:
 
     The rows are centered before their Gram matrix is used: on one of themselves in the middle of
     the bulk, and only if the bulk is further from the origin than ten times its spread.
-    Rows beyond the range of squared float64 are scaled first (:func:`in_range`), all alike.
+    Rows beyond the range of squared float64 are pulled in first (:func:`in_range`).
     """
     rows, _ = in_range(updates)
     return squared_distances(center(rows, gram_matrix(rows)))
+
+
+def majority_radius(distances: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
+    """Return the least distance within which more than half of the weight lies.
+
+    No minority of far rows can inflate it.
+    """
+    order = np.argsort(distances, kind="stable")
+    reached = np.cumsum(weights[order])
+    return float(distances[order[int(np.searchsorted(reached, reached[-1] / 2, side="right"))]])
 
 
 def center(
@@ -171,17 +185,43 @@ def center(
     medoid (the row of least summed distance) is a safe center: a majority of rows is near it
     wherever the rest is. A second pass over the data is spent only when digits are at stake.
     """
+    weights = np.ones(gram.shape[0]) if weights is None else weights
+    offset = _centering_offset(rows, gram, weights)
+    return gram if offset is None else gram_matrix(rows, offset)
+
+
+def _centering_offset(
+    rows: Tensor, gram: NDArray[np.float64], weights: NDArray[np.float64]
+) -> Tensor | None:
+    """Return what to add to the rows to bring their bulk to the origin, None if it is there."""
     n = gram.shape[0]
     if n == 1:
-        return gram
-    weights = np.ones(n) if weights is None else weights
+        return None
     distances = np.sqrt(squared_distances(gram))
     medoid = int(np.argmin(np.where(weights > 0, distances @ weights, np.inf)))
-    # The nearest majority: no minority of far rows can inflate it.
-    spread = float(np.sort(distances[medoid])[n // 2])
+    spread = majority_radius(distances[medoid], weights)
     if gram[medoid, medoid] <= 100 * spread**2:
-        return gram
-    return gram_matrix(rows, -rows[medoid].double())
+        return None
+    return -rows[medoid].double()
+
+
+def bordered_gram(rows: Tensor, extra: Tensor) -> NDArray[np.float64]:
+    """Return the Gram matrix of the rows and one more row, (n + 1, n + 1), bulk at the origin.
+
+    Both are taken relative to the rows' medoid where digits are at stake (see :func:`center`).
+    """
+    n = rows.shape[0]
+    gram = np.zeros((n + 1, n + 1))
+    gram[:n, :n] = gram_matrix(rows)
+    offset = _centering_offset(rows, gram[:n, :n], np.ones(n))
+    if offset is not None:
+        gram[:n, :n] = gram_matrix(rows, offset)
+        extra = extra + offset
+    for columns, block in column_blocks(rows, offset):
+        gram[:n, n] += (block @ extra[columns]).cpu().numpy()
+    gram[n, :n] = gram[:n, n]
+    gram[n, n] = float(extra @ extra)
+    return gram
 
 
 def combine(weights: NDArray[np.float64], updates: Tensor, dtype: torch.dtype) -> Tensor:

@@ -89,9 +89,12 @@ def block_geometric_median(
     _check_memory(memory, memory_rule, n, d)
 
     dtype = result_dtype(updates)
-    if memory_rule == "per-client" and memory is not None:
-        updates, memory = updates + memory, None
-    rows, scale = in_range(updates)
+    # A second n x d matrix is made only where each row has a memory of its own, or where the
+    # memory's squares leave the range of float64.
+    if memory is not None and (memory_rule == "per-client" or float(memory.abs().max()) > 1e100):
+        updates, memory = _finite(updates + memory), None
+    rows, scales = in_range(updates)
+    scale = float(scales.min())
     offset = None if memory is None else memory / scale
     norms = row_norms(rows, offset)
     k = max(1, round(block_fraction * d))
@@ -100,7 +103,7 @@ def block_geometric_median(
     )
     chosen = rows[:, block].to(dtype)
     if offset is not None:
-        chosen += offset[block]
+        _finite(chosen.add_(offset[block]))
     median = geometric_median(chosen, tol=tol)
     chosen_norms = row_norms(chosen)
     del chosen
@@ -123,10 +126,13 @@ def block_geometric_median(
             residual_norms = np.sqrt(residual_squared)
             clip = clip_factors(residual_norms, float(np.median(residual_norms)))
             coefficients = median.weights.numpy() * clip
-        next_memory = combine(coefficients, updates, dtype)
-        if memory is not None:
-            next_memory.add_(memory, alpha=float(coefficients.sum()))
+        next_memory = combine(coefficients, rows, dtype)
+        if offset is not None:
+            next_memory.add_(offset, alpha=float(coefficients.sum()))
         next_memory[block] = 0.0
+        if scale != 1.0:
+            next_memory *= scale
+        _finite(next_memory)
     total = float(squared.sum())
     return BlockGeometricMedian(
         vector=vector,
@@ -157,6 +163,16 @@ def _column_scores(
         column = weights @ values.square_()
         scores[columns] = column.sqrt_() if score == "norm" else column
     return scores
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Bring sums that left the range of the dtype back to its ends, in place.
+
+    A memory that holds rows as they came can be driven there by one client; the next round must
+    find it usable.
+    """
+    limit = torch.finfo(values.dtype).max
+    return values.clamp_(-limit, limit)
 
 
 def _check_memory(memory: Tensor | None, memory_rule: str, n: int, d: int) -> None:

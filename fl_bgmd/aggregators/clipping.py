@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._rows import check_updates, combine, gram_matrix, in_range, result_dtype
+from ._rows import bordered_gram, check_updates, combine, in_range, result_dtype
 from .results import Aggregate
 
 
@@ -18,7 +18,7 @@ def centered_clipping(
     """Iterate ``v <- v + mean_i clip(x_i - v, radius)`` from ``center``.
 
     Karimireddy et al. (ICML 2021), Equation 5 and Algorithm 2. All steps happen on the n x n
-    Gram matrix of ``x_i - center``.
+    Gram matrix of the rows and the centre.
 
     Parameters
     ----------
@@ -49,17 +49,29 @@ def centered_clipping(
         raise ValueError(f"iterations is {iterations}; allowed: 1 or more")
     if center is not None and tuple(center.shape) != (d,):
         raise ValueError(f"center has shape {tuple(center.shape)}; allowed: ({d},)")
-    rows, scale = in_range(updates)
-    gram = gram_matrix(rows, None if center is None else -center.double() / scale)
-    weights = np.zeros(n)
+    if center is not None and not bool(torch.isfinite(center).all()):
+        raise ValueError("center holds a NaN or an infinity; allowed: finite values")
+    rows, scales = in_range(updates)
+    scale = float(scales.min())
+    # Distances between v and the rows keep their digits when the origin is among the rows; v
+    # starts outside, so the start is one more row: weights[n] is what is left of it.
+    start = torch.zeros(d, dtype=torch.float64, device=updates.device)
+    if center is not None:
+        start = center.double() / scale
+    gram = bordered_gram(rows, start)
+    weights = np.zeros(n + 1)
+    weights[n] = 1.0
     for _ in range(iterations):
         product = gram @ weights
         squared = np.diagonal(gram) - 2 * product + weights @ product
-        distances = np.sqrt(np.maximum(squared, 0.0))
+        distances = np.sqrt(np.maximum(squared[:n], 0.0))
         limit = float(np.median(distances)) if radius is None else radius / scale
         factors = np.minimum(1.0, limit / np.where(distances > 0, distances, np.inf)) / n
-        weights = weights * (1.0 - factors.sum()) + factors
-    vector = combine(weights, updates, result_dtype(updates))
+        weights = weights * (1.0 - factors.sum())
+        weights[:n] += factors
+    vector = combine(weights[:n], rows, result_dtype(updates))
     if center is not None:
-        vector += (1.0 - weights.sum()) * center
-    return Aggregate(vector, torch.from_numpy(weights))
+        vector += weights[n] * start.to(vector)
+    if scale != 1.0:
+        vector *= scale
+    return Aggregate(vector, torch.from_numpy(weights[:n] * (scale / scales)))

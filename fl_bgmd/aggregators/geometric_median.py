@@ -23,6 +23,7 @@ from ._rows import (
     combine,
     gram_matrix,
     in_range,
+    majority_radius,
     refuse_non_finite,
     result_dtype,
     row_norms,
@@ -93,21 +94,31 @@ def geometric_median(
     if solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}; allowed: {', '.join(SOLVERS)}")
     dtype = result_dtype(updates)
-    rows, scale = in_range(updates)
+    rows, scales = in_range(updates)
     if solver == "gram":
         gram = center(rows, gram_matrix(rows), row_weights)
         point, iterations = minimise_in_hull(gram, row_weights, tol, max_iter)
+        if point.gap > tol and point.slack > 0:
+            # Rows coincide with y up to rounding: seen from one of them, equal rows are equal.
+            origin = int(np.argmin(point.distances))
+            gram = gram_matrix(rows, -rows[origin].double())
+            point, more = minimise_in_hull(gram, row_weights, tol, max_iter)
+            iterations += more
     else:
         point, iterations = _classical(rows, row_weights, tol, max_iter)
     dtype = result_dtype(updates)
-    vector = combine(_single_if_coincident(point), updates, dtype)
-    rounding = float(torch.finfo(dtype).eps) / 2 * _norm(vector) / scale
+    scale = float(scales.min())
+    summands = row_weights * point.distances
+    vector = combine(_single_if_coincident(point), rows, dtype)
+    rounding = float(torch.finfo(dtype).eps) / 2 * _norm(vector)
+    if scale != 1.0:
+        vector *= scale
     return GeometricMedian(
         vector=vector,
-        weights=torch.from_numpy(point.hull_weights.copy()),
+        weights=torch.from_numpy(point.hull_weights * (scale / scales)),
         gap=point.gap_after_moving(rounding),
         iterations=iterations,
-        objective=point.objective * scale,
+        objective=sum(float(a) * float(b) for a, b in zip(summands, scales, strict=True)),
     )
 
 
@@ -159,7 +170,7 @@ class HullPoint:
         if self.objective == 0.0 or distance == 0.0 or not np.isfinite(self.gap):
             return self.gap
         # ||a + e|| <= ||a|| + <a, e> / ||a|| + ||e||^2 / (2 ||a||), and <= ||a|| + ||e||.
-        far = np.maximum(self.distances, distance / 2)
+        far = np.maximum(np.maximum(self.distances, distance / 2), 1e-300)
         second_order = (distance * (distance / (2 * far))) @ self.row_weights
         total_pull = self.pull + self.row_weights[self.pulls == 0].sum()
         growth = (total_pull * distance + second_order) / self.objective
@@ -312,7 +323,8 @@ def _start(gram: Array, row_weights: Array) -> Array:
     distances = np.sqrt(squared_distances(gram))
     medoid = int(np.argmin(distances @ row_weights))
     from_medoid = distances[medoid]
-    near = float(np.sort(from_medoid)[len(from_medoid) // 2])
+    # Were this 0, the medoid would hold the majority and be the median itself.
+    near = majority_radius(from_medoid, row_weights)
     pulls = row_weights / np.hypot(from_medoid, near)
     weights: Array = pulls / pulls.sum()
     return weights

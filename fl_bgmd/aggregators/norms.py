@@ -92,8 +92,8 @@ def norm_clip(updates: Tensor, *, radius: float | None = None) -> Aggregate:
     check_updates(updates)
     if radius is not None and not radius > 0:
         raise ValueError(f"radius is {radius}; allowed: above 0")
-    rows, scale = in_range(updates)
-    sizes = row_norms(rows) * scale
+    rows, scales = in_range(updates)
+    sizes = row_norms(rows) * scales
     factors = clip_factors(sizes, float(np.median(sizes)) if radius is None else radius)
     coefficients = factors / len(sizes)
     vector = combine(coefficients, updates, result_dtype(updates))
@@ -126,19 +126,20 @@ def project(vector: Tensor, radius: float, center: Tensor | None = None) -> Tens
 
 def _norms_of_order(updates: Tensor, order: float) -> NDArray[np.float64]:
     """Return the norms of ``order`` of the rows, (n,) float64."""
-    rows, scale = in_range(updates)
     if order == 2:
-        return row_norms(rows) * scale
-    scales = rows.abs().amax(dim=1).double()
-    if not bool(torch.isfinite(scales).all()):
+        rows, scales = in_range(updates)
+        return row_norms(rows) * scales
+    largest = updates.abs().amax(dim=1).double()
+    if not bool(torch.isfinite(largest).all()):
         refuse_non_finite(updates)
-    safe = torch.where(scales > 0, scales, 1.0)
+    safe = torch.where(largest > 0, largest, 1.0)
+    total = torch.zeros_like(largest)
     if order == math.inf:
-        largest: NDArray[np.float64] = (scales * scale).cpu().numpy()
-        return largest
-    total = torch.zeros_like(scales)
-    for _, block in column_blocks(rows):
-        block /= safe[:, None]
-        total += block.abs_().pow_(order).sum(dim=1)
-    sizes: NDArray[np.float64] = (total.pow(1 / order) * safe * scale).cpu().numpy()
+        total += 1.0
+    else:
+        for _, block in column_blocks(updates):
+            block /= safe[:, None]
+            total += block.abs_().pow_(order).sum(dim=1)
+        total.pow_(1 / order)
+    sizes: NDArray[np.float64] = (total * largest).cpu().numpy()
     return sizes

@@ -86,15 +86,17 @@ def certainty_threshold(scores: Tensor, k: int) -> float:
     With ``tau = sum of the other scores / (k - number of certain ones)`` a score of tau has
     probability 1; taking those for certain lowers tau, until nothing changes.
     """
-    total = float(scores.sum(dtype=torch.float64))
-    threshold, certain = total / k, 0
+    threshold, certain = float(scores.sum(dtype=torch.float64)) / k, 0
+    if float(scores.max()) < threshold:
+        return threshold
     while True:
         taken = scores >= threshold
         count = int(torch.count_nonzero(taken))
         if count == certain or count >= k:
             return threshold
         certain = count
-        rest = total - float(scores[taken].sum(dtype=torch.float64))
+        # Not the total less the taken ones: scores may differ by any factor.
+        rest = float(scores.masked_fill(taken, 0.0).sum(dtype=torch.float64))
         threshold = min(threshold, rest / (k - certain))
 
 

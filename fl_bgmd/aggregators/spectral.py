@@ -97,7 +97,8 @@ def spectral_filter(
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
     n = updates.shape[0]
-    rows, scale = in_range(updates)
+    rows, scales = in_range(updates)
+    scale = float(scales.min())
     gram = center(rows, gram_matrix(rows))
     if sigma0 is None:
         variance = _honest_variance(gram, byzantine_fraction)
@@ -121,11 +122,14 @@ def spectral_filter(
             gap = max(gap or 0.0, saddle.gap)
         # Line 5. Rounding is allowed for: rows that are all equal must pass with sigma0 = 0.
         rounding = 1e-12 * float(np.diagonal(gram)[active].max())
-        if errors @ weights <= 4 * n * variance + rounding:
+        if errors @ weights <= max(4 * n * variance, rounding) or errors.max() == 0.0:
             break
         iterations += 1
         weights = weights * (1 - errors / errors.max())  # line 6
-        active &= weights >= 0.5  # line 7
+        left = active & (weights >= 0.5)  # line 7
+        if not left.any():
+            break  # all equally wrong: no row is an outlier
+        active = left
     share = active / active.sum()
     vector = combine(share, updates, result_dtype(updates))  # line 12
     return SpectralFilter(
