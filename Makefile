@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install simulate test test-slow lint format clean
+.PHONY: help install simulate test test-slow benchmark lint format clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -24,6 +24,11 @@ simulate: $(READY) ## CIFAR-10, 40 % hostile clients: averaging, GMD and BGMD si
 
 test: $(READY) ## The test suite
 	$(BIN)/python -m pytest -m "not slow"
+
+benchmark: $(READY) ## Time the rules against a plain sum and against the peers
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check byzfl geom-median
+	$(BIN)/python -m benchmarks.aggregators
+	$(BIN)/python -m benchmarks.aggregate_train
 
 test-slow: $(READY) ## The tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -293,6 +293,18 @@ def test_odd_number_of_collinear_rows() -> None:
     assert torch.equal(result.vector, direction[0])
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_mean_that_is_a_row_but_not_the_median(solver: str) -> None:
+    """The iteration starts on (or near) a row that it must leave: the median is -1 along a line."""
+    positions = torch.tensor([[0.0], [-1.0], [-1.0], [-1.0], [3.0]], dtype=torch.float64)
+    for direction in ([1.0], [0.6, 0.8]):
+        updates = positions * torch.tensor([direction], dtype=torch.float64)
+        for max_iter in (1, 10, 100):
+            result = geometric_median(updates, solver=solver, max_iter=max_iter)
+            assert_certified(updates, result)
+        assert result.objective == pytest.approx(5.0, rel=1e-3)
+
+
 def test_more_than_half_of_the_weight_on_one_row() -> None:
     rows = torch.tensor([[1.0, 2.0], [5.0, -1.0], [-7.0, 3.0], [9.0, 9.0]])
     weights = torch.tensor([3.5, 1.0, 1.0, 1.0])
@@ -449,6 +461,36 @@ def test_gap_is_within_the_default_tolerance_when_hostile_rows_are_equal(seed: i
     point = honest.mean(axis=0) + 10 ** rng.uniform(0, 3) * direction
     updates = torch.from_numpy(np.concatenate((honest, np.tile(point, (hostile, 1)))))
     assert geometric_median(updates).gap <= TOL
+
+
+@pytest.mark.parametrize("seed", [*range(20), 129, 638, 1367])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_smallest_majority_on_a_line(seed: int, dtype: torch.dtype) -> None:
+    """In one dimension the optimum is known, and it is the honest row nearest to the others.
+
+    Along a line the objective has no curvature between the two clusters, so Newton's steps lead
+    anywhere and the pull is the same everywhere.
+    """
+    rng = np.random.default_rng(seed)
+    n = 2 * int(rng.integers(1, 22)) + 1
+    hostile = (n - 1) // 2
+    d = int(rng.integers(1, 3))
+    spread = 10.0 ** rng.uniform(-4, 1)
+    far = spread * 10.0 ** rng.uniform(0, 8)
+    offset = spread * 10.0 ** rng.uniform(-1, 6)
+    rows = spread * rng.standard_normal((n - hostile, d))
+    others = np.tile(far, (hostile, d)) + spread * rng.standard_normal((hostile, d))
+    updates = torch.from_numpy(np.concatenate((rows, others)) + offset).to(dtype)
+    result = geometric_median(updates)
+    assert_certified(updates, result)
+    assert_convex_coefficients(updates, result)
+    honest = numpy64(updates)[: n - hostile]
+    middle = honest.mean(axis=0)
+    bound = 2 * (n - hostile) / (n - 2 * hostile) * oracles.distances(middle, honest).max()
+    rounding = n * torch.finfo(dtype).eps * oracles.norm(middle)
+    assert oracles.norm(numpy64(result.vector) - middle) <= bound * (1 + 1e-5) + rounding
+    if dtype == torch.float64:
+        assert result.gap <= TOL
 
 
 @pytest.mark.parametrize("n", [3, 4, 10, 11])

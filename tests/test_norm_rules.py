@@ -78,6 +78,10 @@ def test_ties_keep_the_earlier_row() -> None:
     updates = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
     assert norm_threshold(updates, drop_fraction=0.5).kept.tolist() == [True, True, False, False]
     assert norm_threshold(updates, drop_fraction=0.5).vector.tolist() == [0.0]
+    sizes = torch.tensor([3.0, 1.0, 2.0]).repeat(40)
+    kept = norm_threshold(sizes[:, None], drop_fraction=0.5).kept
+    # All 40 of size 1 and the first 20 of size 2.
+    assert kept.tolist() == [False, True, True] * 20 + [False, True, False] * 20
 
 
 def test_option_1_believes_the_norms_that_clients_report() -> None:

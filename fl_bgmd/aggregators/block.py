@@ -6,6 +6,8 @@ memory, this project's own, averages the residuals with the weights that the geo
 the block gave the rows, after clipping each residual to the median residual norm.
 """
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -86,21 +88,23 @@ def block_geometric_median(
     ):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
-    _check_memory(memory, memory_rule, n, d)
+    largest = _check_memory(memory, memory_rule, n, d)
 
     dtype = result_dtype(updates)
     # A second n x d matrix is made only where each row has a memory of its own, or where the
     # memory's squares leave the range of float64.
-    if memory is not None and (memory_rule == "per-client" or float(memory.abs().max()) > 1e100):
+    if memory is not None and (memory_rule == "per-client" or largest > 1e100):
         updates, memory = _finite(updates + memory), None
     rows, scales = in_range(updates)
     scale = float(scales.min())
     offset = None if memory is None else memory / scale
     norms = row_norms(rows, offset)
+    # Float32 is enough for what is only a probability or kept in float32, unless squares overflow.
+    is_moderate = dtype == torch.float32 and 1e-12 < float(norms.max()) < 1e15
+    work = torch.float32 if is_moderate else torch.float64
     k = max(1, round(block_fraction * d))
-    block = select_block(
-        _column_scores(rows, offset, norms, score), k, selection=selection, generator=generator
-    )
+    scores = _column_scores(rows, offset, norms, score, work)
+    block = select_block(scores, k, selection=selection, generator=generator)
     chosen = rows[:, block].to(dtype)
     if offset is not None:
         _finite(chosen.add_(offset[block]))
@@ -126,7 +130,11 @@ def block_geometric_median(
             residual_norms = np.sqrt(residual_squared)
             clip = clip_factors(residual_norms, float(np.median(residual_norms)))
             coefficients = median.weights.numpy() * clip
-        next_memory = combine(coefficients, rows, dtype)
+        if work == rows.dtype:
+            # Fresh memory is dear: that of the scores is used again.
+            next_memory = torch.mv(rows.T, torch.from_numpy(coefficients).to(rows), out=scores)
+        else:
+            next_memory = combine(coefficients, rows, dtype)
         if offset is not None:
             next_memory.add_(offset, alpha=float(coefficients.sum()))
         next_memory[block] = 0.0
@@ -147,7 +155,11 @@ def block_geometric_median(
 
 
 def _column_scores(
-    rows: Tensor, offset: Tensor | None, norms: NDArray[np.float64], score: str
+    rows: Tensor,
+    offset: Tensor | None,
+    norms: NDArray[np.float64],
+    score: str,
+    work: torch.dtype,
 ) -> Tensor:
     """Return the scores of the columns of ``rows + offset``, (d,) float32, at most 1."""
     factors = np.ones_like(norms)
@@ -158,8 +170,8 @@ def _column_scores(
     if total == 0.0:
         return scores
     # Divided by the total before the sum: float32 holds the result whatever the rows' size.
-    weights = torch.from_numpy(factors**2 / total).to(rows.device)
-    for columns, values in column_blocks(rows, offset):
+    weights = torch.from_numpy(factors**2 / total).to(rows.device, work)
+    for columns, values in column_blocks(rows, offset, dtype=work):
         column = weights @ values.square_()
         scores[columns] = column.sqrt_() if score == "norm" else column
     return scores
@@ -175,9 +187,10 @@ def _finite(values: Tensor) -> Tensor:
     return values.clamp_(-limit, limit)
 
 
-def _check_memory(memory: Tensor | None, memory_rule: str, n: int, d: int) -> None:
+def _check_memory(memory: Tensor | None, memory_rule: str, n: int, d: int) -> float:
+    """Raise ``ValueError`` unless ``memory`` suits the rule; return its largest absolute value."""
     if memory is None:
-        return
+        return 0.0
     if memory_rule == "none":
         raise ValueError("memory is given with memory_rule 'none'; allowed: None")
     shape = (n, d) if memory_rule == "per-client" else (d,)
@@ -186,5 +199,8 @@ def _check_memory(memory: Tensor | None, memory_rule: str, n: int, d: int) -> No
             f"memory has shape {tuple(memory.shape)}; allowed under memory_rule "
             f"{memory_rule!r}: {shape}"
         )
-    if not bool(torch.isfinite(memory).all()):
+    low, high = torch.aminmax(memory)
+    largest = max(abs(float(low)), abs(float(high)))
+    if not math.isfinite(largest):
         raise ValueError("memory holds a NaN or an infinity; allowed: finite values")
+    return largest

@@ -1,6 +1,10 @@
 """Choosing a block of k of d coordinates from their scores (Algorithm 2 of Acharya et al.)."""
 
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 SELECTIONS = ("sample", "top-k", "uniform")
@@ -107,26 +111,29 @@ def _systematic(scores: Tensor, k: int, generator: torch.Generator | None) -> Te
     teeth on them at a random offset, take what each tooth hits. One random number, one pass; it
     has exactly these inclusion probabilities, unlike an exponential race, and no limit on d.
     """
-    blocks = torch.split(scores, _BLOCK)
-    totals = torch.stack([block.sum(dtype=torch.float64) for block in blocks]).cpu()
-    ends = totals.cumsum(0)
-    step = float(ends[-1]) / k
-    offset = float(torch.rand(1, generator=generator, dtype=torch.float64))
-    # The number of teeth before each block's end; the last block takes what is left.
-    teeth = ((ends / step - offset).ceil()).clamp(0, k).long()
-    teeth[-1] = k
-    chosen = []
-    first = 0
-    for i, block in enumerate(blocks):
-        last = int(teeth[i])
-        if last > first:
-            start = float(ends[i] - totals[i])
-            positions = torch.arange(first, last, dtype=torch.float64, device=scores.device)
-            positions = (positions + offset) * step - start
-            running = block.cumsum(0, dtype=torch.float64)
-            hits = torch.searchsorted(running, positions, right=True)
+    # On the CPU, in NumPy: its searchsorted is quick for sorted needles and holds no lock.
+    values = scores.cpu().numpy()
+    blocks = [values[i : i + _BLOCK] for i in range(0, len(values), _BLOCK)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        totals = np.array(list(pool.map(lambda block: block.sum(dtype=np.float64), blocks)))
+        ends = totals.cumsum()
+        step = float(ends[-1]) / k
+        offset = float(torch.rand(1, generator=generator, dtype=torch.float64))
+        # The number of teeth before each block's end; the last block takes what is left.
+        teeth = np.clip(np.ceil(ends / step - offset), 0, k).astype(np.int64)
+        teeth[-1] = k
+        firsts = np.maximum.accumulate(np.concatenate(([0], teeth[:-1])))
+
+        def hits(i: int) -> NDArray[np.int64]:
+            """Coordinates of block i that a tooth falls on."""
+            positions = (np.arange(firsts[i], teeth[i]) + offset) * step - (ends[i] - totals[i])
+            running = np.cumsum(blocks[i], dtype=np.float64)
+            found = np.searchsorted(running, positions, side="right")
             # Rounding may push the last tooth past the end, onto trailing zeros or beyond.
-            final = int(torch.searchsorted(running, running[-1:], right=False))
-            chosen.append(hits.clamp_(max=final) + i * _BLOCK)
-        first = max(first, last)
-    return torch.cat(chosen)
+            final = int(np.searchsorted(running, running[-1], side="left"))
+            hit: NDArray[np.int64] = np.minimum(found, final) + i * _BLOCK
+            return hit
+
+        occupied = [i for i in range(len(blocks)) if teeth[i] > firsts[i]]
+        chosen = np.concatenate(list(pool.map(hits, occupied)))
+    return torch.from_numpy(chosen).to(scores.device)

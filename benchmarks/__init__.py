@@ -1,0 +1,1 @@
+"""Measurements, apart from the library: ratios within one run, never bare seconds."""

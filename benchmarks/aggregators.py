@@ -1,0 +1,138 @@
+"""The aggregation rules against a plain sum over the rows and against the peers' own code.
+
+``python -m benchmarks.aggregators`` prints one table for each shape: time as a multiple of
+``X.sum(0)`` in the same process on the same data, the geometric median's objective as a multiple
+of the best one reached, and the peak of extra memory in multiples of the (n, d) matrix. Needs
+``pip install byzfl geom-median`` for the peers' rows; they are left out, with a line that says so,
+where these are missing.
+"""
+
+import argparse
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.measure import peak_extra_bytes, seconds
+from fl_bgmd.aggregators import (
+    block_geometric_median,
+    centered_clipping,
+    coordinate_median,
+    geometric_median,
+    krum,
+    mean,
+    nearest_neighbor_mixing,
+    norm_threshold,
+    spectral_filter,
+    trimmed_mean,
+)
+
+SHAPES = ((10, 11_173_962), (32, 1_163_978), (100, 1_163_978))
+CONSOLE = Console(width=120)
+
+Rule = Callable[[Tensor], Any]
+
+
+def own_rules(memory: Tensor) -> dict[str, Rule]:
+    """Return this project's rules; the block rule starts with a memory, as in every later round."""
+    return {
+        "geometric median": geometric_median,
+        "geometric median, Weiszfeld": partial(geometric_median, solver="weiszfeld"),
+        "block geometric median 10 %": partial(block_geometric_median, memory=memory),
+        "coordinate median": coordinate_median,
+        "trimmed mean": trimmed_mean,
+        "norm threshold": norm_threshold,
+        "spectral filter, mean": spectral_filter,
+        "spectral filter, saddle": partial(spectral_filter, method="saddle"),
+        "krum": krum,
+        "centered clipping": centered_clipping,
+        "nearest-neighbor mixing": nearest_neighbor_mixing,
+        "mean": mean,
+    }
+
+
+def peer_rules(device: torch.device) -> dict[str, Rule]:
+    """Return what others offer for the same, where it is installed."""
+    rules: dict[str, Rule] = {}
+    try:
+        byzfl = importlib.import_module("byzfl")
+        rules["ByzFL GeometricMedian (3 steps)"] = byzfl.GeometricMedian()
+        rules["ByzFL Median"] = byzfl.Median()
+        rules["ByzFL NNM"] = byzfl.NNM(f=2)
+    except ImportError:
+        CONSOLE.print("byzfl is not installed: its rows are left out")
+    try:
+        geom_median = importlib.import_module("geom_median.torch")
+        rules["geom-median (100 steps)"] = lambda rows: (
+            geom_median.compute_geometric_median(list(rows), weights=None).median
+        )
+    except ImportError:
+        CONSOLE.print("geom-median is not installed: its row is left out")
+    if device.type == "cpu":
+        rules["numpy.median (the core of FedMedian)"] = lambda rows: np.median(rows.numpy(), axis=0)
+    return rules
+
+
+def objective(rows: Tensor, vector: Tensor) -> float:
+    """Return the summed distance of ``vector`` to the rows, in float64, row by row."""
+    return sum(float(torch.linalg.vector_norm(row.double() - vector.double())) for row in rows)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--shapes", nargs="+", metavar="NxD", help="default: the papers' models")
+    parser.add_argument("--only", default="", help="rules whose name contains this")
+    parser.add_argument("--no-peers", action="store_true")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    shapes = SHAPES
+    if options.shapes:
+        shapes = tuple(tuple(int(part) for part in text.split("x")) for text in options.shapes)
+    for n, d in shapes:
+        measure_shape(n, d, device, options)
+
+
+def measure_shape(n: int, d: int, device: torch.device, options: argparse.Namespace) -> None:
+    """Print the table of one shape."""
+    torch.manual_seed(0)
+    rows = torch.randn(n, d, device=device)
+    rules = own_rules(torch.randn(d, device=device))
+    if not options.no_peers:
+        rules |= peer_rules(device)
+    rules = {name: rule for name, rule in rules.items() if options.only in name}
+    baseline = seconds(lambda: rows.sum(0), options.repeats, device)
+    measured: dict[str, tuple[float, float, float]] = {}
+    for name, rule in rules.items():
+        outcome = rule(rows)
+        vector = torch.as_tensor(getattr(outcome, "vector", outcome))
+        reached = float("nan")
+        if "eom" in name and "block" not in name:
+            reached = objective(rows, vector.reshape(-1))
+        del outcome, vector
+        memory = peak_extra_bytes(lambda rule=rule: rule(rows), device) / (4 * n * d)
+        repeats = options.repeats if not name.startswith(("ByzFL", "geom", "numpy")) else 1
+        # The sum is measured again beside each rule: the machine may have changed its pace.
+        beside = seconds(lambda: rows.sum(0), options.repeats, device)
+        taken = seconds(lambda rule=rule: rule(rows), repeats, device)
+        measured[name] = (taken / beside, reached, memory)
+    best = min((value[1] for value in measured.values() if value[1] == value[1]), default=1.0)
+    table = Table(title=f"n = {n}, d = {d:,}, {device}; sum over the rows: {baseline * 1e3:.1f} ms")
+    for column in ("rule", "time / sum", "objective / best - 1", "extra memory / (n d)"):
+        table.add_column(column, justify="left" if column == "rule" else "right")
+    for name, (ratio, reached, memory) in measured.items():
+        shown = "" if reached != reached else f"{reached / best - 1:.1e}"
+        table.add_row(name, f"{ratio:.1f}", shown, f"{memory:.2f}")
+    CONSOLE.print(table)
+
+
+if __name__ == "__main__":
+    main()
