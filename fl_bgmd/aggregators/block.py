@@ -130,7 +130,7 @@ def block_geometric_median(
             residual_norms = np.sqrt(residual_squared)
             clip = clip_factors(residual_norms, float(np.median(residual_norms)))
             coefficients = median.weights.numpy() * clip
-        if work == rows.dtype:
+        if work == rows.dtype == torch.float32:
             # Fresh memory is dear: that of the scores is used again.
             next_memory = torch.mv(rows.T, torch.from_numpy(coefficients).to(rows), out=scores)
         else:
