@@ -11,9 +11,9 @@ from simulations.experiment import RunResult
 COLUMNS = (
     "strategy",
     "status",
-    "final accuracy",
-    "best accuracy",
-    "seconds / round",
+    "final",
+    "best",
+    "s / round",
     "accepted",
     "rejected",
 )
