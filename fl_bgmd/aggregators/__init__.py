@@ -7,6 +7,7 @@ from .geometric_median import geometric_median
 from .mean import mean
 from .mixing import bucketing, nearest_neighbor_mixing
 from .norms import norm_clip, norm_threshold, project
+from .pipeline import Pipeline
 from .results import Aggregate, BlockGeometricMedian, FilteredAggregate, GeometricMedian
 from .selection import krum, multi_krum
 from .spectral import SpectralFilter, spectral_filter
@@ -16,6 +17,7 @@ __all__ = [
     "BlockGeometricMedian",
     "FilteredAggregate",
     "GeometricMedian",
+    "Pipeline",
     "SpectralFilter",
     "block_geometric_median",
     "bucketing",

@@ -102,15 +102,19 @@ def geometric_median(
             # Rows coincide with y up to rounding: seen from one of them, equal rows are equal.
             origin = int(np.argmin(point.distances))
             gram = gram_matrix(rows, -rows[origin].double())
-            point, more = minimise_in_hull(gram, row_weights, tol, max_iter)
+            again, more = minimise_in_hull(gram, row_weights, tol, max_iter)
             iterations += more
+            if _better(again, point):
+                point = again
     else:
         point, iterations = _classical(rows, row_weights, tol, max_iter)
     dtype = result_dtype(updates)
     scale = float(scales.min())
     summands = row_weights * point.distances
     vector = combine(_single_if_coincident(point), rows, dtype)
-    rounding = float(torch.finfo(dtype).eps) / 2 * _norm(vector)
+    # A single row is returned as it is; a sum of rows is rounded to the dtype.
+    is_row = np.count_nonzero(point.hull_weights) == 1
+    rounding = 0.0 if is_row else float(torch.finfo(dtype).eps) / 2 * _norm(vector)
     if scale != 1.0:
         vector *= scale
     return GeometricMedian(
@@ -248,8 +252,23 @@ def _step(gram: Array, point: HullPoint) -> HullPoint:
     if newton is None:
         return plain
     moved = _hull_point(gram, point.row_weights, newton)
+    if (moved.pulls == 0).any():
+        return plain  # Weiszfeld's map would keep the coefficients, which need not be convex
     polished = _hull_point(gram, point.row_weights, _weiszfeld_weights(moved))
-    return polished if polished.descent < plain.descent or polished.pull < plain.pull else plain
+    return polished if _decrease(gram, plain, polished) > 0 else plain
+
+
+def _decrease(gram: Array, old: HullPoint, new: HullPoint) -> float:
+    """Return ``g(old) - g(new)``, as accurate as the step between them is small.
+
+    ``||a||^2 - ||b||^2 = (||a|| - ||b||) (||a|| + ||b||)``, and with ``s = new - old`` the left
+    side is ``||s||^2 - 2 <s, x_i - old>``.
+    """
+    step = new.hull_weights - old.hull_weights
+    product = gram @ step
+    change = step @ product - 2 * (product - old.hull_weights @ product)
+    total = old.distances + new.distances
+    return -float(old.row_weights @ (change / np.where(total > 0, total, 1.0)))
 
 
 def _weiszfeld_weights(point: HullPoint) -> Array:

@@ -50,8 +50,9 @@ def select_block(
         fill = torch.randperm(len(rest), generator=generator)[: k - positive].to(device)
         return torch.cat((chosen, rest[fill])).sort().values
     certain = torch.nonzero(scores >= certainty_threshold(scores, k)).flatten()
-    if len(certain) == k:
-        return certain
+    if len(certain) >= k:
+        # More only by rounding: above 2^24 nearly equal scores float32 cannot hold tau.
+        return torch.topk(scores, k, sorted=False).indices.sort().values
     if len(certain) == 0:
         drawn = _systematic(scores, k, generator)
     else:
