@@ -103,21 +103,14 @@ def gram_matrix(updates: Tensor, offset: Tensor | None = None) -> NDArray[np.flo
     # A product this narrow runs on one core: a batch of them, one for each core, on all.
     parts = torch.get_num_threads() if updates.device.type == "cpu" else 1
     gram = torch.zeros(parts, n, n, dtype=torch.float64, device=updates.device)
-    groups = torch.split(torch.arange(n), max(16, -(-n // 4)))
     for _, block in column_blocks(updates, offset):
         used = block.shape[1] // parts * parts
         batch = block[:, :used].view(n, parts, -1).transpose(0, 1)
-        for i, rows in enumerate(groups):
-            left = slice(int(rows[0]), int(rows[-1]) + 1)
-            # Only the blocks on and below the diagonal: the rest is their mirror image.
-            for columns in groups[: i + 1]:
-                right = slice(int(columns[0]), int(columns[-1]) + 1)
-                gram[:, left, right].baddbmm_(batch[:, left], batch[:, right].transpose(1, 2))
+        gram.baddbmm_(batch, batch.transpose(1, 2))
         if used < block.shape[1]:
             gram[0].addmm_(block[:, used:], block[:, used:].T)
     result: NDArray[np.float64] = gram.sum(0).cpu().numpy()
-    lower = np.tril(result)
-    result = lower + np.tril(result, -1).T
+    result = (result + result.T) / 2
     if not np.isfinite(np.diagonal(result)).all():
         refuse_non_finite(updates)
     return result
