@@ -6,6 +6,7 @@ memory in multiples of the decoded (n, d) matrix.
 """
 
 import argparse
+import logging
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
+    logging.getLogger("flwr").setLevel(logging.ERROR)
     n, cpu = options.clients, torch.device("cpu")
     torch.manual_seed(0)
     sent = build(options.model).state_dict()
