@@ -1,11 +1,13 @@
 """The ClientApp: load the partition, train, evaluate; lie when the attack says so."""
 
+from functools import lru_cache
 from typing import cast
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
 from torch import nn
 
 from clients.training import LocalTraining, evaluate, scheduled_learning_rate, threads, train
@@ -25,13 +27,13 @@ def handle_train(message: Message, context: Context) -> Message:
     server_round = int(cast(int, message.content["config"]["server-round"]))
     seed = np.random.SeedSequence([int(config["seed"]), server_round, partition_id, 1])
     dataset, model, device = _prepare(message, context)
-    indices = partition(
-        dataset.train_labels,
+    indices = _partitions(
+        dataset,
         int(context.node_config["num-partitions"]),
-        scheme=str(config["partition"]),
-        num_shards=int(config["num-shards"]),
-        alpha=float(config["alpha"]),
-        seed=int(config["seed"]),
+        str(config["partition"]),
+        int(config["num-shards"]),
+        float(config["alpha"]),
+        int(config["seed"]),
     )[partition_id]
     settings = LocalTraining(
         steps=int(config["local-steps"]),
@@ -76,6 +78,21 @@ def handle_evaluate(message: Message, context: Context) -> Message:
         "partition-id": partition_id,
     }
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+
+
+@lru_cache(maxsize=4)
+def _partitions(
+    dataset: Dataset, count: int, scheme: str, num_shards: int, alpha: float, seed: int
+) -> list[NDArray[np.int64]]:
+    """Partition the training examples: once per process, not in each round of each client."""
+    return partition(
+        dataset.train_labels,
+        count,
+        scheme=scheme,
+        num_shards=num_shards,
+        alpha=alpha,
+        seed=seed,
+    )
 
 
 def _prepare(message: Message, context: Context) -> tuple[Dataset, nn.Module, torch.device]:

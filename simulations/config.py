@@ -19,6 +19,7 @@ from fl_bgmd.attacks import ATTACKS
 from fl_bgmd.attacks import SELECTIONS as BYZANTINE_SELECTIONS
 from fl_bgmd.data import DATASETS, SCHEMES
 from fl_bgmd.models import MODELS
+from fl_bgmd.shares import floor_share
 from fl_bgmd.strategies import MIXINGS, WEIGHTINGS, resolve_device
 
 Value = bool | int | float | str
@@ -205,7 +206,7 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(
             f"num-shards is {config['num-shards']}; allowed: a multiple of num-clients ({clients})"
         )
-    hostile = int(fraction * clients + 1e-9)
+    hostile = floor_share(fraction, clients)
     if config["attack"] != "none" and hostile == 0:
         least = math.ceil(1e6 / clients) / 1e6
         raise ConfigError(

@@ -18,6 +18,7 @@ from clients.training import evaluate
 from fl_bgmd import __version__
 from fl_bgmd.data import load
 from fl_bgmd.models import build
+from fl_bgmd.shares import floor_share
 from fl_bgmd.strategies import (
     BGMD,
     CMD,
@@ -179,8 +180,8 @@ def build_strategy(config: Config) -> RobustStrategy:
         "fraction_evaluate": float(config["fraction-evaluate"]),
         # All clients must be there before the first round samples any.
         "min_available_nodes": clients,
-        "min_train_nodes": max(1, int(float(config["fraction-train"]) * clients + 1e-9)),
-        "min_evaluate_nodes": max(1, int(float(config["fraction-evaluate"]) * clients + 1e-9)),
+        "min_train_nodes": max(1, floor_share(float(config["fraction-train"]), clients)),
+        "min_evaluate_nodes": max(1, floor_share(float(config["fraction-evaluate"]), clients)),
         "server_learning_rate": float(config["server-learning-rate"]),
         "server_momentum": float(config["server-momentum"]),
         "mixing": config["mixing"],

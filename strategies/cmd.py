@@ -4,7 +4,7 @@ from typing import Any
 
 from fl_bgmd.aggregators import Aggregate, coordinate_median, trimmed_mean
 
-from .robust import RobustStrategy, Round
+from .robust import RobustStrategy, Round, require
 
 
 class CMD(RobustStrategy):
@@ -32,8 +32,7 @@ class TrimmedMean(RobustStrategy):
     def __init__(self, *, trim_fraction: float | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.trim_fraction = self.byzantine_fraction if trim_fraction is None else trim_fraction
-        if not 0 <= self.trim_fraction < 0.5:
-            raise ValueError(f"trim_fraction is {trim_fraction}; allowed: 0 to below 0.5")
+        require("trim_fraction", trim_fraction, 0 <= self.trim_fraction < 0.5, "0 to below 0.5")
 
     def aggregate(self, current: Round) -> Aggregate:
         """Return the trimmed mean of every coordinate."""

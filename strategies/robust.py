@@ -27,6 +27,7 @@ from fl_bgmd.replies import (
     partition_id,
     screen,
 )
+from fl_bgmd.shares import floor_share
 
 MIXINGS = ("none", "nearest-neighbor", "bucketing")
 WEIGHTINGS = ("uniform", "examples")
@@ -422,7 +423,7 @@ class RobustStrategy(FedAvg):
         while len(nodes := sorted(grid.get_node_ids())) < needed:
             LOG.info("waiting for nodes: %s connected, %s needed", len(nodes), needed)
             time.sleep(1)
-        count = min(len(nodes), max(int(len(nodes) * fraction + 1e-9), minimum))
+        count = min(len(nodes), max(floor_share(fraction, len(nodes)), minimum))
         draw = random.Random(f"{self.seed}-{server_round}-{message_type}")
         chosen = sorted(draw.sample(nodes, count))
         LOG.info("%s: sampled %s nodes (out of %s)", message_type, count, len(nodes))

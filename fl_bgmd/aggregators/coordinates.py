@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_bgmd.shares import floor_share
+
 from ._rows import check_fraction, check_updates, refuse_non_finite, result_dtype
 from .results import Aggregate
 
@@ -65,7 +67,7 @@ def trimmed_mean(updates: Tensor, *, trim_fraction: float = 0.25) -> Aggregate:
     """
     check_updates(updates)
     check_fraction("trim_fraction", trim_fraction, below=0.5)
-    return _mean_of_middle(updates, int(trim_fraction * updates.shape[0] + 1e-9))
+    return _mean_of_middle(updates, floor_share(trim_fraction, updates.shape[0]))
 
 
 def _mean_of_middle(updates: Tensor, trim: int) -> Aggregate:

@@ -140,8 +140,6 @@ class HullPoint:
         ``||x_i - y||``, no smaller than what float64 can tell from zero.
     objective : float
         ``g(y) = sum_i row_weights[i] ||x_i - y||``.
-    descent : float
-        ``g(y) - g(0)``, free of the cancellation that rows of 1e30 cause in ``objective``.
     pull : float
         ``R``, the norm of the smallest subgradient that is known at y.
     slack : float
@@ -154,7 +152,6 @@ class HullPoint:
     pulls: Array
     distances: Array
     objective: float
-    descent: float
     pull: float
     slack: float
     row_weights: Array
@@ -201,7 +198,7 @@ def minimise_in_hull(
         previous, current = current, _step(gram, current)
         if _better(current, best):
             best = current
-        moving = current.pull < previous.pull or current.descent < previous.descent
+        moving = current.pull < previous.pull or _decrease(gram, previous, current) > 0
         stalled = 0 if moving else stalled + 1
     return best, iterations
 
@@ -226,8 +223,6 @@ def _hull_point(gram: Array, row_weights: Array, hull_weights: Array) -> HullPoi
     distances = np.sqrt(np.where(exact, 0.0, np.maximum(squared, noise)))
     pulls = np.where(coincident, 0.0, row_weights / np.where(coincident, 1.0, distances))
     lengths = np.sqrt(diagonal)
-    sums = distances + lengths
-    shifts = np.where(sums > 0, (squared_norm - 2 * product) / np.where(sums > 0, sums, 1.0), 0.0)
     # sum_i pulls_i (y - x_i) = coefficients @ X
     coefficients = pulls.sum() * hull_weights - pulls
     size = np.abs(coefficients) @ lengths
@@ -238,7 +233,6 @@ def _hull_point(gram: Array, row_weights: Array, hull_weights: Array) -> HullPoi
         pulls=pulls,
         distances=distances,
         objective=float(row_weights @ distances),
-        descent=float(row_weights @ shifts),
         pull=float(pull),
         slack=float(2 * row_weights[coincident] @ distances[coincident]),
         row_weights=row_weights,
@@ -398,7 +392,6 @@ def _classical_point(rows: Tensor, row_weights: Array, hull_weights: Array) -> H
         pulls=pulls,
         distances=distances,
         objective=float(row_weights @ distances),
-        descent=0.0,  # only the Gram solver compares steps
         pull=max(0.0, resultant - held),
         slack=float(2 * row_weights[coincident] @ distances[coincident]),
         row_weights=row_weights,

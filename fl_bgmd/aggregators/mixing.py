@@ -7,6 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_bgmd.shares import floor_share
+
 from ._rows import (
     check_fraction,
     check_updates,
@@ -49,7 +51,7 @@ def nearest_neighbor_matrix(
     check_updates(updates)
     check_fraction("byzantine_fraction", byzantine_fraction, below=0.5)
     n = updates.shape[0]
-    neighbours = n - int(byzantine_fraction * n + 1e-9)
+    neighbours = n - floor_share(byzantine_fraction, n)
     nearest = np.argsort(pairwise_squared_distances(updates), axis=1, kind="stable")
     matrix = np.zeros((n, n))
     np.put_along_axis(matrix, nearest[:, :neighbours], 1.0 / neighbours, axis=1)

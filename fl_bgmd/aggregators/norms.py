@@ -7,6 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_bgmd.shares import ceil_share
+
 from ._rows import (
     check_fraction,
     check_updates,
@@ -61,8 +63,7 @@ def norm_threshold(
         sizes = torch.as_tensor(norms).detach().cpu().double().numpy()
         if sizes.shape != (n,) or not (sizes >= 0).all():
             raise ValueError(f"norms is {sizes.tolist()}; allowed: {n} values of 0 or more")
-    # The small margin keeps ceil(0.1 * 30) at 3: the product is 3.0000000000000004.
-    dropped = min(n - 1, math.ceil(drop_fraction * n - 1e-9))
+    dropped = min(n - 1, ceil_share(drop_fraction, n))
     kept = np.zeros(n, dtype=bool)
     kept[np.argsort(sizes, kind="stable")[: n - dropped]] = True
     vector = combine(kept / kept.sum(), updates, result_dtype(updates))

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fl_bgmd.shares import floor_share
+
 from ._rows import (
     check_fraction,
     check_updates,
@@ -49,7 +51,7 @@ def multi_krum(
     check_updates(updates)
     check_fraction("byzantine_fraction", byzantine_fraction, below=0.5)
     n = updates.shape[0]
-    byzantine = int(byzantine_fraction * n + 1e-9)
+    byzantine = floor_share(byzantine_fraction, n)
     num_selected = n - byzantine if num_selected is None else num_selected
     if not 1 <= num_selected <= n:
         raise ValueError(f"num_selected is {num_selected}; allowed: 1 to {n}, the number of rows")

@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_bgmd.shares import ceil_share
+
 from ._rows import (
     center,
     check_fraction,
@@ -169,7 +171,7 @@ def _honest_variance(gram: Array, byzantine_fraction: float) -> float:
     """
     n = gram.shape[0]
     active = np.arange(n)
-    left = math.ceil((1 - byzantine_fraction) * n - 1e-9)
+    left = ceil_share(1 - byzantine_fraction, n)
     while True:
         errors = _reconstruction_errors(gram[np.ix_(active, active)], np.ones(len(active)))
         if len(active) <= max(left, 1):

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from fl_bgmd.shares import floor_share
+
 SELECTIONS = ("per-round", "fixed")
 
 
@@ -40,7 +42,6 @@ def byzantine_clients(
     if selection not in SELECTIONS:
         raise ValueError(f"selection is {selection!r}; allowed: {', '.join(SELECTIONS)}")
     drawn_for = 0 if selection == "fixed" else round
-    # The margin keeps floor(0.29 * 100) at 29: the product is 28.999999999999996.
-    count = int(fraction * num_clients + 1e-9)
+    count = floor_share(fraction, num_clients)
     order = np.random.default_rng([seed, drawn_for]).permutation(num_clients)
     return frozenset(int(client) for client in order[:count])
