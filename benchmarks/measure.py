@@ -1,5 +1,6 @@
 """Timing and peak memory of a function in this process."""
 
+import ctypes
 import gc
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> in
     On the CPU this is the kernel's high-water mark of resident memory (Linux only; 0 elsewhere).
     """
     gc.collect()
+    _release_freed_memory()
     if device.type == "cuda":
         _wait(device)
         before = torch.cuda.memory_allocated(device)
@@ -41,6 +43,13 @@ def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> in
     before = _kilobytes(status, "VmRSS")
     function()
     return max(0, _kilobytes(status, "VmHWM") - before) * 1024
+
+
+def _release_freed_memory() -> None:
+    """Give freed memory back to the system: what is still held would be used again, unseen."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _kilobytes(status: Path, key: str) -> int:

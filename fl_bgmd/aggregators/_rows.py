@@ -2,19 +2,31 @@
 
 Every rule reads its (n, d) input through these functions. Arithmetic is done in float64 on blocks
 that fit a core's cache, so no second n x d matrix ever exists and float32 input of any magnitude
-neither overflows nor cancels.
+neither overflows nor cancels. On the CPU each core works through columns of its own, in NumPy on
+one thread; on other devices torch does the same, one block after the other.
 """
 
+import itertools
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_BLOCK_ELEMENTS = 1 << 19  # float64 elements in flight: 4 MiB, the fastest of 2^15 to 2^21
+_BLOCK_ELEMENTS = 1 << 19  # of a block: 4 MiB in float64, the fastest of 2^15 to 2^21
+_FEW_ELEMENTS = 1 << 16  # fewer are done sooner than a thread is started
+
+Result = TypeVar("Result")
+# A block of columns: a NumPy array on the CPU, a tensor elsewhere.
+Block = Any
 
 
 def check_updates(updates: Tensor, name: str = "updates") -> None:
@@ -57,33 +69,119 @@ def result_dtype(updates: Tensor) -> torch.dtype:
     return torch.float64 if updates.dtype == torch.float64 else torch.float32
 
 
-def column_blocks(
+def on_cores(function: Callable[[slice], Result], size: int, *, few: bool = False) -> list[Result]:
+    """Cut ``range(size)`` into one slice for each core, apply ``function`` to all at once.
+
+    Returns the results in order. ``function`` runs in a thread and should work in NumPy, which
+    then stays on that thread: many small steps on many threads each cost more than they save.
+    ``few`` says that the work is too little for that: one slice, on this thread.
+    """
+    workers = 1 if few else min(torch.get_num_threads(), size)
+
+    def quietly(part: slice) -> Result:
+        with np.errstate(all="ignore"):
+            return function(part)
+
+    if workers == 1:
+        return [quietly(slice(0, size))]
+    edges = [size * i // workers for i in range(workers + 1)]
+    parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
+    # The limit is the process's own: overlapping calls would leave it behind.
+    with (
+        _blas_lock,
+        _blas_libraries().limit(limits=1, user_api="blas"),
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        return list(pool.map(quietly, parts))
+
+
+_blas_lock = threading.Lock()
+
+
+@lru_cache(maxsize=1)
+def _blas_libraries() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def sum_blocks(
+    function: Callable[[slice, Block], Any],
     updates: Tensor,
     offset: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float64,
-    elements: int = _BLOCK_ELEMENTS,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield ``(columns, updates[:, columns] + offset[columns])`` in ``dtype``.
+) -> Any:
+    """Return the sum over blocks of columns of ``function(columns, block)``, as NumPy values.
 
-    The yielded (n, c) tensor, n c close to ``elements``, is a reused buffer: it is only valid
-    until the next step and may be overwritten by the caller.
+    ``block``, (n, c), holds ``updates[:, columns] + offset[columns]`` in ``dtype`` (float32 or
+    float64): a NumPy array on the CPU, a tensor elsewhere. It is a buffer that is used again and
+    may be overwritten. A function that writes into an array of its own (see :func:`native`)
+    returns 0.
     """
     n, d = updates.shape
-    width = min(d, max(64, elements // n))
-    buffer = torch.empty(n * width, dtype=dtype, device=updates.device)
-    for start in range(0, d, width):
-        columns = slice(start, min(start + width, d))
-        size = columns.stop - columns.start
-        block = buffer[: n * size].view(n, size)
-        if offset is None:
-            block.copy_(updates[:, columns])
-        elif updates.dtype == offset.dtype == dtype:
-            torch.add(updates[:, columns], offset[columns], out=block)
-        else:
-            block.copy_(updates[:, columns])
-            block += offset[columns]
-        yield columns, block
+    width = max(64, _BLOCK_ELEMENTS // n)
+    if updates.device.type != "cpu":
+        total: Any = 0.0
+        for start in range(0, d, width):
+            columns = slice(start, min(start + width, d))
+            block = updates[:, columns].to(dtype, copy=True)
+            if offset is not None:
+                block += offset[columns]
+            total = total + function(columns, block)
+        return total.cpu().numpy() if isinstance(total, Tensor) else total
+    values = None if updates.dtype in (torch.float16, torch.bfloat16) else updates.detach().numpy()
+    shift = None if offset is None else offset.detach().numpy()
+
+    def sum_range(part: slice) -> Any:
+        size = part.stop - part.start
+        buffer = np.empty(n * min(width, size), np.float64 if dtype == torch.float64 else "f4")
+        total: Any = 0.0
+        for start in range(part.start, part.stop, width):
+            columns = slice(start, min(start + width, part.stop))
+            block = buffer[: n * (columns.stop - start)].reshape(n, -1)
+            if values is None:
+                torch.from_numpy(block).copy_(updates[:, columns])
+            else:
+                block[:] = values[:, columns]
+            if shift is not None:
+                block += shift[columns].astype(block.dtype)  # once, not for every row
+            total = total + function(columns, block)
+        return total
+
+    return sum(on_cores(sum_range, d, few=n * d < _FEW_ELEMENTS))
+
+
+def native(values: NDArray[Any] | Tensor, updates: Tensor) -> Any:
+    """Return ``values`` as what :func:`sum_blocks` computes with: sharing memory where it can."""
+    if updates.device.type == "cpu":
+        return values.detach().numpy() if isinstance(values, Tensor) else values
+    return torch.as_tensor(values).to(updates.device)
+
+
+def dot(a: Any, b: Any) -> Any:
+    """Return the matrix product of two blocks."""
+    # Not NumPy's @, which holds the interpreter's lock while it computes.
+    return np.dot(a, b) if isinstance(b, np.ndarray) else a @ b
+
+
+def empty(shape: int | tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised tensor on the device of ``like``.
+
+    On the CPU it lies in NumPy's memory: large arrays of NumPy's ask for huge pages, without
+    which the first touch of fresh memory can cost more than the arithmetic.
+    """
+    if like.device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    return torch.from_numpy(np.empty(shape, np.float64 if dtype == torch.float64 else np.float32))
+
+
+def zeros(size: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return zeros, (size,), on the device of ``like``: as :func:`empty`, touched by all cores."""
+    result = empty(size, like, dtype)
+    if like.device.type != "cpu":
+        return result.zero_()
+    target = result.numpy()
+    on_cores(lambda part: target[part].fill(0), size, few=size < _FEW_ELEMENTS)
+    return result
 
 
 def refuse_non_finite(updates: Tensor) -> None:
@@ -99,18 +197,8 @@ def gram_matrix(updates: Tensor, offset: Tensor | None = None) -> NDArray[np.flo
     Raises ``ValueError`` naming the row when ``updates`` holds a NaN or an infinity. Squares of
     float64 entries must not overflow: see :func:`in_range`.
     """
-    n = updates.shape[0]
-    # A product this narrow runs on one core: a batch of them, one for each core, on all.
-    parts = torch.get_num_threads() if updates.device.type == "cpu" else 1
-    gram = torch.zeros(parts, n, n, dtype=torch.float64, device=updates.device)
-    for _, block in column_blocks(updates, offset):
-        used = block.shape[1] // parts * parts
-        batch = block[:, :used].view(n, parts, -1).transpose(0, 1)
-        gram.baddbmm_(batch, batch.transpose(1, 2))
-        if used < block.shape[1]:
-            gram[0].addmm_(block[:, used:], block[:, used:].T)
-    result: NDArray[np.float64] = gram.sum(0).cpu().numpy()
-    result = (result + result.T) / 2
+    gram = sum_blocks(lambda _, block: dot(block, block.T), updates, offset)
+    result: NDArray[np.float64] = (gram + gram.T) / 2
     if not np.isfinite(np.diagonal(result)).all():
         refuse_non_finite(updates)
     return result
@@ -210,8 +298,8 @@ def bordered_gram(rows: Tensor, extra: Tensor) -> NDArray[np.float64]:
     if offset is not None:
         gram[:n, :n] = gram_matrix(rows, offset)
         extra = extra + offset
-    for columns, block in column_blocks(rows, offset):
-        gram[:n, n] += (block @ extra[columns]).cpu().numpy()
+    column = native(extra, rows)
+    gram[:n, n] = sum_blocks(lambda columns, block: dot(block, column[columns]), rows, offset)
     gram[n, :n] = gram[:n, n]
     gram[n, n] = float(extra @ extra)
     return gram
@@ -225,10 +313,14 @@ def combine(weights: NDArray[np.float64], updates: Tensor, dtype: torch.dtype) -
     used = np.flatnonzero(weights)
     if len(used) == 1 and weights[used[0]] == 1.0:
         return updates[int(used[0])].to(dtype, copy=True)
-    result = torch.empty(updates.shape[1], dtype=dtype, device=updates.device)
-    coefficients = torch.from_numpy(np.ascontiguousarray(weights)).to(updates.device)
-    for columns, block in column_blocks(updates):
-        result[columns] = coefficients @ block
+    result = empty(updates.shape[1], updates, dtype)
+    target, coefficients = native(result, updates), native(weights, updates)
+
+    def write(columns: slice, block: Block) -> float:
+        target[columns] = dot(coefficients, block)
+        return 0.0
+
+    sum_blocks(write, updates)
     return result
 
 
@@ -238,10 +330,20 @@ def row_norms(updates: Tensor, offset: Tensor | None = None) -> NDArray[np.float
     Squares of float64 entries must not overflow: see :func:`in_range`. Raises ``ValueError``
     naming the row when ``updates`` holds a NaN or an infinity.
     """
-    total = torch.zeros(updates.shape[0], dtype=torch.float64, device=updates.device)
-    for _, block in column_blocks(updates, offset):
-        total = torch.hypot(total, torch.linalg.vector_norm(block, dim=1))
-    result: NDArray[np.float64] = total.cpu().numpy()
+    squares = sum_blocks(lambda _, block: squared_sizes(block), updates, offset)
+    result: NDArray[np.float64] = np.sqrt(squares)
     if not np.isfinite(result).all():
         refuse_non_finite(updates)
     return result
+
+
+def vector_norm(vector: Tensor) -> float:
+    """Return the Euclidean norm of a vector (d,) as :func:`row_norms` does."""
+    return float(row_norms(vector[None])[0])
+
+
+def squared_sizes(block: Block) -> Any:
+    """Return the squared norms of the rows of a block, (n,)."""
+    if isinstance(block, np.ndarray):
+        return np.vecdot(block, block)
+    return block.square().sum(1)

@@ -14,12 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ._rows import (
+    Block,
     check_updates,
-    column_blocks,
-    combine,
+    dot,
+    empty,
     in_range,
+    native,
+    on_cores,
     result_dtype,
     row_norms,
+    sum_blocks,
+    zeros,
 )
 from .geometric_median import geometric_median
 from .norms import clip_factors
@@ -97,7 +102,7 @@ def block_geometric_median(
         updates, memory = _finite(updates + memory), None
     rows, scales = in_range(updates)
     scale = float(scales.min())
-    offset = None if memory is None else memory / scale
+    offset = memory if memory is None or scale == 1.0 else memory / scale
     norms = row_norms(rows, offset)
     # Float32 is enough for what is only a probability or kept in float32, unless squares overflow.
     is_moderate = dtype == torch.float32 and 1e-12 < float(norms.max()) < 1e15
@@ -105,16 +110,15 @@ def block_geometric_median(
     k = max(1, round(block_fraction * d))
     scores = _column_scores(rows, offset, norms, score, work)
     block = select_block(scores, k, selection=selection, generator=generator)
-    chosen = rows[:, block].to(dtype)
-    if offset is not None:
-        _finite(chosen.add_(offset[block]))
+    chosen = _columns(rows, offset, block, dtype)
     median = geometric_median(chosen, tol=tol)
     chosen_norms = row_norms(chosen)
     del chosen
 
     assert median.weights is not None
-    vector = torch.zeros(d, dtype=dtype, device=updates.device)
-    vector[block] = median.vector * scale
+    vector = zeros(d, updates, dtype)
+    indices = native(block, updates)
+    native(vector, updates)[indices] = native(median.vector * scale, updates)
     squared = norms**2
     # Below the rounding of the difference a residual counts as that large: it is clipped more.
     residual_squared = np.maximum(squared - chosen_norms**2, 1e-15 * squared)
@@ -130,17 +134,12 @@ def block_geometric_median(
             residual_norms = np.sqrt(residual_squared)
             clip = clip_factors(residual_norms, float(np.median(residual_norms)))
             coefficients = median.weights.numpy() * clip
-        if work == rows.dtype == torch.float32:
-            # Fresh memory is dear: that of the scores is used again.
-            next_memory = torch.mv(rows.T, torch.from_numpy(coefficients).to(rows), out=scores)
-        else:
-            next_memory = combine(coefficients, rows, dtype)
-        if offset is not None:
-            next_memory.add_(offset, alpha=float(coefficients.sum()))
-        next_memory[block] = 0.0
+        # Fresh memory is dear: that of the scores is used again.
+        next_memory = scores if scores.dtype == dtype else empty(d, updates, dtype)
+        _weighted_residual(coefficients, rows, offset, next_memory)
+        native(next_memory, updates)[indices] = 0.0
         if scale != 1.0:
-            next_memory *= scale
-        _finite(next_memory)
+            _finite(next_memory.mul_(scale))
     total = float(squared.sum())
     return BlockGeometricMedian(
         vector=vector,
@@ -166,15 +165,62 @@ def _column_scores(
     if score == "clipped":
         factors = clip_factors(norms, float(np.median(norms)))
     total = float(((factors * norms) ** 2).sum())
-    scores = torch.zeros(rows.shape[1], dtype=torch.float32, device=rows.device)
     if total == 0.0:
-        return scores
+        return zeros(rows.shape[1], rows, torch.float32)
+    scores = empty(rows.shape[1], rows, torch.float32)
     # Divided by the total before the sum: float32 holds the result whatever the rows' size.
-    weights = torch.from_numpy(factors**2 / total).to(rows.device, work)
-    for columns, values in column_blocks(rows, offset, dtype=work):
-        column = weights @ values.square_()
-        scores[columns] = column.sqrt_() if score == "norm" else column
+    weights = native(torch.from_numpy(factors**2 / total).to(work), rows)
+    target = native(scores, rows)
+
+    def write(columns: slice, block: Block) -> float:
+        block *= block
+        column = dot(weights, block)
+        target[columns] = column**0.5 if score == "norm" else column
+        return 0.0
+
+    sum_blocks(write, rows, offset, dtype=work)
     return scores
+
+
+def _columns(rows: Tensor, offset: Tensor | None, block: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the columns ``block`` of ``rows + offset``, (n, k), in ``dtype`` and its range."""
+    if rows.device.type != "cpu" or rows.dtype != dtype:
+        chosen = rows[:, block].to(dtype)
+        return chosen if offset is None else _finite(chosen.add_(offset[block]))
+    chosen = empty((rows.shape[0], len(block)), rows, dtype)
+    source, target, indices = native(rows, rows), chosen.numpy(), block.numpy()
+    shift = None if offset is None else native(offset, rows)
+    limit = torch.finfo(dtype).max
+
+    def gather(part: slice) -> None:
+        added = None if shift is None else shift[indices[part]].astype(target.dtype)
+        for row, values in zip(source, target[:, part], strict=True):
+            # The indices are in range: "clip" spares NumPy a buffer.
+            np.take(row, indices[part], out=values, mode="clip")
+            if added is not None:
+                values += added
+                np.clip(values, -limit, limit, out=values)
+
+    on_cores(gather, len(block), few=chosen.numel() < 1 << 16)
+    return chosen
+
+
+def _weighted_residual(
+    coefficients: NDArray[np.float64], rows: Tensor, offset: Tensor | None, out: Tensor
+) -> None:
+    """Write ``coefficients @ (rows + offset)`` into ``out``, kept in the range of its dtype."""
+    weights, target = native(coefficients, rows), native(out, rows)
+    shift = None if offset is None else native(offset, rows)
+    total, limit = float(coefficients.sum()), torch.finfo(out.dtype).max
+
+    def write(columns: slice, block: Block) -> float:
+        column = dot(weights, block)
+        if shift is not None:
+            column = column + total * shift[columns]
+        target[columns] = column.clip(-limit, limit)
+        return 0.0
+
+    sum_blocks(write, rows)
 
 
 def _finite(values: Tensor) -> Tensor:
@@ -199,8 +245,8 @@ def _check_memory(memory: Tensor | None, memory_rule: str, n: int, d: int) -> fl
             f"memory has shape {tuple(memory.shape)}; allowed under memory_rule "
             f"{memory_rule!r}: {shape}"
         )
-    low, high = torch.aminmax(memory)
-    largest = max(abs(float(low)), abs(float(high)))
+    values = native(memory, memory)
+    largest = max(abs(float(values.min())), abs(float(values.max())))
     if not math.isfinite(largest):
         raise ValueError("memory holds a NaN or an infinity; allowed: finite values")
     return largest

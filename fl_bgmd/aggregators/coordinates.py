@@ -6,8 +6,6 @@ wanted order statistics are left out. Many rows on a CPU are transposed block by
 by NumPy, whose vectorised sort then beats the network. Column ranges run on all cores.
 """
 
-import itertools
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from fl_bgmd.shares import floor_share
 
-from ._rows import check_fraction, check_updates, refuse_non_finite, result_dtype
+from ._rows import check_fraction, check_updates, empty, on_cores, refuse_non_finite, result_dtype
 from .results import Aggregate
 
 _NETWORK_ELEMENTS, _SORT_WIDTH = 1 << 18, 1 << 12
@@ -73,16 +71,12 @@ def trimmed_mean(updates: Tensor, *, trim_fraction: float = 0.25) -> Aggregate:
 def _mean_of_middle(updates: Tensor, trim: int) -> Aggregate:
     """Average, per coordinate, the values of rank ``trim`` to ``n - trim - 1``."""
     n, d = updates.shape
-    vector = torch.empty(d, dtype=result_dtype(updates), device=updates.device)
+    vector = empty(d, updates, result_dtype(updates))
     if updates.device.type != "cpu":
         _network(updates, trim, vector, slice(0, d))
         return Aggregate(vector, None)
     method = _network if n <= _NETWORK_ROWS else _sort
-    workers = torch.get_num_threads()
-    edges = np.linspace(0, d, workers + 1, dtype=np.int64)
-    ranges = [slice(int(a), int(b)) for a, b in itertools.pairwise(edges) if a < b]
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda columns: method(updates, trim, vector, columns), ranges))
+    on_cores(lambda columns: method(updates, trim, vector, columns), d)
     return Aggregate(vector, None)
 
 
@@ -102,8 +96,7 @@ def _network(updates: Tensor, trim: int, vector: Tensor, columns: slice) -> None
             if on_cpu
             else updates[:, part].to(vector.dtype, copy=True)
         )
-        with np.errstate(over="ignore", invalid="ignore"):
-            _check_block(float(block.sum()), updates)
+        _check_block(float(block.sum()), updates)
         wires: list[Any] = list(block)
         spare = library.empty_like(wires[0])
         for low, high, wanted in comparators:
@@ -130,8 +123,7 @@ def _sort(updates: Tensor, trim: int, vector: Tensor, columns: slice) -> None:
         part = slice(start, min(start + _SORT_WIDTH, columns.stop))
         block = np.ascontiguousarray(_block(updates, part, vector.dtype).T)
         block.sort(axis=1)
-        with np.errstate(over="ignore", invalid="ignore"):
-            _check_block(float(block[:, [0, -1]].sum()), updates)
+        _check_block(float(block[:, [0, -1]].sum()), updates)
         result[part] = block[:, trim : n - trim].mean(axis=1, dtype=np.float64)
 
 

@@ -28,6 +28,7 @@ from ._rows import (
     result_dtype,
     row_norms,
     squared_distances,
+    vector_norm,
 )
 from .results import GeometricMedian
 
@@ -114,7 +115,7 @@ def geometric_median(
     vector = combine(_single_if_coincident(point), rows, dtype)
     # A single row is returned as it is; a sum of rows is rounded to the dtype.
     is_row = np.count_nonzero(point.hull_weights) == 1
-    rounding = 0.0 if is_row else float(torch.finfo(dtype).eps) / 2 * _norm(vector)
+    rounding = 0.0 if is_row else float(torch.finfo(dtype).eps) / 2 * vector_norm(vector)
     if scale != 1.0:
         vector *= scale
     return GeometricMedian(
@@ -379,14 +380,14 @@ def _classical_point(rows: Tensor, row_weights: Array, hull_weights: Array) -> H
     """Evaluate ``y = hull_weights @ rows`` and its certificate by passes over the data."""
     y = combine(hull_weights, rows, torch.float64)
     distances = row_norms(rows, -y)
-    coincident = distances <= 8 * _EPSILON * (distances + _norm(y))
+    coincident = distances <= 8 * _EPSILON * (distances + vector_norm(y))
     pulls = np.where(coincident, 0.0, row_weights / np.where(coincident, 1.0, distances))
     total = float(pulls.sum())
     held = float(row_weights[coincident].sum())
     resultant = 0.0
     if total > 0:
         # sum_i pulls_i (x_i - y) = total * (Weiszfeld's next point - y)
-        resultant = total * _norm(combine(pulls / total, rows, torch.float64) - y)
+        resultant = total * vector_norm(combine(pulls / total, rows, torch.float64) - y)
     return HullPoint(
         hull_weights=hull_weights,
         pulls=pulls,
@@ -396,9 +397,3 @@ def _classical_point(rows: Tensor, row_weights: Array, hull_weights: Array) -> H
         slack=float(2 * row_weights[coincident] @ distances[coincident]),
         row_weights=row_weights,
     )
-
-
-def _norm(vector: Tensor) -> float:
-    """Euclidean norm that does not overflow for finite float32 input."""
-    largest = float(vector.abs().max())
-    return largest * float(torch.linalg.vector_norm(vector / largest)) if largest > 0 else 0.0

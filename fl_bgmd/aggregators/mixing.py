@@ -10,11 +10,15 @@ from torch import Tensor
 from fl_bgmd.shares import floor_share
 
 from ._rows import (
+    Block,
     check_fraction,
     check_updates,
-    column_blocks,
+    dot,
+    empty,
+    native,
     pairwise_squared_distances,
     result_dtype,
+    sum_blocks,
 )
 
 
@@ -107,10 +111,13 @@ def mix(updates: Tensor, matrix: NDArray[np.float64], out: Tensor | None = None)
 
     ``out`` may be ``updates`` itself when m = n: mixing then needs no second n x d matrix.
     """
-    coefficients = torch.from_numpy(matrix).to(updates.device)
     if out is None:
-        shape = (matrix.shape[0], updates.shape[1])
-        out = torch.empty(shape, dtype=result_dtype(updates), device=updates.device)
-    for columns, block in column_blocks(updates):
-        out[:, columns] = coefficients @ block
+        out = empty((matrix.shape[0], updates.shape[1]), updates, result_dtype(updates))
+    target, coefficients = native(out, updates), native(matrix, updates)
+
+    def write(columns: slice, block: Block) -> float:
+        target[:, columns] = dot(coefficients, block)
+        return 0.0
+
+    sum_blocks(write, updates)
     return out

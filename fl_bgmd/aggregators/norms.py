@@ -12,12 +12,13 @@ from fl_bgmd.shares import ceil_share
 from ._rows import (
     check_fraction,
     check_updates,
-    column_blocks,
     combine,
     in_range,
+    native,
     refuse_non_finite,
     result_dtype,
     row_norms,
+    sum_blocks,
 )
 from .results import Aggregate, FilteredAggregate
 
@@ -133,14 +134,9 @@ def _norms_of_order(updates: Tensor, order: float) -> NDArray[np.float64]:
     largest = updates.abs().amax(dim=1).double()
     if not bool(torch.isfinite(largest).all()):
         refuse_non_finite(updates)
-    safe = torch.where(largest > 0, largest, 1.0)
-    total = torch.zeros_like(largest)
+    scale = largest.cpu().numpy()
     if order == math.inf:
-        total += 1.0
-    else:
-        for _, block in column_blocks(updates):
-            block /= safe[:, None]
-            total += block.abs_().pow_(order).sum(dim=1)
-        total.pow_(1 / order)
-    sizes: NDArray[np.float64] = (total * largest).cpu().numpy()
-    return sizes
+        return np.asarray(scale)
+    safe = native(np.where(scale > 0, scale, 1.0)[:, None], updates)
+    powers = sum_blocks(lambda _, block: (abs(block / safe) ** order).sum(1), updates)
+    return np.asarray(scale * powers ** (1 / order))

@@ -1,14 +1,16 @@
 """Choosing a block of k of d coordinates from their scores (Algorithm 2 of Acharya et al.)."""
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ._rows import Result, on_cores
+
 SELECTIONS = ("sample", "top-k", "uniform")
-_BLOCK = 1 << 18
+_BLOCK = 1 << 17  # scores at a time
 
 
 def select_block(
@@ -43,35 +45,38 @@ def select_block(
         return torch.topk(scores, k, sorted=False).indices.sort().values
     if selection == "uniform":
         return torch.randperm(d, generator=generator)[:k].sort().values.to(device)
-    positive = int(torch.count_nonzero(scores))
+    # On the CPU, in NumPy: its searchsorted is quick for sorted needles.
+    scores = scores.cpu()
+    values = scores.numpy()
+    positive = int(np.count_nonzero(values))
     if positive <= k:
-        chosen = torch.nonzero(scores).flatten()
-        rest = torch.nonzero(scores == 0).flatten()
-        fill = torch.randperm(len(rest), generator=generator)[: k - positive].to(device)
-        return torch.cat((chosen, rest[fill])).sort().values
-    certain = torch.nonzero(scores >= certainty_threshold(scores, k)).flatten()
+        chosen = torch.from_numpy(np.flatnonzero(values))
+        rest = torch.from_numpy(np.flatnonzero(values == 0))
+        fill = torch.randperm(len(rest), generator=generator)[: k - positive]
+        return torch.cat((chosen, rest[fill])).sort().values.to(device)
+    threshold = certainty_threshold(scores, k)
+    certain = _flat_nonzero(values, threshold)
     if len(certain) >= k:
         # More only by rounding: above 2^24 nearly equal scores float32 cannot hold tau.
-        return torch.topk(scores, k, sorted=False).indices.sort().values
-    if len(certain) == 0:
-        drawn = _systematic(scores, k, generator)
-    else:
-        rest = scores.index_fill(0, certain, 0.0)
-        drawn = torch.cat((certain, _systematic(rest, k - len(certain), generator))).sort().values
-    return _without_repeats(drawn, scores)
+        return torch.topk(scores, k, sorted=False).indices.sort().values.to(device)
+    drawn = _systematic(values, k - len(certain), threshold, generator)
+    if len(certain):
+        # Two ascending runs: a stable sort merges them.
+        drawn = np.sort(np.concatenate((certain, drawn)), kind="stable")
+    if (drawn[1:] == drawn[:-1]).any():
+        drawn = _without_repeats(drawn, scores)
+    return torch.from_numpy(drawn).to(device)
 
 
-def _without_repeats(block: Tensor, scores: Tensor) -> Tensor:
+def _without_repeats(block: NDArray[np.int64], scores: Tensor) -> NDArray[np.int64]:
     """Replace repeats in the ascending ``block`` by the best coordinates it lacks.
 
     Two teeth hit one coordinate only by rounding, where its probability is 1 to the last digit.
     """
-    distinct = torch.unique_consecutive(block)
+    distinct = torch.from_numpy(np.unique(block))
     missing = len(block) - len(distinct)
-    if missing == 0:
-        return block
     best = torch.topk(scores.index_fill(0, distinct, -1.0), missing).indices
-    return torch.cat((distinct, best)).sort().values
+    return np.asarray(torch.cat((distinct, best)).sort().values)
 
 
 def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:
@@ -91,50 +96,85 @@ def certainty_threshold(scores: Tensor, k: int) -> float:
     With ``tau = sum of the other scores / (k - number of certain ones)`` a score of tau has
     probability 1; taking those for certain lowers tau, until nothing changes.
     """
-    threshold, certain = float(scores.sum(dtype=torch.float64)) / k, 0
-    if float(scores.max()) < threshold:
-        return threshold
+    blocks = _blocks(scores.cpu().numpy())
+    sums, maxima = np.array(
+        _each(lambda block: (block.sum(dtype=np.float64), block.max()), blocks)
+    ).T
+    threshold, certain = float(sums.sum()) / k, 0
     while True:
-        taken = scores >= threshold
-        count = int(torch.count_nonzero(taken))
+        above = np.flatnonzero(maxima >= threshold)
+
+        def split(block: NDArray[np.float32], limit: float = threshold) -> tuple[int, float]:
+            """How many scores of a block are certain, and the sum of the others."""
+            others = block < limit
+            count = len(block) - int(np.count_nonzero(others))
+            return count, float(block.sum(dtype=np.float64, where=others))
+
+        parts = _each(split, [blocks[i] for i in above])
+        count = sum(taken for taken, _ in parts)
         if count == certain or count >= k:
             return threshold
         certain = count
         # Not the total less the taken ones: scores may differ by any factor.
-        rest = float(scores.masked_fill(taken, 0.0).sum(dtype=torch.float64))
+        rest = float(np.delete(sums, above).sum()) + sum(others for _, others in parts)
         threshold = min(threshold, rest / (k - certain))
 
 
-def _systematic(scores: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
-    """Draw exactly ``k`` coordinates with probabilities ``k * score / sum``, each below 1.
+def _systematic(
+    values: NDArray[np.float32], k: int, threshold: float, generator: torch.Generator | None
+) -> NDArray[np.int64]:
+    """Draw exactly ``k`` coordinates of scores below ``threshold``, in proportion to them.
 
-    Systematic sampling (Madow 1949): lay the scores end to end, drop a comb of k equally spaced
-    teeth on them at a random offset, take what each tooth hits. One random number, one pass; it
-    has exactly these inclusion probabilities, unlike an exponential race, and no limit on d.
+    Inclusion probabilities are ``k * score / sum``, each below 1. Systematic sampling (Madow
+    1949): lay the scores end to end, drop a comb of k equally spaced teeth on them at a random
+    offset, take what each tooth hits. One random number, one pass; it has exactly these inclusion
+    probabilities, unlike an exponential race, and no limit on d.
     """
-    # On the CPU, in NumPy: its searchsorted is quick for sorted needles and holds no lock.
-    values = scores.cpu().numpy()
-    blocks = [values[i : i + _BLOCK] for i in range(0, len(values), _BLOCK)]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        totals = np.array(list(pool.map(lambda block: block.sum(dtype=np.float64), blocks)))
-        ends = totals.cumsum()
-        step = float(ends[-1]) / k
-        offset = float(torch.rand(1, generator=generator, dtype=torch.float64))
-        # The number of teeth before each block's end; the last block takes what is left.
-        teeth = np.clip(np.ceil(ends / step - offset), 0, k).astype(np.int64)
-        teeth[-1] = k
-        firsts = np.maximum.accumulate(np.concatenate(([0], teeth[:-1])))
+    blocks = _blocks(values)
 
-        def hits(i: int) -> NDArray[np.int64]:
-            """Coordinates of block i that a tooth falls on."""
-            positions = (np.arange(firsts[i], teeth[i]) + offset) * step - (ends[i] - totals[i])
-            running = np.cumsum(blocks[i], dtype=np.float64)
-            found = np.searchsorted(running, positions, side="right")
-            # Rounding may push the last tooth past the end, onto trailing zeros or beyond.
-            final = int(np.searchsorted(running, running[-1], side="left"))
-            hit: NDArray[np.int64] = np.minimum(found, final) + i * _BLOCK
-            return hit
+    def eligible(block: NDArray[np.float32]) -> NDArray[np.float64]:
+        # Not np.where or a cumsum that converts: those hold the interpreter's lock.
+        return np.multiply(block, block < threshold, dtype=np.float64)
 
-        occupied = [i for i in range(len(blocks)) if teeth[i] > firsts[i]]
-        chosen = np.concatenate(list(pool.map(hits, occupied)))
-    return torch.from_numpy(chosen).to(scores.device)
+    totals = np.array(_each(lambda block: float(eligible(block).sum()), blocks))
+    ends = totals.cumsum()
+    step = float(ends[-1]) / k
+    offset = float(torch.rand(1, generator=generator, dtype=torch.float64))
+    # The number of teeth before each block's end; the last block takes what is left.
+    teeth = np.clip(np.ceil(ends / step - offset), 0, k).astype(np.int64)
+    teeth[-1] = k
+    firsts = np.maximum.accumulate(np.concatenate(([0], teeth[:-1])))
+
+    def hits(i: int) -> NDArray[np.int64]:
+        """Coordinates of block i that a tooth falls on."""
+        positions = (np.arange(firsts[i], teeth[i]) + offset) * step - (ends[i] - totals[i])
+        running = np.cumsum(eligible(blocks[i]))
+        found = np.searchsorted(running, positions, side="right")
+        # Rounding may push the last tooth past the end, onto trailing zeros or beyond.
+        final = int(np.searchsorted(running, running[-1], side="left"))
+        hit: NDArray[np.int64] = np.minimum(found, final) + i * _BLOCK
+        return hit
+
+    return np.concatenate(_each(hits, [i for i in range(len(blocks)) if teeth[i] > firsts[i]]))
+
+
+def _flat_nonzero(values: NDArray[np.float32], threshold: float) -> NDArray[np.int64]:
+    """Return the indices of the values that reach ``threshold``, ascending."""
+    found = on_cores(
+        lambda part: np.flatnonzero(values[part] >= threshold) + part.start, len(values)
+    )
+    return np.concatenate(found)
+
+
+def _blocks(values: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    return [values[i : i + _BLOCK] for i in range(0, len(values), _BLOCK)]
+
+
+def _each(function: Callable[..., Result], items: Sequence[object]) -> list[Result]:
+    """Apply ``function`` to every item, on all cores, and return the results in order."""
+    if not items:
+        return []
+    ranges = on_cores(
+        lambda part: [function(item) for item in items[part]], len(items), few=len(items) < 4
+    )
+    return [result for results in ranges for result in results]
