@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fl_bgmd.aggregators import Aggregate, BlockGeometricMedian, block_geometric_median
 from fl_bgmd.aggregators.block import MEMORY_RULES, SCORES
+from fl_bgmd.aggregators.rows import vector_norm
 from fl_bgmd.aggregators.sampling import SELECTIONS
 
 from .robust import RobustStrategy, Round, require
@@ -88,8 +89,7 @@ class BGMD(RobustStrategy):
         assert isinstance(result, BlockGeometricMedian)
         metrics["residual-ratio"] = result.residual_ratio
         if result.memory is not None:
-            norm = torch.linalg.vector_norm(result.memory, dtype=torch.float64)
-            metrics["memory-norm"] = float(norm)
+            metrics["memory-norm"] = vector_norm(result.memory.flatten())
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next round depends on."""

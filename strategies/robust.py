@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fl_bgmd.aggregators import Aggregate, GeometricMedian
 from fl_bgmd.aggregators.mixing import bucketing_matrix, mix, nearest_neighbor_matrix
+from fl_bgmd.aggregators.rows import vector_norm
 from fl_bgmd.replies import (
     BUFFER_DTYPE,
     ModelLayout,
@@ -346,7 +347,7 @@ class RobustStrategy(FedAvg):
                 self._velocity = update
             moved = layout.values - self.server_learning_rate * update.cpu().numpy()
             moved = moved.astype(layout.dtype, copy=False)
-        metrics["update-norm"] = float(torch.linalg.vector_norm(result.vector, dtype=torch.float64))
+        metrics["update-norm"] = vector_norm(result.vector)
         if result.weights is not None:
             weights = result.weights.numpy()
             metrics["client-weights"] = [

@@ -13,7 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ._rows import (
+from .geometric_median import geometric_median
+from .norms import clip_factors
+from .results import BlockGeometricMedian
+from .rows import (
     Block,
     check_updates,
     dot,
@@ -26,9 +29,6 @@ from ._rows import (
     sum_blocks,
     zeros,
 )
-from .geometric_median import geometric_median
-from .norms import clip_factors
-from .results import BlockGeometricMedian
 from .sampling import SELECTIONS, select_block
 
 SCORES = ("clipped", "squared-norm", "norm")

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._rows import bordered_gram, check_updates, combine, in_range, result_dtype
 from .results import Aggregate
+from .rows import bordered_gram, check_updates, combine, in_range, result_dtype
 
 
 def centered_clipping(

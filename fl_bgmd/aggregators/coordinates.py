@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fl_bgmd.shares import floor_share
 
-from ._rows import check_fraction, check_updates, empty, on_cores, refuse_non_finite, result_dtype
 from .results import Aggregate
+from .rows import check_fraction, check_updates, empty, on_cores, refuse_non_finite, result_dtype
 
 _NETWORK_ELEMENTS, _SORT_WIDTH = 1 << 18, 1 << 12
 _NETWORK_ROWS = 16  # with more rows sorting is faster

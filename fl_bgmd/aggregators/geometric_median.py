@@ -16,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ._rows import (
+from .results import GeometricMedian
+from .rows import (
+    blas_on_one_thread,
     center,
     check_updates,
     check_weights,
@@ -30,7 +32,6 @@ from ._rows import (
     squared_distances,
     vector_norm,
 )
-from .results import GeometricMedian
 
 Array = NDArray[np.float64]
 
@@ -179,6 +180,7 @@ class HullPoint:
         return float((1 + self.gap) * (1 + growth) - 1)
 
 
+@blas_on_one_thread()
 def minimise_in_hull(
     gram: Array, row_weights: Array, tol: float = 1e-6, max_iter: int = 1000
 ) -> tuple[HullPoint, int]:

@@ -1,10 +1,19 @@
 """The mean: what every robust rule is compared with."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from ._rows import check_updates, check_weights, combine, refuse_non_finite, result_dtype
 from .results import Aggregate
+from .rows import (
+    check_updates,
+    check_weights,
+    combine,
+    refuse_non_finite,
+    result_dtype,
+    vector_norm,
+)
 
 
 def mean(updates: Tensor, *, weights: Tensor | None = None) -> Aggregate:
@@ -26,6 +35,6 @@ def mean(updates: Tensor, *, weights: Tensor | None = None) -> Aggregate:
     coefficients = check_weights(weights, updates.shape[0])
     coefficients /= coefficients.sum()
     vector = combine(coefficients, updates, result_dtype(updates))
-    if not bool(torch.isfinite(vector).all()):
+    if not math.isfinite(vector_norm(vector)):
         refuse_non_finite(updates)
     return Aggregate(vector, torch.from_numpy(coefficients))

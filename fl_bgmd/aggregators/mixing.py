@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fl_bgmd.shares import floor_share
 
-from ._rows import (
+from .rows import (
     Block,
     check_fraction,
     check_updates,

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fl_bgmd.shares import ceil_share
 
-from ._rows import (
+from .results import Aggregate, FilteredAggregate
+from .rows import (
     check_fraction,
     check_updates,
     combine,
@@ -19,8 +20,8 @@ from ._rows import (
     result_dtype,
     row_norms,
     sum_blocks,
+    vector_norm,
 )
-from .results import Aggregate, FilteredAggregate
 
 
 def norm_threshold(
@@ -68,7 +69,7 @@ def norm_threshold(
     kept = np.zeros(n, dtype=bool)
     kept[np.argsort(sizes, kind="stable")[: n - dropped]] = True
     vector = combine(kept / kept.sum(), updates, result_dtype(updates))
-    if norms is not None and not bool(torch.isfinite(vector).all()):
+    if norms is not None and not math.isfinite(vector_norm(vector)):
         refuse_non_finite(updates)
     return FilteredAggregate(
         vector, torch.from_numpy(kept / kept.sum()), kept=torch.from_numpy(kept)
@@ -119,7 +120,7 @@ def project(vector: Tensor, radius: float, center: Tensor | None = None) -> Tens
     if not radius > 0:
         raise ValueError(f"radius is {radius}; allowed: above 0")
     offset = vector if center is None else vector - center
-    norm = float(torch.linalg.vector_norm(offset, dtype=torch.float64))
+    norm = vector_norm(offset)
     if norm <= radius:
         return vector
     offset = offset * (radius / norm)

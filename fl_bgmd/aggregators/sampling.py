@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ._rows import Result, on_cores
+from .rows import Result, on_cores
 
 SELECTIONS = ("sample", "top-k", "uniform")
 _BLOCK = 1 << 17  # scores at a time

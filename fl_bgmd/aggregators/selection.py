@@ -6,14 +6,14 @@ from torch import Tensor
 
 from fl_bgmd.shares import floor_share
 
-from ._rows import (
+from .results import FilteredAggregate
+from .rows import (
     check_fraction,
     check_updates,
     combine,
     pairwise_squared_distances,
     result_dtype,
 )
-from .results import FilteredAggregate
 
 
 def krum(updates: Tensor, *, byzantine_fraction: float = 0.25) -> FilteredAggregate:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from fl_bgmd.shares import ceil_share
 
-from ._rows import (
+from .results import FilteredAggregate
+from .rows import (
+    blas_on_one_thread,
     center,
     check_fraction,
     check_updates,
@@ -25,7 +27,6 @@ from ._rows import (
     in_range,
     result_dtype,
 )
-from .results import FilteredAggregate
 from .saddle import solve_saddle
 
 Array = NDArray[np.float64]
@@ -53,6 +54,7 @@ class SpectralFilter(FilteredAggregate):
     gap: float | None
 
 
+@blas_on_one_thread()
 def spectral_filter(
     updates: Tensor,
     *,

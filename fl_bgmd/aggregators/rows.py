@@ -9,8 +9,9 @@ one thread; on other devices torch does the same, one block after the other.
 import itertools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -86,16 +87,22 @@ def on_cores(function: Callable[[slice], Result], size: int, *, few: bool = Fals
         return [quietly(slice(0, size))]
     edges = [size * i // workers for i in range(workers + 1)]
     parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
-    # The limit is the process's own: overlapping calls would leave it behind.
-    with (
-        _blas_lock,
-        _blas_libraries().limit(limits=1, user_api="blas"),
-        ThreadPoolExecutor(workers) as pool,
-    ):
+    with blas_on_one_thread(), ThreadPoolExecutor(workers) as pool:
         return list(pool.map(quietly, parts))
 
 
-_blas_lock = threading.Lock()
+@contextmanager
+def blas_on_one_thread() -> Iterator[None]:
+    """Keep NumPy's linear algebra from starting threads of its own, also as a decorator.
+
+    Beside threads of ours they are in the way, and after a small product they stay awake.
+    """
+    # The limit is the process's own: overlapping calls would leave it behind.
+    with _blas_lock, _blas_libraries().limit(limits=1, user_api="blas"):
+        yield
+
+
+_blas_lock = threading.RLock()
 
 
 @lru_cache(maxsize=1)
@@ -338,8 +345,8 @@ def row_norms(updates: Tensor, offset: Tensor | None = None) -> NDArray[np.float
 
 
 def vector_norm(vector: Tensor) -> float:
-    """Return the Euclidean norm of a vector (d,) as :func:`row_norms` does."""
-    return float(row_norms(vector[None])[0])
+    """Return the Euclidean norm of a vector (d,), in float64; not finite where an entry is not."""
+    return math.sqrt(sum_blocks(lambda _, block: squared_sizes(block), vector[None])[0])
 
 
 def squared_sizes(block: Block) -> Any:
