@@ -1,7 +1,6 @@
 """The ClientApp: load the partition, train, evaluate; lie when the attack says so."""
 
 from functools import lru_cache
-from typing import cast
 
 import numpy as np
 import torch
@@ -10,10 +9,18 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 from torch import nn
 
-from clients.training import LocalTraining, evaluate, scheduled_learning_rate, threads, train
+from clients.training import (
+    Corrupt,
+    LocalTraining,
+    evaluate,
+    scheduled_learning_rate,
+    threads,
+    train,
+)
+from fl_bgmd.attacks import ATTACKS, AttackPlan
 from fl_bgmd.data import Dataset, load, partition
 from fl_bgmd.models import build
-from fl_bgmd.mods import ByzantineMod
+from fl_bgmd.mods import ByzantineMod, mark, role, server_round
 from fl_bgmd.strategies import resolve_device
 
 app = ClientApp(mods=[ByzantineMod()])
@@ -24,8 +31,8 @@ def handle_train(message: Message, context: Context) -> Message:
     """Train the received model on this client's partition."""
     config = context.run_config
     partition_id = int(context.node_config["partition-id"])
-    server_round = int(cast(int, message.content["config"]["server-round"]))
-    seed = np.random.SeedSequence([int(config["seed"]), server_round, partition_id, 1])
+    number = server_round(message)
+    seed = np.random.SeedSequence([int(config["seed"]), number, partition_id, 1])
     dataset, model, device = _prepare(message, context)
     indices = _partitions(
         dataset,
@@ -42,14 +49,17 @@ def handle_train(message: Message, context: Context) -> Message:
         learning_rate=scheduled_learning_rate(
             float(config["learning-rate"]),
             str(config["lr-schedule"]),
-            server_round,
+            number,
             int(config["num-server-rounds"]),
         ),
         momentum=float(config["momentum"]),
         weight_decay=float(config["weight-decay"]),
     )
+    attack, corrupt = _data_attack(message, context, dataset)
     with threads(int(config["client-threads"])):
-        loss = train(model, dataset, indices, settings, int(seed.generate_state(1)[0]), device)
+        loss = train(
+            model, dataset, indices, settings, int(seed.generate_state(1)[0]), device, corrupt
+        )
     metrics: dict[str, int | float | list[int] | list[float]] = {
         "num-examples": len(indices),
         "train-loss": loss,
@@ -58,7 +68,10 @@ def handle_train(message: Message, context: Context) -> Message:
     content = RecordDict(
         {"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord(metrics)}
     )
-    return Message(content, reply_to=message)
+    reply = Message(content, reply_to=message)
+    if attack is not None:
+        mark(reply, attack)
+    return reply
 
 
 @app.evaluate()
@@ -70,14 +83,29 @@ def handle_evaluate(message: Message, context: Context) -> Message:
         np.arange(len(dataset.test_labels)), int(context.node_config["num-partitions"])
     )
     with threads(int(context.run_config["client-threads"])):
-        loss, accuracy, count = evaluate(model, dataset, shares[partition_id], device)
+        found = evaluate(model, dataset, shares[partition_id], device)
     metrics: dict[str, int | float | list[int] | list[float]] = {
-        "num-examples": count,
-        "loss": loss,
-        "accuracy": accuracy,
+        "num-examples": found.count,
+        "loss": found.loss,
+        "accuracy": found.accuracy,
         "partition-id": partition_id,
     }
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+
+
+def _data_attack(
+    message: Message, context: Context, dataset: Dataset
+) -> tuple[str | None, Corrupt | None]:
+    """Return the data attack that this client plays in this round, and what it does to a batch."""
+    plan = AttackPlan.from_config(context.run_config)
+    name = role(plan, message, context)
+    corrupt = None if name is None else ATTACKS[name].corrupt
+    if name is None or corrupt is None:
+        return None, None
+    partition_id = int(context.node_config["partition-id"])
+    rng = np.random.default_rng(plan.client_seed(server_round(message), partition_id))
+    strength, classes = plan.value(name), dataset.num_classes
+    return name, lambda images, labels: corrupt(images, labels, strength, classes, rng)
 
 
 @lru_cache(maxsize=4)

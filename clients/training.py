@@ -1,7 +1,7 @@
 """What a client does with a model and its partition: train it, evaluate it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fl_bgmd.data import Dataset, normalize
+
+Corrupt = Callable[
+    [NDArray[np.uint8], NDArray[np.int64]], tuple[NDArray[np.uint8], NDArray[np.int64]]
+]
 
 LR_SCHEDULES = ("constant", "cosine", "exponential")
 
@@ -62,10 +66,12 @@ def train(
     settings: LocalTraining,
     seed: int,
     device: torch.device,
+    corrupt: Corrupt | None = None,
 ) -> float:
     """Train ``model`` in place on the examples at ``indices``; return the mean loss.
 
-    ``seed`` fixes the order of the examples and all that the model draws (dropout).
+    ``seed`` fixes the order of the examples and all that the model draws (dropout). ``corrupt``
+    changes each batch of raw images and labels before anything else is done to it.
     """
     torch.manual_seed(seed)
     model.to(device).train()
@@ -77,8 +83,11 @@ def train(
     )
     losses: list[Tensor] = []
     for batch in _batches(indices, settings, np.random.default_rng(seed)):
-        images = to_input(normalize(dataset.train_images[batch], dataset), device)
-        labels = torch.from_numpy(dataset.train_labels[batch]).to(device)
+        raw, targets = dataset.train_images[batch], dataset.train_labels[batch]
+        if corrupt is not None:
+            raw, targets = corrupt(raw, targets)
+        images = to_input(normalize(raw, dataset), device)
+        labels = torch.from_numpy(targets).to(device)
         optimizer.zero_grad(set_to_none=True)
         loss = nn.functional.cross_entropy(model(images), labels)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -87,17 +96,55 @@ def train(
     return float(torch.stack(losses).mean())
 
 
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a model makes of test examples.
+
+    Attributes
+    ----------
+    loss : float
+        Mean cross-entropy.
+    confusion : (C, C) int64
+        How many examples of the row's class were taken for the column's.
+    """
+
+    loss: float
+    confusion: NDArray[np.int64]
+
+    @property
+    def count(self) -> int:
+        """Number of examples."""
+        return int(self.confusion.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the examples that were recognised."""
+        return float(np.trace(self.confusion)) / self.count
+
+    @property
+    def class_accuracies(self) -> list[float]:
+        """Share of each class that was recognised; 0 for a class without examples."""
+        totals = self.confusion.sum(axis=1)
+        return [float(v) for v in np.diagonal(self.confusion) / np.maximum(totals, 1)]
+
+    def backdoor_success(self, target: int) -> float:
+        """Share of the examples of other classes that were taken for ``target``."""
+        others = np.delete(self.confusion, target, axis=0)
+        return float(others[:, target].sum()) / max(1, int(others.sum()))
+
+
 def evaluate(
     model: nn.Module,
     dataset: Dataset,
     indices: NDArray[np.int64] | None,
     device: torch.device,
     batch_size: int = 1000,
-) -> tuple[float, float, int]:
-    """Return ``(mean loss, accuracy, number of examples)`` on test examples, all for None."""
+) -> Evaluation:
+    """Evaluate ``model`` on the test examples at ``indices``, all for None."""
     model.to(device).eval()
     chosen = np.arange(len(dataset.test_labels)) if indices is None else indices
-    loss, correct = 0.0, 0
+    classes = dataset.num_classes
+    loss, confusion = 0.0, np.zeros(classes * classes, dtype=np.int64)
     with torch.inference_mode():
         for start in range(0, len(chosen), batch_size):
             batch = chosen[start : start + batch_size]
@@ -105,8 +152,9 @@ def evaluate(
             labels = torch.from_numpy(dataset.test_labels[batch]).to(device)
             outputs = model(images)
             loss += float(nn.functional.cross_entropy(outputs, labels, reduction="sum"))
-            correct += int((outputs.argmax(dim=1) == labels).sum())
-    return loss / len(chosen), correct / len(chosen), len(chosen)
+            pairs = labels * classes + outputs.argmax(dim=1)
+            confusion += np.bincount(pairs.cpu().numpy(), minlength=classes * classes)
+    return Evaluation(loss / len(chosen), confusion.reshape(classes, classes))
 
 
 def to_input(images: Tensor, device: torch.device) -> Tensor:

@@ -8,27 +8,38 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Context, Message, MessageType
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
+from torch import Tensor
 
-from fl_bgmd.attacks import ATTACKS, byzantine_clients
+from fl_bgmd.attacks import ATTACKS, AttackPlan, View
 from fl_bgmd.replies import ModelLayout
+
+ATTACK_RECORD = "byzantine"
+"""ConfigRecord in which a hostile reply says, for the record, which attack it played."""
+
+_PAST = "fl-bgmd.past-update"
 
 
 @dataclass(frozen=True)
 class ByzantineMod:
     """Let a client lie when it is its turn: it trains honestly, then sends something else.
 
-    Works alike in simulation and on a SuperNode. Each setting that is None is read from the run
-    configuration; the partition comes from the node configuration (``partition-id``,
-    ``num-partitions``), the round from the message.
+    Works alike in simulation and on a SuperNode, for the attacks that need nothing but the
+    client's own update. Each setting that is None is read from the run configuration; the
+    partition comes from the node configuration (``partition-id``, ``num-partitions``), the round
+    from the message. A lie carries a ConfigRecord ``byzantine`` that names the attack: experiments
+    count what was played.
 
     Attributes
     ----------
     attack : str, optional
-        A name of :data:`fl_bgmd.attacks.ATTACKS` or ``none``. Run config: ``attack``.
+        A name of :data:`fl_bgmd.attacks.ATTACKS`, several joined by ``+`` (dealt out to the
+        hostile clients in turns), or ``none``. Run config: ``attack``.
     strength : float, optional
-        The attack's knob; 0 means the paper's value. Run config: ``attack.scale``.
+        The attack's knob; 0 means the preset's value. Run config: ``attack.scale``.
+    preset : str, optional
+        ``paper`` or ``authors-code``. Run config: ``attack.preset``.
     fraction : float, optional
         Hostile fraction of the clients. Run config: ``byzantine-fraction``.
     selection : str, optional
@@ -39,6 +50,7 @@ class ByzantineMod:
 
     attack: str | None = None
     strength: float | None = None
+    preset: str | None = None
     fraction: float | None = None
     selection: str | None = None
     seed: int | None = None
@@ -46,42 +58,103 @@ class ByzantineMod:
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Run the client, then replace its update if it is hostile in this round."""
         reply = call_next(message, context)
-        name = self._setting(self.attack, context, "attack", "none")
+        plan = self.plan(context)
         is_train = message.metadata.message_type.split(".")[0] == MessageType.TRAIN
-        if name == "none" or not is_train or not reply.has_content():
+        if not plan.attacks or not is_train or not reply.has_content():
             return reply
-        if name not in ATTACKS:
-            raise ValueError(f"attack is {name!r}; allowed: none, {', '.join(ATTACKS)}")
-        server_round = 0
-        for config in message.content.config_records.values():
-            server_round = int(cast(int, config.get("server-round", server_round)))
-        seed = int(self._setting(self.seed, context, "seed", 0))
-        partition = int(context.node_config["partition-id"])
-        hostile = byzantine_clients(
-            int(context.node_config["num-partitions"]),
-            float(self._setting(self.fraction, context, "byzantine-fraction", 0.0)),
-            server_round,
-            seed,
-            str(self._setting(self.selection, context, "byzantine-selection", "per-round")),
-        )
-        if partition not in hostile:
+        name = role(plan, message, context)
+        past = _past_updates(context) if plan.memory else ()
+        is_local = name is not None and ATTACKS[name].apply and ATTACKS[name].knows == "own"
+        if not is_local and not plan.memory:
             return reply
-        chosen = ATTACKS[name]
-        strength = float(self._setting(self.strength, context, "attack.scale", 0.0))
-        generator = torch.Generator().manual_seed(
-            int(np.random.SeedSequence([seed, server_round, partition]).generate_state(1)[0])
-        )
         [sent] = message.content.array_records.values()
         [(record_name, trained)] = reply.content.array_records.items()
         # In the order sent: a client may reply in another one.
         in_order = ArrayRecord({key: trained[key] for key in sent})
         before, after = ModelLayout(sent), ModelLayout(in_order)
         update = torch.from_numpy(before.values - after.values)
-        update = chosen.apply(update, strength or chosen.strength, generator)
-        lie: ArrayRecord = after.to_arrays(before.values - update.numpy(), after.buffer_values)
-        reply.content[record_name] = lie
+        if plan.memory:
+            _remember(context, (*past, update)[-plan.memory :])
+        if name is None or not is_local:
+            return reply
+        if ATTACKS[name].remembers and not past:
+            return reply  # nothing stale to send yet
+        view = View(
+            update=update,
+            generator=torch.Generator().manual_seed(
+                plan.client_seed(server_round(message), int(context.node_config["partition-id"]))
+            ),
+            num_clients=int(context.node_config["num-partitions"]),
+            num_byzantine=len(
+                plan.roles(int(context.node_config["num-partitions"]), server_round(message))
+            ),
+            past=past,
+        )
+        reply.content[record_name] = (
+            sent if name == "free-rider" else lie(name, plan, view, before, after)
+        )
+        mark(reply, name)
         return reply
 
-    @staticmethod
-    def _setting(given: Any, context: Context, key: str, default: Any) -> Any:
-        return context.run_config.get(key, default) if given is None else given
+    def plan(self, context: Context) -> AttackPlan:
+        """Return the plan: this mod's own settings over those of the run configuration."""
+        own: dict[str, Any] = {
+            "attack": self.attack,
+            "attack.scale": self.strength,
+            "attack.preset": self.preset,
+            "byzantine-fraction": self.fraction,
+            "byzantine-selection": self.selection,
+            "seed": self.seed,
+        }
+        given = {key: value for key, value in own.items() if value is not None}
+        return AttackPlan.from_config({**context.run_config, **given})
+
+
+def role(plan: AttackPlan, message: Message, context: Context) -> str | None:
+    """Return the attack that this client plays in this round, None if it is honest."""
+    roles = plan.roles(int(context.node_config["num-partitions"]), server_round(message))
+    return roles.get(int(context.node_config["partition-id"]))
+
+
+def server_round(message: Message) -> int:
+    """Return the round that a message names, 0 where it names none."""
+    number = 0
+    for config in message.content.config_records.values():
+        number = int(cast(int, config.get("server-round", number)))
+    return number
+
+
+def lie(
+    name: str, plan: AttackPlan, view: View, before: ModelLayout, after: ModelLayout
+) -> ArrayRecord:
+    """Return the arrays of a client that received ``before``, trained ``after`` and attacks."""
+    attack = ATTACKS[name]
+    assert attack.apply is not None
+    update = attack.apply(view.limited_to(attack.knows), plan.value(name))
+    return after.to_arrays(before.values - update.numpy(), after.buffer_values)
+
+
+def mark(reply: Message, name: str) -> None:
+    """Write into a reply which attack it is the work of."""
+    reply.content[ATTACK_RECORD] = ConfigRecord({"attack": name})
+
+
+def marked(content: RecordDict) -> str | None:
+    """Return the attack that a reply says it is the work of, None for an honest one."""
+    record = content.config_records.get(ATTACK_RECORD)
+    return None if record is None else str(record.get("attack", ""))
+
+
+def _past_updates(context: Context) -> tuple[Tensor, ...]:
+    """Return the updates that the client has kept, oldest first."""
+    record = context.state.array_records.get(_PAST)
+    if record is None:
+        return ()
+    return tuple(torch.from_numpy(record[key].numpy().copy()) for key in sorted(record))
+
+
+def _remember(context: Context, updates: tuple[Tensor, ...]) -> None:
+    """Keep updates in the client's state: in Ray and on a SuperNode they outlive the process."""
+    context.state[_PAST] = ArrayRecord(
+        {f"{i:06d}": Array(np.ascontiguousarray(update)) for i, update in enumerate(updates)}
+    )

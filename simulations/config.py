@@ -15,7 +15,7 @@ from clients.training import LR_SCHEDULES
 from fl_bgmd.aggregators.block import MEMORY_RULES, SCORES
 from fl_bgmd.aggregators.geometric_median import SOLVERS
 from fl_bgmd.aggregators.sampling import SELECTIONS as BLOCK_SELECTIONS
-from fl_bgmd.attacks import ATTACKS
+from fl_bgmd.attacks import ATTACKS, PRESETS, attack_names
 from fl_bgmd.attacks import SELECTIONS as BYZANTINE_SELECTIONS
 from fl_bgmd.data import DATASETS, SCHEMES
 from fl_bgmd.models import MODELS
@@ -128,8 +128,14 @@ SETTINGS: dict[str, Setting] = {
     "robust-filter.sigma0": _number(float, "honest standard deviation; 0: estimated"),
     "multi-krum.num-selected": _number(int, "updates to average; 0: all but the hostile fraction"),
     "centered-clipping.radius": _number(float, "of the clipping; 0: the median distance"),
-    "attack": _choice(ATTACK_NAMES, "what hostile clients do"),
-    "attack.scale": _number(float, "strength of the attack; 0: the paper's"),
+    "attack": Setting(
+        str,
+        f"{', '.join(ATTACK_NAMES)}, or several joined by +",
+        lambda value: value == "none" or all(n in ATTACKS for n in attack_names(str(value))),
+        "what hostile clients do",
+    ),
+    "attack.scale": _number(float, "strength of the attack; 0: the preset's"),
+    "attack.preset": _choice(PRESETS, "whose strengths"),
     "byzantine-fraction": _number(float, "hostile share of the clients", 0, 1),
     "byzantine-selection": _choice(BYZANTINE_SELECTIONS, "hostile clients: redrawn or the same"),
     "seed": _number(int, "of everything", 0, 2**31),
@@ -218,6 +224,7 @@ def _check_combinations(config: Config) -> None:
             f"byzantine-fraction is {fraction} with attack 'none'; allowed: 0, or an attack of "
             + ", ".join(ATTACKS)
         )
+    _check_attack(config, hostile)
     memory = config["bgmd.memory"] if config["strategy"] == "bgmd" else ""
     if memory == "per-client" and config["mixing"] == "bucketing":
         raise ConfigError(
@@ -233,6 +240,27 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(
             "model is 'linear'; allowed with images: "
             + ", ".join(name for name in MODELS if name != "linear")
+        )
+
+
+def _check_attack(config: Config, hostile: int) -> None:
+    """Refuse attacks that could not be played as configured."""
+    attacks, scale = attack_names(str(config["attack"])), float(config["attack.scale"])
+    if len(attacks) > max(1, hostile) or len(set(attacks)) < len(attacks):
+        raise ConfigError(
+            f"attack is {config['attack']!r} with {hostile} hostile clients; allowed: different "
+            "attacks, at most one for each hostile client"
+        )
+    if scale and (len(attacks) > 1 or not all(ATTACKS[name].knob for name in attacks)):
+        with_knob = ", ".join(name for name, attack in ATTACKS.items() if attack.knob)
+        raise ConfigError(
+            f"attack.scale is {scale:g} with attack {config['attack']!r}; allowed: 0, or one of "
+            f"the attacks with a knob: {with_knob}"
+        )
+    if "alie" in attacks and hostile < 2:
+        raise ConfigError(
+            f"attack is {config['attack']!r} with {hostile} hostile client; allowed: 2 or more, "
+            "whose spread alie takes"
         )
 
 

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 
 from clients.training import evaluate
 from fl_bgmd import __version__
+from fl_bgmd.attacks import AttackPlan
 from fl_bgmd.data import load
 from fl_bgmd.models import build
 from fl_bgmd.shares import floor_share
@@ -33,9 +34,14 @@ from fl_bgmd.strategies import (
     TrimmedMean,
     resolve_device,
 )
+from simulations.adversary import AdversarialGrid
 from simulations.config import Config
 
 OnRound = Callable[[int, float | None], None]
+
+
+class AttackNotPlayedError(RuntimeError):
+    """A run ended without one of its attacks: its accuracy would say nothing about it."""
 
 
 @dataclass
@@ -50,6 +56,8 @@ class RunResult:
         One for each round: test accuracy and loss (where evaluated), seconds, diagnostics.
     status : str
         ``finished``, ``diverged`` (the model could not be moved any more) or ``failed``.
+    played : dict
+        How many lies of each attack the server received.
     """
 
     config: Config
@@ -57,6 +65,7 @@ class RunResult:
     status: str = "finished"
     error: str = ""
     seconds: float = 0.0
+    played: dict[str, int] = field(default_factory=dict)
 
     @property
     def accuracies(self) -> dict[int, float]:
@@ -100,6 +109,7 @@ class RunResult:
             "seconds": self.seconds,
             "accepted": self.total("accepted"),
             "rejected": self.total("rejected"),
+            "played": self.played,
             "config": self.config,
             "environment": environment(),
         }
@@ -134,6 +144,8 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
     strategy = build_strategy(config)
     device = resolve_device(str(config["device"]))
     num_rounds, every = int(config["num-server-rounds"]), int(config["evaluate-every"])
+    plan = AttackPlan.from_config(config)
+    adversary = AdversarialGrid(grid, plan, int(config["num-clients"]))
     started = clock = time.perf_counter()
 
     def evaluate_model(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -142,18 +154,24 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
         due = server_round % every == 0 or server_round == num_rounds
         if due:
             model.load_state_dict(arrays.to_torch_state_dict())
-            loss, accuracy, _ = evaluate(model, dataset, None, device)
-            entry |= {"accuracy": accuracy, "loss": loss}
+            found = evaluate(model, dataset, None, device)
+            entry |= {
+                "accuracy": found.accuracy,
+                "loss": found.loss,
+                "class-accuracies": found.class_accuracies,
+            }
+            if "backdoor" in plan.attacks:
+                entry["backdoor-success"] = found.backdoor_success(int(plan.value("backdoor")))
         if server_round > 0:
             entry["seconds"] = time.perf_counter() - clock
         clock = time.perf_counter()
         result.rounds.append(entry)
         if on_round is not None:
             on_round(server_round, float(entry["accuracy"]) if due else None)
-        return MetricRecord({"accuracy": accuracy, "loss": loss}) if due else None
+        return MetricRecord({"accuracy": found.accuracy, "loss": found.loss}) if due else None
 
     outcome = strategy.start(
-        grid=grid,
+        grid=adversary,
         initial_arrays=ArrayRecord(model.state_dict()),
         num_rounds=num_rounds,
         timeout=float(config["round-timeout"]),
@@ -167,8 +185,14 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
         evaluated = dict(outcome.evaluate_metrics_clientapp.get(server_round, {}))
         entry |= {f"clients-{key}": value for key, value in evaluated.items()}
     result.seconds = time.perf_counter() - started
+    result.played = dict(adversary.played)
     if _diverged(result):
         result.status = "diverged"
+    idle = [name for name in plan.attacks if not adversary.played[name]]
+    if idle:
+        raise AttackNotPlayedError(
+            f"attack {', '.join(idle)} was not played once in {num_rounds} rounds"
+        )
     return result
 
 

@@ -1,4 +1,6 @@
-"""Who is hostile in which round: computed alike by everyone who knows the seed."""
+"""Who is hostile in which round, and how: computed alike by everyone who knows the seed."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -33,6 +35,30 @@ def byzantine_clients(
     ValueError
         For a value outside of the above.
     """
+    return frozenset(_drawn(num_clients, fraction, round, seed, selection))
+
+
+def byzantine_roles(
+    attacks: Sequence[str],
+    num_clients: int,
+    fraction: float,
+    round: int,
+    seed: int,
+    selection: str = "per-round",
+) -> dict[int, str]:
+    """Return which attack each hostile client runs in a round, by partition id.
+
+    The clients are those of :func:`byzantine_clients`; several ``attacks`` are dealt out to them
+    in turns, in the order in which they were drawn. Raises ``ValueError`` as that does, and for
+    no attacks.
+    """
+    if not attacks:
+        raise ValueError("attacks is empty; allowed: one name or more")
+    drawn = _drawn(num_clients, fraction, round, seed, selection)
+    return {client: attacks[i % len(attacks)] for i, client in enumerate(drawn)}
+
+
+def _drawn(num_clients: int, fraction: float, round: int, seed: int, selection: str) -> list[int]:
     if num_clients < 1:
         raise ValueError(f"num_clients is {num_clients}; allowed: 1 or more")
     if not 0 <= fraction <= 1:
@@ -44,4 +70,4 @@ def byzantine_clients(
     drawn_for = 0 if selection == "fixed" else round
     count = floor_share(fraction, num_clients)
     order = np.random.default_rng([seed, drawn_for]).permutation(num_clients)
-    return frozenset(int(client) for client in order[:count])
+    return [int(client) for client in order[:count]]

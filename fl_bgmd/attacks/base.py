@@ -1,0 +1,111 @@
+"""What an attack is and what it may know."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Knowledge = Literal["own", "colluders", "all"]
+Place = Literal["update", "data"]
+
+Images = NDArray[np.uint8]
+Labels = NDArray[np.int64]
+Corruption = Callable[[Images, Labels, float, int, np.random.Generator], tuple[Images, Labels]]
+
+PRESETS = ("paper", "authors-code")
+
+
+@dataclass(frozen=True)
+class View:
+    """What a hostile client sees when it decides what to send: what its attack declares, no more.
+
+    Attributes
+    ----------
+    update : Tensor
+        (d,): the update it trained honestly.
+    generator : torch.Generator
+        Its own randomness.
+    num_clients, num_byzantine : int
+        n and f, which are public.
+    past : tuple of Tensor
+        Its own true updates of earlier rounds, oldest first; only for attacks with ``remembers``.
+    colluders : Tensor or None
+        (f, d): the true updates of all hostile clients, in the order of their partitions. None
+        unless the attack knows ``colluders`` or ``all``.
+    honest : Tensor or None
+        (n - f, d): the updates of the honest clients. None unless the attack knows ``all``.
+    """
+
+    update: Tensor
+    generator: torch.Generator
+    num_clients: int
+    num_byzantine: int
+    past: tuple[Tensor, ...] = ()
+    colluders: Tensor | None = None
+    honest: Tensor | None = None
+
+    def limited_to(self, knows: Knowledge) -> "View":
+        """Return the view without what an attack that knows ``knows`` must not see."""
+        return replace(
+            self,
+            colluders=None if knows == "own" else self.colluders,
+            honest=self.honest if knows == "all" else None,
+        )
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An entry of the laboratory.
+
+    Attributes
+    ----------
+    name : str
+        Kebab-case.
+    source : str
+        Where it was described.
+    place : {"update", "data"}
+        Whether the update is replaced after training or the examples before it.
+    knows : {"own", "colluders", "all"}
+        What a hostile client sees. ``own`` attacks run on the client, on a SuperNode as in a
+        simulation; the others are played by a grid that sees all replies.
+    knob : str
+        What ``strength`` means, with its unit; empty where there is nothing to set.
+    strength : float
+        The paper's value of the knob.
+    authors_code : dict
+        The value in the BGMD authors' code by data set (``""``: all) where it is not the paper's.
+    sweep : tuple of float
+        Strengths of a full comparison.
+    remembers : bool
+        Whether it needs the client's earlier updates.
+    apply : callable or None
+        ``(view, strength) -> (d,)``, for update attacks.
+    corrupt : callable or None
+        ``(images, labels, strength, num_classes, rng) -> (images, labels)`` on raw uint8 images
+        and int64 labels, for data attacks; leaves its input alone.
+    """
+
+    name: str
+    source: str
+    place: Place = "update"
+    knows: Knowledge = "own"
+    knob: str = ""
+    strength: float = 0.0
+    authors_code: Mapping[str, float] = field(default_factory=dict)
+    sweep: tuple[float, ...] = (0.0,)
+    remembers: bool = False
+    apply: Callable[[View, float], Tensor] | None = None
+    corrupt: Corruption | None = None
+
+    def value(self, strength: float, preset: str = "paper", dataset: str = "") -> float:
+        """Return the knob's value: ``strength``, or the preset's where that is 0."""
+        if strength:
+            return strength
+        if preset == "authors-code":
+            common = self.authors_code.get("", self.strength)
+            return self.authors_code.get(dataset, common)
+        return self.strength

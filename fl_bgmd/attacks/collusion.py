@@ -1,0 +1,125 @@
+"""Attacks of clients that see each other's updates, or everybody's.
+
+Each is a function of (m, d) tensors: the updates that the attack declares to know. All hostile
+clients send the same vector. A grid that sees all replies plays them in simulations
+(:class:`simulations.adversary.AdversarialGrid`); on real nodes they would need a channel between
+the attackers.
+"""
+
+import math
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+
+def alie_deviations(num_clients: int, num_byzantine: int) -> float:
+    """Return the z of "A little is enough" for n clients of which f are hostile.
+
+    Baruch et al. (NeurIPS 2019), Algorithm 3: with ``s = floor(n / 2 + 1) - f`` honest supporters
+    needed, z is the largest with ``Phi(z) < (n - f - s) / (n - f)``. 0 where the attackers are too
+    few (or too many) for the formula.
+    """
+    honest = num_clients - num_byzantine
+    supporters = num_clients // 2 + 1 - num_byzantine
+    if honest < 1 or supporters < 1:
+        return 0.0
+    share = (honest - supporters) / honest
+    return max(0.0, NormalDist().inv_cdf(share)) if 0 < share < 1 else 0.0
+
+
+def alie(colluders: Tensor, num_clients: int, z: float = 0.0) -> Tensor:
+    """Return ``mean - z * std`` per coordinate over the colluders' true updates.
+
+    Baruch et al. (NeurIPS 2019), Algorithm 3, whose attackers know their own data only. ``z = 0``
+    takes the paper's, :func:`alie_deviations`. A single attacker knows no deviation: it sends its
+    own update.
+    """
+    z = z or alie_deviations(num_clients, len(colluders))
+    return colluders.mean(0) - z * colluders.std(0, correction=0)
+
+
+def ipm(honest: Tensor, eps: float = 0.5) -> Tensor:
+    """Return ``-eps * mean`` of the honest updates: inner-product manipulation.
+
+    Xie et al. (UAI 2019), Equation 1. A small ``eps`` passes filters of norms; a large one breaks
+    averaging.
+    """
+    return -eps * honest.mean(0)
+
+
+def mimic(honest: Tensor) -> Tensor:
+    """Return a copy of one honest update: the one furthest out along their top direction.
+
+    Karimireddy et al. (ICLR 2022), Section 5: over-represents one client, which hurts where the
+    clients' data differ. The paper learns the direction over the rounds; here it is computed in
+    each from the honest updates' Gram matrix.
+    """
+    centered = (honest - honest.mean(0)).double()
+    values, vectors = torch.linalg.eigh(centered @ centered.T)
+    return honest[int(vectors[:, -1].abs().argmax())] if values[-1] > 0 else honest[0]
+
+
+def min_max(honest: Tensor, scale: float = 1.0) -> Tensor:
+    """Return ``mean - gamma * std``, no further from any honest update than they are apart.
+
+    Shejwalkar and Houmansadr (NDSS 2021), Equation 5, with their "inverse standard deviation" as
+    perturbation. They search for the largest gamma; here it is the root of a quadratic. ``scale``
+    multiplies it.
+    """
+    mean, direction, offsets = _perturbation(honest)
+    squared = float(direction @ direction)
+    if squared == 0:
+        return honest.mean(0)
+    limit = float(_squared_distances(honest).max())
+    along = offsets @ direction
+    slack = (offsets * offsets).sum(1) - limit
+    # |mean - x_i + gamma p|^2 = limit, solved for gamma, for every i.
+    roots = (-along + (along**2 - squared * slack).clamp_min(0).sqrt()) / squared
+    return (mean + scale * float(roots.min()) * direction).to(honest.dtype)
+
+
+def min_sum(honest: Tensor, scale: float = 1.0) -> Tensor:
+    """Return ``mean - gamma * std``, its squared distances summing to no more than theirs do.
+
+    Shejwalkar and Houmansadr (NDSS 2021), Equation 6: the sum of squared distances to the honest
+    updates is at most the largest such sum of an honest one. ``scale`` multiplies gamma.
+    """
+    mean, direction, offsets = _perturbation(honest)
+    squared = float(direction @ direction)
+    if squared == 0:
+        return honest.mean(0)
+    limit = float(_squared_distances(honest).sum(1).max())
+    # The offsets sum to zero, so the mixed term does too.
+    gamma = max(0.0, limit - float((offsets * offsets).sum())) / (len(honest) * squared)
+    return (mean + scale * math.sqrt(gamma) * direction).to(honest.dtype)
+
+
+def memory_poison(honest: Tensor, scale: float = 100.0, strong: float = 0.2) -> Tensor:
+    """Return the honest mean on the strong coordinates and ``-scale`` times it on the others.
+
+    Against the memory of BGMD, this project's own: the row is plausible where a block of large
+    coordinates looks, and dumps everything into the residual that the memory keeps. The strong
+    coordinates are the ``strong`` share with the largest squares.
+    """
+    mean = honest.mean(0)
+    count = max(1, int(strong * mean.shape[0]))
+    kept = torch.topk(honest.square().sum(0), count).indices
+    poisoned = -scale * mean
+    poisoned[kept] = mean[kept]
+    return poisoned
+
+
+def _perturbation(honest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mean, minus the standard deviation, and mean minus each row, in float64."""
+    rows = honest.double()
+    mean = rows.mean(0)
+    return mean, -rows.std(0, correction=0), mean - rows
+
+
+def _squared_distances(rows: Tensor) -> Tensor:
+    """Return all squared distances between the rows, (m, m) float64."""
+    centered = (rows - rows.mean(0)).double()
+    gram = centered @ centered.T
+    squares = gram.diagonal()
+    return (squares[:, None] + squares[None, :] - 2 * gram).clamp_min(0)

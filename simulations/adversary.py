@@ -1,0 +1,151 @@
+"""A grid in the hands of the attackers: it sees every reply before the server does.
+
+:class:`AdversarialGrid` wraps any other grid, Ray's and the in-process one alike, with clients
+and strategies unchanged. It plays the attacks that need more than a client's own update, and
+counts what was played, its own and the clients'.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from torch import Tensor
+
+from fl_bgmd.attacks import ATTACKS, AttackPlan, View
+from fl_bgmd.mods import ATTACK_RECORD, lie, mark, marked, server_round
+from fl_bgmd.replies import BUFFER_DTYPE, ModelLayout, partition_id, screen
+
+
+class AdversarialGrid(Grid):
+    """Flower's Grid with an adversary on the line.
+
+    Parameters
+    ----------
+    inner : Grid
+        Where the clients are. Each reply to training must name its client in the metric
+        ``partition-id``.
+    plan : AttackPlan
+        What is played, by whom.
+    num_clients : int
+        The number of clients that the plan's roles are drawn from.
+
+    Attributes
+    ----------
+    played : Counter
+        How many lies of each attack have been sent so far.
+    """
+
+    def __init__(self, inner: Grid, plan: AttackPlan, num_clients: int) -> None:
+        self._inner = inner
+        self._plan = plan
+        self._num_clients = num_clients
+        self.played: Counter[str] = Counter()
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Deliver the messages, let the attackers see the replies, and hand them on."""
+        sent = list(messages)
+        is_train = sent and sent[0].metadata.message_type.split(".")[0] == MessageType.TRAIN
+        if not is_train:
+            return self._inner.send_and_receive(sent, timeout=timeout)
+        # Copies of what is needed: a grid may take the messages apart.
+        number = server_round(sent[0])
+        [arrays] = sent[0].content.array_records.values()
+        layout = ModelLayout(arrays)
+        replies = list(self._inner.send_and_receive(sent, timeout=timeout))
+        self._conspire(replies, layout, number)
+        for reply in replies:
+            if reply.has_content() and (name := marked(reply.content)) is not None:
+                self.played[name] += 1
+                del reply.content[ATTACK_RECORD]
+        return replies
+
+    def _conspire(self, replies: list[Message], layout: ModelLayout, number: int) -> None:
+        """Replace the updates of the clients whose attack needs more than their own."""
+        roles = self._plan.roles(self._num_clients, number)
+        playing = {p: name for p, name in roles.items() if ATTACKS[name].knows != "own"}
+        if not playing:
+            return
+        by_partition = {partition_id(reply): reply for reply in replies}
+        by_partition.pop(None, None)
+        if not by_partition and replies:
+            raise ValueError(
+                "no reply names its client in the metric 'partition-id', which attacks with more "
+                f"than their own knowledge need ({', '.join(sorted(set(playing.values())))})"
+            )
+        updates: dict[int, Tensor] = {}
+        for partition, reply in sorted(by_partition.items(), key=lambda item: item[0] or 0):
+            update = _update(reply, layout)
+            if update is not None and partition is not None:
+                updates[partition] = update
+        honest = [update for p, update in updates.items() if p not in roles]
+        colluding = [p for p in updates if p in playing]
+        if not honest or not colluding:
+            return
+        colluders = torch.stack([updates[p] for p in colluding])
+        for partition in colluding:
+            generator = torch.Generator().manual_seed(self._plan.client_seed(number, partition))
+            view = View(
+                update=updates[partition],
+                generator=generator,
+                num_clients=self._num_clients,
+                num_byzantine=len(roles),
+                colluders=colluders,
+                honest=torch.stack(honest),
+            )
+            _replace(by_partition[partition], playing[partition], self._plan, view, layout)
+
+    # ------------------------------------------------------------- everything else is passed on
+
+    def set_run(self, run: Run) -> None:
+        """Set the run."""
+        self._inner.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._inner.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Create a message."""
+        return self._inner.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes' ids."""
+        return self._inner.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Push messages; replies that are pulled one by one are not attacked here."""
+        return self._inner.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Pull replies."""
+        return self._inner.pull_messages(message_ids)
+
+
+def _update(reply: Message, layout: ModelLayout) -> Tensor | None:
+    """Return the update in a reply, None for one that a server would reject."""
+    row = np.empty(layout.num_directions, dtype=layout.dtype)
+    buffers = np.empty(layout.num_buffers, dtype=BUFFER_DTYPE)
+    screened = screen(reply, layout, row, buffers)
+    return torch.from_numpy(row) if screened.reason is None else None
+
+
+def _replace(reply: Message, name: str, plan: AttackPlan, view: View, layout: ModelLayout) -> None:
+    """Put the attack's arrays into a reply, in the dtypes that were sent."""
+    [(record_name, trained)] = reply.content.array_records.items()
+    after = ModelLayout(ArrayRecord({key: trained[key] for key in layout.keys}))
+    reply.content[record_name] = lie(name, plan, view, layout, after)
+    mark(reply, name)
