@@ -90,9 +90,13 @@ class ByzantineMod:
             ),
             past=past,
         )
-        reply.content[record_name] = (
-            sent if name == "free-rider" else lie(name, plan, view, before, after)
-        )
+        if name == "free-rider":
+            reply.content[record_name] = sent  # byte for byte, statistics of its layers included
+        else:
+            lie = malicious_update(name, plan, view)
+            reply.content[record_name] = after.to_arrays(
+                before.values - lie.numpy(), after.buffer_values
+            )
         mark(reply, name)
         return reply
 
@@ -124,14 +128,11 @@ def server_round(message: Message) -> int:
     return number
 
 
-def lie(
-    name: str, plan: AttackPlan, view: View, before: ModelLayout, after: ModelLayout
-) -> ArrayRecord:
-    """Return the arrays of a client that received ``before``, trained ``after`` and attacks."""
+def malicious_update(name: str, plan: AttackPlan, view: View) -> Tensor:
+    """Return the update (d,) that an attack makes of what it may know of ``view``."""
     attack = ATTACKS[name]
     assert attack.apply is not None
-    update = attack.apply(view.limited_to(attack.knows), plan.value(name))
-    return after.to_arrays(before.values - update.numpy(), after.buffer_values)
+    return attack.apply(view.limited_to(attack.knows), plan.value(name))
 
 
 def mark(reply: Message, name: str) -> None:

@@ -16,7 +16,7 @@ from flwr.supercore.run import Run
 from torch import Tensor
 
 from fl_bgmd.attacks import ATTACKS, AttackPlan, View
-from fl_bgmd.mods import ATTACK_RECORD, lie, mark, marked, server_round
+from fl_bgmd.mods import ATTACK_RECORD, malicious_update, mark, marked, server_round
 from fl_bgmd.replies import BUFFER_DTYPE, ModelLayout, partition_id, screen
 
 
@@ -87,18 +87,20 @@ class AdversarialGrid(Grid):
         colluding = [p for p in updates if p in playing]
         if not honest or not colluding:
             return
-        colluders = torch.stack([updates[p] for p in colluding])
-        for partition in colluding:
-            generator = torch.Generator().manual_seed(self._plan.client_seed(number, partition))
-            view = View(
-                update=updates[partition],
-                generator=generator,
-                num_clients=self._num_clients,
-                num_byzantine=len(roles),
-                colluders=colluders,
-                honest=torch.stack(honest),
-            )
-            _replace(by_partition[partition], playing[partition], self._plan, view, layout)
+        everything = View(
+            update=updates[colluding[0]],
+            generator=torch.Generator().manual_seed(self._plan.client_seed(number, colluding[0])),
+            num_clients=self._num_clients,
+            num_byzantine=len(roles),
+            colluders=torch.stack([updates[p] for p in colluding]),
+            honest=torch.stack(honest),
+        )
+        # Those who play the same attack send the same vector.
+        for name in sorted(set(playing.values())):
+            vector = malicious_update(name, self._plan, everything)
+            for partition in colluding:
+                if playing[partition] == name:
+                    _replace(by_partition[partition], name, vector, layout)
 
     # ------------------------------------------------------------- everything else is passed on
 
@@ -143,9 +145,11 @@ def _update(reply: Message, layout: ModelLayout) -> Tensor | None:
     return torch.from_numpy(row) if screened.reason is None else None
 
 
-def _replace(reply: Message, name: str, plan: AttackPlan, view: View, layout: ModelLayout) -> None:
-    """Put the attack's arrays into a reply, in the dtypes that were sent."""
+def _replace(reply: Message, name: str, update: Tensor, layout: ModelLayout) -> None:
+    """Put a model that amounts to ``update`` into a reply, in the dtypes that it had."""
     [(record_name, trained)] = reply.content.array_records.items()
     after = ModelLayout(ArrayRecord({key: trained[key] for key in layout.keys}))
-    reply.content[record_name] = lie(name, plan, view, layout, after)
+    reply.content[record_name] = after.to_arrays(
+        layout.values - update.numpy(), after.buffer_values
+    )
     mark(reply, name)

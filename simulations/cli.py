@@ -31,7 +31,15 @@ from simulations.config import (
     validate,
 )
 from simulations.experiment import RunResult
-from simulations.report import plot_accuracy, results_table, write_markdown
+from simulations.laboratory import Cell, accuracy_table, columns, plan_grid, run_grid
+from simulations.report import (
+    grid_table,
+    plot_accuracy,
+    plot_grid,
+    results_table,
+    write_grid,
+    write_markdown,
+)
 
 EXIT_RUN_FAILED, EXIT_BAD_CONFIG, EXIT_NO_DATA = 1, 2, 3
 
@@ -88,6 +96,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STRATEGY[+MIXING]",
         help=f"of {', '.join(STRATEGIES)}; mixing is none unless named",
     )
+    several.add_argument("--seeds", type=int, default=1, help="runs of each, from --seed on")
+    several.add_argument("--jobs", type=int, default=1, help="runs at a time (inprocess)")
+    several.add_argument(
+        "--no-sweep",
+        action="store_true",
+        help="each attack at the preset's strength only, not at all of its sweep",
+    )
     _add_settings(several, leave_out=("strategy", "mixing"))
 
     data = commands.add_parser("data", help="obtain and check data sets", allow_abbrev=False)
@@ -122,16 +137,65 @@ def _given(options: argparse.Namespace) -> Config:
 
 def _run(options: argparse.Namespace) -> int:
     config = validate(_given(options))
-    return _run_all(options, {str(config["strategy"]): config}, "run")
+    return _run_all(options, {str(config["strategy"]): config})
 
 
 def _compare(options: argparse.Namespace) -> int:
     given = _given(options)
-    configs: dict[str, Config] = {}
+    rows: dict[str, Config] = {}
     for name in options.strategies:
         strategy, _, mixing = name.partition("+")
-        configs[name] = validate(given | {"strategy": strategy, "mixing": mixing or "none"})
-    return _run_all(options, configs, "compare")
+        rows[name] = {"strategy": strategy, "mixing": mixing or "none"}
+    attacks = columns(str(given.pop("attack", "none")))
+    if len(attacks) == 1 and options.seeds == 1:
+        given["attack"] = attacks[0]
+        return _run_all(options, {name: validate(given | row) for name, row in rows.items()})
+    sweep = len(attacks) > 1 and not options.no_sweep
+    return _run_grid(options, plan_grid(given, rows, attacks, options.seeds, sweep=sweep))
+
+
+def _run_grid(options: argparse.Namespace, cells: list[Cell]) -> int:
+    """Run a strategy x attack grid, show the table, write results; return the exit status."""
+    config = cells[0].config
+    load(str(config["dataset"]), str(config["data-dir"]) or None, progress=CONSOLE.print)
+    folder = _results_folder(config, "compare")
+    with Progress(
+        TextColumn("{task.description:<44}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=CONSOLE,
+    ) as progress:
+        task = progress.add_task(f"{options.jobs} at a time", total=len(cells))
+
+        def done(cell: Cell, result: RunResult) -> None:
+            progress.update(task, advance=1, description=f"{cell.name} {result.final_accuracy:.1%}")
+
+        results = run_grid(
+            cells,
+            backend=options.backend,
+            resources=_resources(options),
+            jobs=options.jobs,
+            folder=folder,
+            done=done,
+        )
+    attacks, rows = accuracy_table(results)
+    table = grid_table(attacks, rows)
+    Console(width=max(CONSOLE.width, 30 + sum(len(a) + 5 for a in attacks))).print(table)
+    fraction = max(float(cell.config["byzantine-fraction"]) for cell in cells)
+    title = (
+        f"{config['dataset']}, {config['model']}, {config['num-clients']} clients "
+        f"({config['partition']}), {fraction:.0%} hostile, {config['byzantine-selection']}, "
+        f"{options.seeds} seed{'s' if options.seeds > 1 else ''}"
+    )
+    files = [write_grid(attacks, rows, folder), plot_grid(attacks, rows, title, folder)]
+    for path in (*files, folder / "cells.jsonl"):
+        CONSOLE.print(f"written: {path}", soft_wrap=True)
+    failed = [(cell, result) for cell, result in results if result.status == "failed"]
+    for cell, result in failed:
+        print(f"error: {cell.name}: {result.error}", file=sys.stderr)
+    return EXIT_RUN_FAILED if failed else 0
 
 
 def _data(options: argparse.Namespace) -> int:
@@ -144,16 +208,12 @@ def _data(options: argparse.Namespace) -> int:
     return 0
 
 
-def _run_all(options: argparse.Namespace, configs: dict[str, Config], command: str) -> int:
+def _run_all(options: argparse.Namespace, configs: dict[str, Config]) -> int:
     """Run each configuration, show the table, write results; return the exit status."""
     first = next(iter(configs.values()))
     load(str(first["dataset"]), str(first["data-dir"]) or None, progress=CONSOLE.print)
-    resources = ClientResources(
-        options.client_resources_num_cpus, options.client_resources_num_gpus
-    )
-    folder = (
-        Path(str(first["results-dir"])).resolve() / f"{time.strftime('%Y%m%d-%H%M%S')}-{command}"
-    )
+    resources = _resources(options)
+    folder = _results_folder(first, "compare" if len(configs) > 1 else "run")
     results: dict[str, RunResult] = {}
     with Progress(
         TextColumn("{task.description:<24}"),
@@ -183,6 +243,15 @@ def _run_all(options: argparse.Namespace, configs: dict[str, Config], command: s
         CONSOLE.print(f"written: {path}", soft_wrap=True)
     failed = any(result.status == "failed" for result in results.values())
     return EXIT_RUN_FAILED if failed else 0
+
+
+def _resources(options: argparse.Namespace) -> ClientResources:
+    return ClientResources(options.client_resources_num_cpus, options.client_resources_num_gpus)
+
+
+def _results_folder(config: Config, command: str) -> Path:
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{command}"
+    return Path(str(config["results-dir"])).resolve() / name
 
 
 def _run_one(

@@ -1,9 +1,10 @@
 """Tables and plots of finished runs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from rich.table import Table
 
 from simulations.experiment import RunResult
@@ -48,11 +49,7 @@ def results_table(results: Mapping[str, RunResult]) -> Table:
 
 def write_markdown(results: Mapping[str, RunResult], folder: Path) -> Path:
     """Write the table of results to ``folder/table.md``; return the path."""
-    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *rows(results)]
-    path = folder / "table.md"
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    path.write_text(text + "\n", encoding="utf-8")
-    return path
+    return _write_table([COLUMNS, tuple("---" for _ in COLUMNS), *rows(results)], folder)
 
 
 def plot_accuracy(results: Mapping[str, RunResult], folder: Path) -> Path:
@@ -86,6 +83,64 @@ def plot_accuracy(results: Mapping[str, RunResult], folder: Path) -> Path:
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
+
+
+def grid_table(attacks: Sequence[str], rows: Mapping[str, Sequence[float]]) -> Table:
+    """Return the strategy x attack table of final accuracies, in percent, for the terminal."""
+    table = Table(title="Final test accuracy (%), all test examples: the worst of the strengths")
+    table.add_column("strategy", no_wrap=True)
+    for attack in attacks:
+        table.add_column(attack, justify="right", no_wrap=True)
+    for name, values in rows.items():
+        table.add_row(name, *(_short(value) for value in values))
+    return table
+
+
+def write_grid(attacks: Sequence[str], rows: Mapping[str, Sequence[float]], folder: Path) -> Path:
+    """Write the strategy x attack table to ``folder/table.md``; return the path."""
+    lines: list[Sequence[str]] = [
+        ("strategy", *attacks),
+        ("---", *("---:" for _ in attacks)),
+        *((name, *(_short(value) for value in values)) for name, values in rows.items()),
+    ]
+    return _write_table(lines, folder)
+
+
+def plot_grid(
+    attacks: Sequence[str], rows: Mapping[str, Sequence[float]], title: str, folder: Path
+) -> Path:
+    """Draw the strategy x attack table as a heat map to ``folder/heatmap.png``."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    values = np.array([list(row) for row in rows.values()]) * 100
+    size = (2.5 + 0.55 * len(attacks), 1.8 + 0.34 * len(rows))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    image = axes.imshow(values, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(attacks)), attacks, rotation=45, ha="right")
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.axvline(len(attacks) - 1.5, color="black", lw=1.5)
+    for i, j in np.ndindex(values.shape):
+        axes.text(j, i, _short(float(values[i, j]) / 100), ha="center", va="center", fontsize=7)
+    axes.set_title(title, fontsize=10)
+    figure.colorbar(image, label="final test accuracy (%)")
+    path = folder / "heatmap.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _write_table(lines: Sequence[Sequence[str]], folder: Path) -> Path:
+    path = folder / "table.md"
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def _short(value: float) -> str:
+    return "failed" if math.isnan(value) else f"{100 * value:.1f}"
 
 
 def _percent(value: float) -> str:

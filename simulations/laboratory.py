@@ -1,0 +1,194 @@
+"""Grids of runs: strategies against attacks, each attack at several strengths, several seeds."""
+
+import json
+import logging
+import math
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fl_bgmd.attacks import ATTACKS, attack_names
+from simulations.backends import ClientResources, run
+from simulations.config import Config, ConfigError, Value, validate
+from simulations.experiment import RunResult
+
+ALL_ATTACKS = "all"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid."""
+
+    strategy: str
+    attack: str
+    strength: float
+    seed: int
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        strength = f"-{self.strength:g}" if self.strength else ""
+        return f"{self.strategy}/{self.attack}{strength}/seed-{self.seed}"
+
+
+def plan_grid(
+    given: Mapping[str, Value],
+    strategies: Mapping[str, Mapping[str, Value]],
+    attacks: Sequence[str],
+    num_seeds: int,
+    *,
+    sweep: bool,
+) -> list[Cell]:
+    """Return the runs of a grid, validated.
+
+    Parameters
+    ----------
+    given : mapping
+        Run-configuration keys for all runs.
+    strategies : mapping
+        Name of each row to its own keys.
+    attacks : sequence of str
+        Columns; ``none`` runs without hostile clients.
+    num_seeds : int
+        Seeds ``given["seed"]`` and the next ones.
+    sweep : bool
+        Whether attacks with a knob run at all strengths of their sweep rather than the preset's.
+
+    Raises
+    ------
+    ConfigError
+        If any of the runs cannot be configured.
+    """
+    first = int(given.get("seed", 0))
+    if num_seeds < 1:
+        raise ConfigError(f"seeds is {num_seeds}; allowed: 1 or more")
+    cells = []
+    for strategy, own in strategies.items():
+        for attack in attacks:
+            for strength in _strengths(attack, given, sweep):
+                for seed in range(first, first + num_seeds):
+                    keys: dict[str, Value] = {**given, **own, "attack": attack, "seed": seed}
+                    if attack == "none":
+                        keys |= {"byzantine-fraction": 0.0, "attack.scale": 0.0}
+                    elif strength:
+                        keys["attack.scale"] = strength
+                    cells.append(Cell(strategy, attack, strength, seed, validate(keys)))
+    return cells
+
+
+def columns(text: str) -> list[str]:
+    """Return the attacks that ``--attack`` names: ``all``, or names joined by commas."""
+    return ["none", *ATTACKS] if text == ALL_ATTACKS else text.split(",")
+
+
+def _strengths(attack: str, given: Mapping[str, Value], sweep: bool) -> tuple[float, ...]:
+    names = attack_names(attack)
+    if not sweep or given.get("attack.scale") or len(names) != 1 or names[0] not in ATTACKS:
+        return (0.0,)
+    return ATTACKS[names[0]].sweep
+
+
+def run_grid(
+    cells: Sequence[Cell],
+    *,
+    backend: str,
+    resources: ClientResources,
+    jobs: int,
+    folder: Path,
+    done: Callable[[Cell, RunResult], None],
+) -> list[tuple[Cell, RunResult]]:
+    """Run all cells, ``jobs`` at a time, and write each into its folder and ``cells.jsonl``.
+
+    ``done`` is called after each. More than one job runs in-process grids in processes of their
+    own, with the cores shared out among them. Results come in the order of ``cells``.
+
+    Raises
+    ------
+    ConfigError
+        For ``jobs`` below 1, or above 1 with the Ray backend, which shares out the cores itself.
+    """
+    if jobs < 1 or (jobs > 1 and backend != "inprocess"):
+        raise ConfigError(f"jobs is {jobs} with backend {backend}; allowed: 1, more with inprocess")
+    results: dict[str, RunResult] = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "cells.jsonl").open("w", encoding="utf-8") as lines:
+        for cell, result in _finished(cells, backend, resources, jobs):
+            results[cell.name] = result
+            result.write(folder / cell.name)
+            lines.write(json.dumps(_line(cell, result)) + "\n")
+            lines.flush()
+            done(cell, result)
+    return [(cell, results[cell.name]) for cell in cells]
+
+
+def _finished(
+    cells: Sequence[Cell], backend: str, resources: ClientResources, jobs: int
+) -> Iterator[tuple[Cell, RunResult]]:
+    if jobs == 1:
+        for cell in cells:
+            yield cell, run(cell.config, backend=backend, resources=resources)
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    with ProcessPoolExecutor(
+        jobs,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_prepare_worker,
+        initargs=(threads, logging.getLogger("flwr").level),
+    ) as pool:
+        waiting = {pool.submit(run, cell.config, backend=backend): cell for cell in cells}
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
+
+
+def _prepare_worker(threads: int, log_level: int) -> None:
+    torch.set_num_threads(threads)
+    logging.getLogger("flwr").setLevel(log_level)
+
+
+def _line(cell: Cell, result: RunResult) -> dict[str, object]:
+    last = result.rounds[-1] if result.rounds else {}
+    return {
+        "strategy": cell.strategy,
+        "attack": cell.attack,
+        "strength": cell.strength,
+        "seed": cell.seed,
+        "status": result.status,
+        "error": result.error,
+        "final-accuracy": result.final_accuracy,
+        "backdoor-success": last.get("backdoor-success"),
+        "class-accuracies": last.get("class-accuracies"),
+        "played": result.played,
+        "seconds": result.seconds,
+    }
+
+
+def accuracy_table(
+    results: Sequence[tuple[Cell, RunResult]],
+) -> tuple[list[str], dict[str, list[float]]]:
+    """Return ``(attacks, rows)``: mean final accuracy over seeds, the worst of the strengths.
+
+    Each row ends with the worst of its attacks. A failed run makes its cell NaN.
+    """
+    groups: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for cell, result in results:
+        value = float("nan") if result.status == "failed" else result.final_accuracy
+        strengths = groups.setdefault((cell.strategy, cell.attack), {})
+        strengths.setdefault(cell.strength, []).append(value)
+    attacks = list(dict.fromkeys(cell.attack for cell, _ in results))
+    rows: dict[str, list[float]] = {}
+    for strategy in dict.fromkeys(cell.strategy for cell, _ in results):
+        row = [
+            _worst([sum(v) / len(v) for v in groups[strategy, attack].values()])
+            for attack in attacks
+        ]
+        rows[strategy] = [*row, _worst(row)]
+    return [*attacks, "worst"], rows
+
+
+def _worst(values: Sequence[float]) -> float:
+    return float("nan") if any(math.isnan(value) for value in values) else min(values)

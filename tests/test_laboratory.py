@@ -1,0 +1,618 @@
+"""The adversary laboratory: what each attack sends, what it may know, and that it was played."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flower_messages import regression_app, regression_model, train_message
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fl_bgmd import attacks
+from fl_bgmd.attacks import ATTACKS, AttackPlan, View, byzantine_clients, byzantine_roles
+from fl_bgmd.data import load
+from fl_bgmd.mods import ByzantineMod
+from simulations.adversary import AdversarialGrid
+from simulations.backends import run
+from simulations.cli import main
+from simulations.config import ConfigError, validate
+from simulations.experiment import RunResult
+from simulations.grid import InProcessGrid
+from simulations.laboratory import accuracy_table, columns, plan_grid
+
+UPDATE_ATTACKS = [name for name, attack in ATTACKS.items() if attack.place == "update"]
+DATA_ATTACKS = [name for name, attack in ATTACKS.items() if attack.place == "data"]
+D = 100_000
+
+
+def make_view(d: int = 50, honest: int = 6, hostile: int = 4, seed: int = 0) -> View:
+    rows = torch.randn(
+        honest + hostile, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    return View(
+        update=rows[honest],
+        generator=torch.Generator().manual_seed(seed),
+        num_clients=honest + hostile,
+        num_byzantine=hostile,
+        past=(rows[0] * 2, rows[1] * 3),
+        colluders=rows[honest:],
+        honest=rows[:honest],
+    )
+
+
+# ---------------------------------------------------------------------------- registry
+
+
+def test_every_attack_of_the_papers_and_peers_is_there() -> None:
+    assert set(ATTACKS) == {
+        *("bit-flip", "gaussian", "replace-gaussian", "ascent", "sign-flip", "zero", "random"),
+        *("nan", "inf", "huge", "free-rider", "delayed", "block-hijack", "alie", "ipm", "mimic"),
+        *("min-max", "min-sum", "memory-poison", "backdoor", "label-shift", "random-labels"),
+        *("image-noise", "impulse", "blur"),
+    }
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_entry_is_complete(name: str) -> None:
+    attack = ATTACKS[name]
+    assert attack.name == name
+    assert attack.source
+    assert (attack.apply is None) == (attack.place == "data")
+    assert (attack.corrupt is None) == (attack.place == "update")
+    assert bool(attack.knob) == (attack.strength != 0 or attack.sweep != (0.0,))
+    assert attack.value(0.0) in attack.sweep
+    assert attack.value(3.0) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "dataset", "expected"),
+    [
+        ("bit-flip", "paper", "cifar10", 100.0),
+        ("bit-flip", "authors-code", "cifar10", 5.0),
+        ("gaussian", "paper", "cifar10", 10.0),
+        ("gaussian", "authors-code", "cifar10", 100.0),
+        ("gaussian", "authors-code", "mnist", 10.0),
+        ("backdoor", "paper", "mnist", 8.0),
+        ("backdoor", "authors-code", "mnist", 0.0),
+        ("ascent", "authors-code", "mnist", 0.9),
+    ],
+)
+def test_presets(name: str, preset: str, dataset: str, expected: float) -> None:
+    plan = AttackPlan((name,), preset=preset, dataset=dataset)
+    assert plan.value(name) == expected
+
+
+@pytest.mark.parametrize("name", UPDATE_ATTACKS)
+def test_an_attack_works_with_what_it_declares_to_know_and_changes_nothing(name: str) -> None:
+    attack, view = ATTACKS[name], make_view()
+    before = [t.clone() for t in (view.update, view.colluders, view.honest) if t is not None]
+    assert attack.apply is not None
+    result = attack.apply(view.limited_to(attack.knows), attack.strength)
+    assert (result.shape, result.dtype) == (view.update.shape, view.update.dtype)
+    after = [t for t in (view.update, view.colluders, view.honest) if t is not None]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("knows", "colluders", "honest"),
+    [("own", False, False), ("colluders", True, False), ("all", True, True)],
+)
+def test_a_view_shows_no_more_than_was_declared(knows: Any, colluders: bool, honest: bool) -> None:
+    limited = make_view().limited_to(knows)
+    assert (limited.colluders is not None) == colluders
+    assert (limited.honest is not None) == honest
+
+
+@pytest.mark.parametrize("name", [n for n in UPDATE_ATTACKS if ATTACKS[n].knows != "all"])
+def test_what_an_attack_does_not_know_cannot_change_what_it_sends(name: str) -> None:
+    attack, view = ATTACKS[name], make_view()
+    other = make_view(seed=1)
+    assert attack.apply is not None
+    sent = []
+    for honest in (view.honest, other.honest):
+        changed = View(
+            update=view.update,
+            generator=torch.Generator().manual_seed(3),
+            num_clients=10,
+            num_byzantine=4,
+            past=view.past,
+            colluders=view.colluders if attack.knows == "colluders" else other.colluders,
+            honest=honest,
+        )
+        sent.append(attack.apply(changed.limited_to(attack.knows), attack.strength))
+    assert torch.equal(sent[0].nan_to_num(), sent[1].nan_to_num())
+
+
+# -------------------------------------------------------------------------- own updates
+
+
+def test_simple_attacks_by_hand() -> None:
+    update = torch.tensor([1.0, -2.0, 0.0])
+    assert attacks.sign_flip(update).tolist() == [-1.0, 2.0, 0.0]
+    assert attacks.ascent(update, 0.5).tolist() == [-0.5, 1.0, 0.0]
+    assert attacks.zero(update).tolist() == [0.0, 0.0, 0.0]
+    assert attacks.nan(update).isnan().all()
+    assert attacks.inf(update).isinf().all()
+    assert attacks.huge(update).tolist() == pytest.approx([-1e30, 1e30, -1e30])
+    assert attacks.delayed(update, ()).tolist() == [1.0, -2.0, 0.0]
+    assert attacks.delayed(update, (update * 5, update)).tolist() == [5.0, -10.0, 0.0]
+
+
+def test_replaced_gaussian_has_its_deviation_and_nothing_of_the_update() -> None:
+    noise = attacks.replace_gaussian(
+        torch.full((D,), 7.0), 2.0, torch.Generator().manual_seed(0)
+    ).double()
+    assert abs(float(noise.mean())) < 5 * 2 / math.sqrt(D)
+    assert abs(float(noise.var()) / 4 - 1) < 5 * math.sqrt(2 / D)
+
+
+def test_random_has_the_length_asked_for_and_no_direction() -> None:
+    update = torch.linspace(-1, 1, D)
+    result = attacks.random(update, 3.0, torch.Generator().manual_seed(0))
+    assert float(result.norm() / update.norm()) == pytest.approx(3.0, rel=1e-5)
+    cosine = float(torch.nn.functional.cosine_similarity(result, update, dim=0))
+    assert abs(cosine) < 5 / math.sqrt(D)
+
+
+def test_hijacked_coordinates_are_a_tenth_and_always_the_same() -> None:
+    update = torch.zeros(1000)
+    first, second = attacks.block_hijack(update, 7.0), attacks.block_hijack(update + 1, 7.0)
+    assert int((first == 7.0).sum()) == 100
+    assert torch.equal(first == 7.0, second == 7.0)
+    assert torch.equal(second[second != 7.0], torch.ones(900))
+
+
+# -------------------------------------------------------------------------- collusion
+
+
+@pytest.mark.parametrize(
+    ("n", "f", "expected"),
+    # n=50, f=24 is the example of the paper: s = 2, 24 of 26, z = 1.43.
+    [(50, 24, 1.426), (10, 4, 0.4307), (10, 2, 0.0), (10, 1, 0.0), (10, 6, 0.0), (1, 1, 0.0)],
+)
+def test_z_of_alie(n: int, f: int, expected: float) -> None:
+    assert attacks.alie_deviations(n, f) == pytest.approx(expected, abs=1e-3)
+
+
+def test_alie_is_z_deviations_from_the_colluders_mean() -> None:
+    rows = torch.randn(4, 20, dtype=torch.float64)
+    expected = rows.numpy().mean(0) - 1.5 * rows.numpy().std(0)
+    np.testing.assert_allclose(attacks.alie(rows, 10, 1.5).numpy(), expected, rtol=1e-12)
+    z = attacks.alie_deviations(10, 4)
+    assert torch.equal(attacks.alie(rows, 10), attacks.alie(rows, 10, z))
+
+
+def test_ipm_points_against_the_honest_mean() -> None:
+    rows = torch.randn(6, 20, dtype=torch.float64)
+    torch.testing.assert_close(attacks.ipm(rows, 0.5), -0.5 * rows.mean(0))
+
+
+def test_mimic_copies_the_client_furthest_out() -> None:
+    rows = torch.randn(6, 30) * 0.1
+    rows[3, 0] += 10.0
+    assert torch.equal(attacks.mimic(rows), rows[3])
+    same = torch.ones(3, 4)
+    assert torch.equal(attacks.mimic(same), same[0])
+
+
+def pairwise(rows: Tensor) -> Tensor:
+    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+
+
+@given(n=st.integers(2, 9), d=st.integers(1, 12), seed=st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_min_max_and_min_sum_go_as_far_as_their_limits_and_no_further(
+    n: int, d: int, seed: int
+) -> None:
+    rows = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    for attack, measure, limit in (
+        (attacks.min_max, lambda s: s.max(), pairwise(rows).max()),
+        (attacks.min_sum, lambda s: s.sum(), pairwise(rows).sum(1).max()),
+    ):
+        assert float(measure((attack(rows) - rows).square().sum(1))) == pytest.approx(
+            float(limit), rel=1e-9
+        )
+        # Every coordinate moved against its own spread.
+        moved = rows.mean(0) - attack(rows)
+        assert (moved >= -1e-12).all()
+
+
+def test_equal_honest_updates_leave_no_room() -> None:
+    rows = torch.ones(4, 3)
+    for attack in (attacks.min_max, attacks.min_sum):
+        torch.testing.assert_close(attack(rows), rows[0])
+
+
+def test_memory_poison_is_plausible_where_it_is_looked_at() -> None:
+    rows = torch.randn(6, 100) * 0.01
+    rows[:, :20] += 5.0
+    poisoned = attacks.memory_poison(rows, 100.0)
+    torch.testing.assert_close(poisoned[:20], rows.mean(0)[:20])
+    torch.testing.assert_close(poisoned[20:], -100 * rows.mean(0)[20:])
+
+
+# -------------------------------------------------------------------------------- data
+
+
+def images(shape: tuple[int, ...] = (50, 28, 28)) -> np.ndarray:
+    return np.full(shape, 128, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("name", DATA_ATTACKS)
+@pytest.mark.parametrize("shape", [(7, 28, 28), (7, 32, 32, 3)])
+def test_a_data_attack_keeps_shapes_and_leaves_its_input_alone(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 256, shape, dtype=np.uint8)
+    labels = np.arange(7, dtype=np.int64)
+    raw.flags.writeable = labels.flags.writeable = False
+    attack = ATTACKS[name]
+    assert attack.corrupt is not None
+    changed, wrong = attack.corrupt(raw, labels, attack.strength, 10, rng)
+    assert (changed.shape, changed.dtype) == (shape, np.uint8)
+    assert (wrong.shape, wrong.dtype) == ((7,), np.int64)
+    assert (changed != raw).any() != (wrong != labels).any()
+
+
+def test_label_attacks_by_hand() -> None:
+    labels = np.array([0, 3, 9])
+    assert attacks.backdoor(labels).tolist() == [8, 8, 8]
+    assert attacks.label_shift(labels).tolist() == [9, 6, 0]
+    drawn = attacks.random_labels(np.zeros(10_000, np.int64), 10, np.random.default_rng(0))
+    counts = np.bincount(drawn, minlength=10)
+    assert len(counts) == 10
+    assert (abs(counts - 1000) < 5 * math.sqrt(900)).all()
+
+
+def test_image_noise_is_of_ten_grey_levels_before_normalisation() -> None:
+    noisy = attacks.image_noise(images(), 10.0, np.random.default_rng(0)).astype(float) - 128
+    assert abs(noisy.mean()) < 5 * 10 / math.sqrt(noisy.size)
+    assert noisy.std() == pytest.approx(10.0, rel=0.02)
+    white = attacks.image_noise(images() + 127, 10.0, np.random.default_rng(0))
+    assert white.max() == 255
+    assert white.min() < 255
+
+
+@pytest.mark.parametrize("shape", [(50, 28, 28), (50, 32, 32, 3)])
+def test_impulses_hit_nine_tenths_of_the_pixels(shape: tuple[int, ...]) -> None:
+    hit = attacks.impulse(images(shape), 0.9, np.random.default_rng(0))
+    pixels = hit.reshape(*shape[:3], -1)
+    assert (pixels == pixels[..., :1]).all()
+    count = math.prod(shape[:3])
+    for value, share in ((0, 0.45), (255, 0.45), (128, 0.1)):
+        found = (pixels[..., 0] == value).mean()
+        assert abs(found - share) < 5 * math.sqrt(share * (1 - share) / count)
+
+
+def test_blur_spreads_a_point_and_keeps_its_light() -> None:
+    point = np.zeros((1, 28, 28), np.uint8)
+    point[0, 14, 14] = 255
+    blurred = attacks.blur(point, 1.0)[0].astype(float)
+    assert blurred.max() == blurred[14, 14] < 60
+    assert blurred.sum() == pytest.approx(255, abs=12)
+    ys, xs = np.mgrid[:28, :28]
+    variance = (blurred * (ys - 14) ** 2).sum() / blurred.sum()
+    assert variance == pytest.approx(1.0, abs=0.15)
+    assert (blurred * xs).sum() / blurred.sum() == pytest.approx(14)
+
+
+# ------------------------------------------------------------------------------- roles
+
+
+def test_mixed_attacks_are_dealt_out_in_turns() -> None:
+    roles = byzantine_roles(("bit-flip", "alie"), 10, 0.5, 3, 1)
+    assert set(roles) == byzantine_clients(10, 0.5, 3, 1)
+    assert sorted(roles.values()) == ["alie"] * 2 + ["bit-flip"] * 3
+    with pytest.raises(ValueError, match="attacks is empty"):
+        byzantine_roles((), 10, 0.5, 3, 1)
+
+
+def test_every_process_plans_the_same() -> None:
+    code = (
+        "from fl_bgmd.attacks import AttackPlan; p = AttackPlan(('zero', 'ipm'), fraction=0.4, "
+        "seed=5); print([sorted(p.roles(10, r).items()) for r in range(5)], p.client_seed(3, 4))"
+    )
+    here = AttackPlan(("zero", "ipm"), fraction=0.4, seed=5)
+    expected = [sorted(here.roles(10, r).items()) for r in range(5)]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{expected} {here.client_seed(3, 4)}"
+
+
+def test_a_plan_refuses_names_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="attack is 'flip'; allowed: none, bit-flip"):
+        AttackPlan(("flip",))
+    with pytest.raises(ValueError, match="preset is 'mine'; allowed: paper, authors-code"):
+        AttackPlan(("zero",), preset="mine")
+
+
+# --------------------------------------------------------------------------- the grids
+
+
+def echo_app(mods: list[Any] | None = None) -> ClientApp:
+    """Return an app whose update is (partition + 1) * round; it reports its partition."""
+    app = ClientApp(mods=mods or [])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        partition = int(context.node_config["partition-id"])
+        number = int(message.content["config"]["server-round"])
+        [sent] = message.content.array_records.values()
+        moved = {
+            key: value - (1.0 + partition) * number
+            for key, value in sent.to_torch_state_dict().items()
+        }
+        metrics = MetricRecord({"num-examples": 1, "partition-id": partition})
+        content = RecordDict({"arrays": ArrayRecord(moved), "metrics": metrics})
+        return Message(content, reply_to=message)
+
+    return app
+
+
+def play(plan: AttackPlan, rounds: int = 1, app: ClientApp | None = None) -> list[Any]:
+    """Return the updates by partition in each round, and the grid."""
+    config = {
+        "attack": "+".join(plan.attacks),
+        "attack.scale": plan.strength,
+        "byzantine-fraction": plan.fraction,
+        "seed": plan.seed,
+    }
+    grid = AdversarialGrid(InProcessGrid(app or echo_app([ByzantineMod()]), 10, config), plan, 10)
+    model = regression_model()
+    key = "weight"
+    history = []
+    for number in range(1, rounds + 1):
+        messages = [
+            train_message(model, node, {"server-round": number}, "train")
+            for node in grid.get_node_ids()
+        ]
+        replies = list(grid.send_and_receive(messages))
+        assert all(set(reply.content) == {"arrays", "metrics"} for reply in replies)
+        history.append(
+            [
+                float((model[key].numpy() - reply.content["arrays"][key].numpy()).flat[0])
+                for reply in replies
+            ]
+        )
+    return [history, grid]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ipm", lambda honest, colluders: -0.5 * np.mean(honest)),
+        ("alie", lambda honest, colluders: np.mean(colluders) - 0.43073 * np.std(colluders)),
+        ("min-sum", lambda honest, colluders: None),
+        ("mimic", lambda honest, colluders: None),
+    ],
+)
+def test_colluders_are_played_by_the_grid(
+    name: str, expected: Callable[[Any, Any], float | None]
+) -> None:
+    plan = AttackPlan((name,), fraction=0.4, seed=3)
+    [[sent], grid] = play(plan)
+    hostile = byzantine_clients(10, 0.4, 1, 3)
+    honest = [p + 1.0 for p in range(10) if p not in hostile]
+    assert [sent[p] for p in range(10) if p not in hostile] == pytest.approx(honest)
+    [lie] = {round(sent[p], 5) for p in hostile}
+    assert grid.played == {name: 4}
+    value = expected(honest, [p + 1.0 for p in hostile])
+    if value is not None:
+        assert lie == pytest.approx(value, rel=1e-4)
+    if name == "mimic":
+        assert min(abs(lie - h) for h in honest) < 1e-5
+
+
+def test_mixed_attacks_run_in_one_round() -> None:
+    plan = AttackPlan(("bit-flip", "ipm", "zero"), fraction=0.4, seed=1)
+    [[sent], grid] = play(plan)
+    roles = plan.roles(10, 1)
+    assert grid.played == {"bit-flip": 2, "ipm": 1, "zero": 1}
+    honest = np.mean([p + 1.0 for p in range(10) if p not in roles])
+    for partition, name in roles.items():
+        truth = {"bit-flip": -100 * (partition + 1.0), "ipm": -0.5 * honest, "zero": 0.0}
+        assert sent[partition] == pytest.approx(truth[name], rel=1e-5)
+
+
+def test_delayed_updates_are_those_of_earlier_rounds() -> None:
+    plan = AttackPlan(("delayed",), strength=2.0, fraction=1.0, seed=0)
+    [history, grid] = play(plan, rounds=4)
+    # The update of client p in round r is (p + 1) r; two rounds are remembered.
+    assert [row[0] for row in history] == pytest.approx([1.0, 1.0, 1.0, 2.0])
+    assert [row[4] for row in history] == pytest.approx([5.0, 5.0, 5.0, 10.0])
+    assert grid.played == {"delayed": 30}
+
+
+def test_a_free_rider_sends_back_what_it_got() -> None:
+    [[sent], grid] = play(AttackPlan(("free-rider",), fraction=0.3, seed=0))
+    assert sorted(sent)[:3] == [0.0, 0.0, 0.0]
+    assert grid.played == {"free-rider": 3}
+
+
+def test_clients_that_do_not_name_themselves_cannot_be_played() -> None:
+    plan = AttackPlan(("ipm",), fraction=0.4, seed=3)
+    with pytest.raises(ValueError, match="partition-id"):
+        play(plan, app=regression_app())
+
+
+# -------------------------------------------------------------------------- whole runs
+
+SMALL = {
+    "dataset": "mnist",
+    "model": "tiny-cnn",
+    "partition": "iid",
+    "num-server-rounds": 3,
+    "local-steps": 1,
+    "batch-size": 16,
+    "byzantine-fraction": 0.4,
+    "evaluate-every": 3,
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_is_played_in_a_run(name: str) -> None:
+    result = run(validate(SMALL | {"attack": name}), backend="inprocess")
+    assert result.status in ("finished", "diverged"), result.error
+    expected = 12
+    if name == "delayed":
+        # In the first round nobody has anything stale to send.
+        expected = 8
+    assert result.played == {name: expected}
+
+
+def test_an_attack_that_was_not_played_is_a_failure() -> None:
+    result = run(
+        validate(SMALL | {"attack": "delayed", "num-server-rounds": 1}), backend="inprocess"
+    )
+    assert result.status == "failed"
+    assert "attack delayed was not played once in 1 rounds" in result.error
+
+
+def test_the_backdoor_is_measured() -> None:
+    config = SMALL | {"attack": "backdoor", "strategy": "mean", "byzantine-fraction": 1.0}
+    config |= {"num-server-rounds": 60, "learning-rate": 0.1, "evaluate-every": 60}
+    result = run(validate(config | {"mixing": "none"}), backend="inprocess")
+    last = result.rounds[-1]
+    assert last["backdoor-success"] > 0.99
+    assert last["class-accuracies"][8] > 0.99
+    labels = load("mnist").test_labels
+    weights = np.bincount(labels) / len(labels)
+    assert weights @ last["class-accuracies"] == pytest.approx(last["accuracy"], abs=1e-9)
+
+
+# Attacks that leave plain averaging standing, and why: the mean survives what is a share of the
+# honest update (zero, free-rider, delayed), within its spread (alie, mimic, min-sum, min-max),
+# screened (nan, inf), or only a harder image (image-noise, blur).
+BREAKS_AVERAGING = {
+    *("bit-flip", "gaussian", "replace-gaussian", "sign-flip", "ascent", "huge"),
+    *("block-hijack", "memory-poison", "backdoor"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+def test_averaging_under_each_attack(name: str) -> None:
+    config: dict[str, Any] = {
+        **SMALL,
+        "model": "mlp",
+        "strategy": "mean",
+        "mixing": "none",
+        "num-server-rounds": 15,
+        "evaluate-every": 15,
+        "learning-rate": 0.1,
+        "batch-size": 64,
+    }
+    clean = run(validate(config | {"attack": "none", "byzantine-fraction": 0.0}))
+    attacked = run(validate(config | {"attack": name}), backend="inprocess")
+    lost = clean.final_accuracy - attacked.final_accuracy
+    assert (lost > 0.1) == (name in BREAKS_AVERAGING), lost
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"attack": "bit-flip+flip"}, "attack is 'bit-flip\\+flip'; allowed: none, bit-flip"),
+        ({"attack": "zero+zero"}, "different attacks"),
+        ({"attack": "zero+nan", "byzantine-fraction": 0.1}, "at most one for each hostile"),
+        ({"attack": "zero", "attack.scale": 2.0}, "attack.scale is 2 with attack 'zero'"),
+        ({"attack": "bit-flip+ascent", "attack.scale": 2.0}, "attack.scale is 2 with attack"),
+        ({"attack": "alie", "byzantine-fraction": 0.1}, "2 or more, whose spread alie takes"),
+        ({"attack.preset": "mine"}, "attack.preset is 'mine'; allowed: paper, authors-code"),
+    ],
+)
+def test_attacks_that_cannot_be_played_are_refused(given: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate({"byzantine-fraction": 0.4, "attack": "bit-flip", **given})
+
+
+# -------------------------------------------------------------------------- comparison
+
+
+def test_a_grid_sweeps_the_knobs_and_the_seeds() -> None:
+    rows = {"gmd": {"strategy": "gmd", "mixing": "none"}}
+    given = {"byzantine-fraction": 0.4, "seed": 5}
+    cells = plan_grid(given, rows, columns("all"), 2, sweep=True)
+    swept = sum(len(attack.sweep) for attack in ATTACKS.values())
+    assert len(cells) == 2 * (swept + 1)
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert {cell.seed for cell in cells} == {5, 6}
+    [clean, _] = [cell for cell in cells if cell.attack == "none"]
+    assert clean.config["byzantine-fraction"] == 0.0
+    assert {c.config["attack.scale"] for c in cells if c.attack == "bit-flip"} == {1.5, 5, 100}
+    fixed = plan_grid(given, rows, columns("none,zero"), 1, sweep=False)
+    assert [cell.attack for cell in fixed] == ["none", "zero"]
+    with pytest.raises(ConfigError, match="seeds is 0"):
+        plan_grid(given, rows, ["none"], 0, sweep=True)
+
+
+def test_compare_attacks_writes_table_heat_map_and_cells(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"--{key}={value}" for key, value in SMALL.items()]
+    arguments = ["--strategies", "mean", "gmd", "--attack=none,sign-flip,ipm", "--jobs=2"]
+    arguments += ["--backend=inprocess", f"--results-dir={tmp_path}", "--seeds=2"]
+    assert main(["compare", *options, *arguments]) == 0
+    [folder] = tmp_path.iterdir()
+    lines = [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]
+    # none 1, sign-flip 1, ipm 3 strengths.
+    assert len(lines) == 2 * 2 * 5
+    table = (folder / "table.md").read_text().splitlines()
+    assert table[0] == "| strategy | none | sign-flip | ipm | worst |"
+    for row, name in zip(table[2:], ("mean", "gmd"), strict=True):
+        values = [float(cell) for cell in row.strip("| ").split(" | ")[1:]]
+        own = [line for line in lines if line["strategy"] == name]
+        by_strength: dict[Any, list[float]] = {}
+        for line in own:
+            by_strength.setdefault((line["attack"], line["strength"]), []).append(
+                100 * line["final-accuracy"]
+            )
+        means = {key: sum(v) / 2 for key, v in by_strength.items()}
+        worst_ipm = min(value for (attack, _), value in means.items() if attack == "ipm")
+        assert values[2] == pytest.approx(worst_ipm, abs=0.051)
+        assert values[3] == min(values[:3])
+    assert (folder / "heatmap.png").read_bytes().startswith(b"\x89PNG")
+    assert "worst" in capsys.readouterr().out
+
+
+def test_a_grid_with_an_idle_attack_fails_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"--{key}={value}" for key, value in SMALL.items() if key != "num-server-rounds"]
+    arguments = ["--strategies=gmd", "--attack=zero,delayed", "--num-server-rounds=1"]
+    arguments += ["--backend=inprocess", f"--results-dir={tmp_path}", "--no-sweep"]
+    assert main(["compare", *options, *arguments]) == 1
+    assert "attack delayed was not played" in capsys.readouterr().err
+    [folder] = tmp_path.iterdir()
+    assert "| failed | failed |" in (folder / "table.md").read_text()
+
+
+def test_more_jobs_than_one_need_the_in_process_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--attack=none,zero", "--byzantine-fraction=0.4", "--jobs=2"]) == 2
+    assert "jobs is 2 with backend ray; allowed: 1, more with inprocess" in capsys.readouterr().err
+
+
+def test_a_failed_run_makes_its_cell_and_the_worst_unknown() -> None:
+    cells = plan_grid(
+        {"byzantine-fraction": 0.4},
+        {"gmd": {"strategy": "gmd"}},
+        ["none", "zero"],
+        1,
+        sweep=False,
+    )
+    good = RunResult(cells[0].config, rounds=[{"round": 1, "accuracy": 0.5}])
+    bad = RunResult(cells[1].config, status="failed", error="x")
+    attacks_of, rows = accuracy_table(list(zip(cells, (good, bad), strict=True)))
+    assert attacks_of == ["none", "zero", "worst"]
+    assert rows["gmd"][0] == 0.5
+    assert math.isnan(rows["gmd"][1])
+    assert math.isnan(rows["gmd"][2])
