@@ -31,10 +31,20 @@ from simulations.config import (
     validate,
 )
 from simulations.experiment import RunResult
-from simulations.laboratory import Cell, accuracy_table, columns, plan_grid, run_grid
+from simulations.laboratory import (
+    Cell,
+    Line,
+    accuracy_table,
+    columns,
+    plan_grid,
+    read_cells,
+    run_grid,
+)
 from simulations.report import (
+    attacks_table,
     grid_table,
     plot_accuracy,
+    plot_data_attacks,
     plot_grid,
     results_table,
     write_grid,
@@ -105,6 +115,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_settings(several, leave_out=("strategy", "mixing"))
 
+    report = commands.add_parser("report", help="table and heat map of finished grids")
+    report.set_defaults(command=_report)
+    report.add_argument("results", nargs="+", type=Path, help="folders of compare with a grid")
+    report.add_argument("--output", type=Path, default=Path(), help="folder; default: this one")
+    report.add_argument("--title", default="", help="of the heat map")
+
+    attacks = commands.add_parser("attacks", help="list the attacks, draw what they do to images")
+    attacks.set_defaults(command=_attacks)
+    attacks.add_argument("--dataset", choices=DATASETS, default="cifar10")
+    attacks.add_argument("--data-dir", default="", help="default: $FL_BGMD_DATA or the cache")
+    attacks.add_argument("--picture", type=Path, metavar="FOLDER", help="draw data-attacks.png")
+
     data = commands.add_parser("data", help="obtain and check data sets", allow_abbrev=False)
     data.set_defaults(command=_data)
     data.add_argument("--dataset", nargs="+", choices=DATASETS, default=["cifar10"])
@@ -172,7 +194,7 @@ def _run_grid(options: argparse.Namespace, cells: list[Cell]) -> int:
         def done(cell: Cell, result: RunResult) -> None:
             progress.update(task, advance=1, description=f"{cell.name} {result.final_accuracy:.1%}")
 
-        results = run_grid(
+        lines = run_grid(
             cells,
             backend=options.backend,
             resources=_resources(options),
@@ -180,22 +202,43 @@ def _run_grid(options: argparse.Namespace, cells: list[Cell]) -> int:
             folder=folder,
             done=done,
         )
-    attacks, rows = accuracy_table(results)
-    table = grid_table(attacks, rows)
-    Console(width=max(CONSOLE.width, 30 + sum(len(a) + 5 for a in attacks))).print(table)
     fraction = max(float(cell.config["byzantine-fraction"]) for cell in cells)
     title = (
         f"{config['dataset']}, {config['model']}, {config['num-clients']} clients "
         f"({config['partition']}), {fraction:.0%} hostile, {config['byzantine-selection']}, "
         f"{options.seeds} seed{'s' if options.seeds > 1 else ''}"
     )
-    files = [write_grid(attacks, rows, folder), plot_grid(attacks, rows, title, folder)]
-    for path in (*files, folder / "cells.jsonl"):
+    CONSOLE.print(f"written: {folder / 'cells.jsonl'}", soft_wrap=True)
+    return _show_grid(lines, folder, title)
+
+
+def _report(options: argparse.Namespace) -> int:
+    lines = read_cells(options.results)
+    options.output.mkdir(parents=True, exist_ok=True)
+    return _show_grid(lines, options.output, options.title)
+
+
+def _show_grid(lines: list[Line], folder: Path, title: str) -> int:
+    """Show a strategy x attack table and write it; return the exit status."""
+    attacks, rows = accuracy_table(lines)
+    width = 32 + sum(max(len(attack), 6) + 3 for attack in attacks)
+    Console(width=max(CONSOLE.width, width)).print(grid_table(attacks, rows))
+    for path in (write_grid(attacks, rows, folder), plot_grid(attacks, rows, title, folder)):
         CONSOLE.print(f"written: {path}", soft_wrap=True)
-    failed = [(cell, result) for cell, result in results if result.status == "failed"]
-    for cell, result in failed:
-        print(f"error: {cell.name}: {result.error}", file=sys.stderr)
+    failed = [line for line in lines if line["status"] == "failed"]
+    for line in failed:
+        name = f"{line['strategy']}, {line['attack']}, seed {line['seed']}"
+        print(f"error: {name}: {line['error']}", file=sys.stderr)
     return EXIT_RUN_FAILED if failed else 0
+
+
+def _attacks(options: argparse.Namespace) -> int:
+    CONSOLE.print(attacks_table())
+    if options.picture is not None:
+        dataset = load(options.dataset, options.data_dir or None, progress=CONSOLE.print)
+        path = plot_data_attacks(dataset, options.picture)
+        CONSOLE.print(f"written: {path}", soft_wrap=True)
+    return 0
 
 
 def _data(options: argparse.Namespace) -> int:

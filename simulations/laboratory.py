@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,8 @@ from simulations.config import Config, ConfigError, Value, validate
 from simulations.experiment import RunResult
 
 ALL_ATTACKS = "all"
+
+Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -101,11 +104,11 @@ def run_grid(
     jobs: int,
     folder: Path,
     done: Callable[[Cell, RunResult], None],
-) -> list[tuple[Cell, RunResult]]:
+) -> list[Line]:
     """Run all cells, ``jobs`` at a time, and write each into its folder and ``cells.jsonl``.
 
     ``done`` is called after each. More than one job runs in-process grids in processes of their
-    own, with the cores shared out among them. Results come in the order of ``cells``.
+    own, with the cores shared out among them. Lines come in the order of ``cells``.
 
     Raises
     ------
@@ -114,16 +117,16 @@ def run_grid(
     """
     if jobs < 1 or (jobs > 1 and backend != "inprocess"):
         raise ConfigError(f"jobs is {jobs} with backend {backend}; allowed: 1, more with inprocess")
-    results: dict[str, RunResult] = {}
+    written: dict[str, Line] = {}
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "cells.jsonl").open("w", encoding="utf-8") as lines:
         for cell, result in _finished(cells, backend, resources, jobs):
-            results[cell.name] = result
             result.write(folder / cell.name)
-            lines.write(json.dumps(_line(cell, result)) + "\n")
+            written[cell.name] = line_of(cell, result)
+            lines.write(json.dumps(written[cell.name]) + "\n")
             lines.flush()
             done(cell, result)
-    return [(cell, results[cell.name]) for cell in cells]
+    return [written[cell.name] for cell in cells]
 
 
 def _finished(
@@ -150,7 +153,8 @@ def _prepare_worker(threads: int, log_level: int) -> None:
     logging.getLogger("flwr").setLevel(log_level)
 
 
-def _line(cell: Cell, result: RunResult) -> dict[str, object]:
+def line_of(cell: Cell, result: RunResult) -> Line:
+    """Return what a run's line of ``cells.jsonl`` says."""
     last = result.rounds[-1] if result.rounds else {}
     return {
         "strategy": cell.strategy,
@@ -167,23 +171,38 @@ def _line(cell: Cell, result: RunResult) -> dict[str, object]:
     }
 
 
-def accuracy_table(
-    results: Sequence[tuple[Cell, RunResult]],
-) -> tuple[list[str], dict[str, list[float]]]:
+def read_cells(paths: Sequence[Path]) -> list[Line]:
+    """Read the ``cells.jsonl`` of finished grids, given as files or their folders.
+
+    Raises :class:`ConfigError` for a path without one.
+    """
+    lines: list[Line] = []
+    for path in paths:
+        file = path / "cells.jsonl" if path.is_dir() else path
+        if not file.is_file():
+            raise ConfigError(f"results is {str(path)!r}; allowed: a folder with a cells.jsonl")
+        lines += [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return lines
+
+
+def accuracy_table(lines: Sequence[Line]) -> tuple[list[str], dict[str, list[float]]]:
     """Return ``(attacks, rows)``: mean final accuracy over seeds, the worst of the strengths.
 
-    Each row ends with the worst of its attacks. A failed run makes its cell NaN.
+    Each row ends with the worst of its attacks. A failed run makes its cell NaN, and so does one
+    that was not run.
     """
     groups: dict[tuple[str, str], dict[float, list[float]]] = {}
-    for cell, result in results:
-        value = float("nan") if result.status == "failed" else result.final_accuracy
-        strengths = groups.setdefault((cell.strategy, cell.attack), {})
-        strengths.setdefault(cell.strength, []).append(value)
-    attacks = list(dict.fromkeys(cell.attack for cell, _ in results))
+    for line in lines:
+        value = float("nan") if line["status"] == "failed" else line["final-accuracy"]
+        strengths = groups.setdefault((line["strategy"], line["attack"]), {})
+        strengths.setdefault(line["strength"], []).append(value)
+    found = {attack for _, attack in groups}
+    attacks = [attack for attack in ("none", *ATTACKS) if attack in found]
+    attacks += sorted(found - set(attacks))
     rows: dict[str, list[float]] = {}
-    for strategy in dict.fromkeys(cell.strategy for cell, _ in results):
+    for strategy in dict.fromkeys(line["strategy"] for line in lines):
         row = [
-            _worst([sum(v) / len(v) for v in groups[strategy, attack].values()])
+            _worst([sum(v) / len(v) for v in groups.get((strategy, attack), {}).values()])
             for attack in attacks
         ]
         rows[strategy] = [*row, _worst(row)]
@@ -191,4 +210,5 @@ def accuracy_table(
 
 
 def _worst(values: Sequence[float]) -> float:
-    return float("nan") if any(math.isnan(value) for value in values) else min(values)
+    unknown = not values or any(math.isnan(value) for value in values)
+    return float("nan") if unknown else min(values)

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from fl_bgmd.attacks import ATTACKS
+from fl_bgmd.data import Dataset
 from simulations.experiment import RunResult
 
 COLUMNS = (
@@ -128,6 +130,62 @@ def plot_grid(
     figure.colorbar(image, label="final test accuracy (%)")
     path = folder / "heatmap.png"
     figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def attacks_table() -> Table:
+    """Return the list of attacks for the terminal."""
+    table = Table(title="Attacks")
+    for column in ("name", "place", "knows", "knob", "paper", "authors' code", "source"):
+        table.add_column(column, no_wrap=column in ("name", "place", "knows"))
+    for name, attack in ATTACKS.items():
+        paper = f"{attack.strength:g}" if attack.strength else ""
+        codes = ", ".join(f"{value:g} {data}" for data, value in attack.authors_code.items())
+        table.add_row(
+            name, attack.place, attack.knows, attack.knob, paper, codes.strip(), attack.source
+        )
+    return table
+
+
+def plot_data_attacks(dataset: Dataset, folder: Path, examples: int = 5, seed: int = 0) -> Path:
+    """Draw what each data attack makes of training images to ``folder/data-attacks.png``.
+
+    As Figure 4 of the BGMD paper: one column for each attack, at the paper's strength, the label
+    it trains on above each image.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    chosen = np.random.default_rng(seed).choice(len(dataset.train_labels), examples, replace=False)
+    images, labels = dataset.train_images[chosen], dataset.train_labels[chosen]
+    columns = {"original": (images, labels)}
+    for name, attack in ATTACKS.items():
+        if attack.corrupt is not None:
+            rng = np.random.default_rng(seed)
+            strength = f" {attack.strength:g}" if attack.strength else ""
+            columns[name + strength] = attack.corrupt(
+                images, labels, attack.strength, dataset.num_classes, rng
+            )
+    size = (1.35 * len(columns), 1.45 * examples)
+    figure, axes = plt.subplots(
+        examples, len(columns), figsize=size, layout="constrained", squeeze=False
+    )
+    for j, (name, (shown, trained_on)) in enumerate(columns.items()):
+        for i in range(examples):
+            axes[i, j].imshow(shown[i], cmap="gray", vmin=0, vmax=255)
+            axes[i, j].set_axis_off()
+            changed = trained_on[i] != labels[i]
+            axes[i, j].set_title(
+                f"{name}\n{trained_on[i]}" if i == 0 else str(trained_on[i]),
+                fontsize=9,
+                color="firebrick" if changed else "black",
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "data-attacks.png"
+    figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
 

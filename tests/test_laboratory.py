@@ -28,7 +28,7 @@ from simulations.cli import main
 from simulations.config import ConfigError, validate
 from simulations.experiment import RunResult
 from simulations.grid import InProcessGrid
-from simulations.laboratory import accuracy_table, columns, plan_grid
+from simulations.laboratory import accuracy_table, columns, line_of, plan_grid
 
 UPDATE_ATTACKS = [name for name, attack in ATTACKS.items() if attack.place == "update"]
 DATA_ATTACKS = [name for name, attack in ATTACKS.items() if attack.place == "data"]
@@ -582,6 +582,11 @@ def test_compare_attacks_writes_table_heat_map_and_cells(
         assert values[3] == min(values[:3])
     assert (folder / "heatmap.png").read_bytes().startswith(b"\x89PNG")
     assert "worst" in capsys.readouterr().out
+    again = tmp_path / "again"
+    assert main(["report", str(folder), f"--output={again}"]) == 0
+    assert (again / "table.md").read_text().splitlines() == table
+    assert main(["report", str(tmp_path / "nothing")]) == 2
+    assert "allowed: a folder with a cells.jsonl" in capsys.readouterr().err
 
 
 def test_a_grid_with_an_idle_attack_fails_and_says_so(
@@ -611,8 +616,18 @@ def test_a_failed_run_makes_its_cell_and_the_worst_unknown() -> None:
     )
     good = RunResult(cells[0].config, rounds=[{"round": 1, "accuracy": 0.5}])
     bad = RunResult(cells[1].config, status="failed", error="x")
-    attacks_of, rows = accuracy_table(list(zip(cells, (good, bad), strict=True)))
+    lines = [line_of(cell, result) for cell, result in zip(cells, (good, bad), strict=True)]
+    attacks_of, rows = accuracy_table(lines)
     assert attacks_of == ["none", "zero", "worst"]
     assert rows["gmd"][0] == 0.5
     assert math.isnan(rows["gmd"][1])
     assert math.isnan(rows["gmd"][2])
+
+
+def test_the_attacks_are_listed_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["attacks", "--dataset=cifar10", f"--picture={tmp_path}"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("bit-flip", "alie", "impulse"))
+    assert (tmp_path / "data-attacks.png").read_bytes().startswith(b"\x89PNG")
