@@ -92,6 +92,10 @@ class RunResult:
         seconds = [float(entry["seconds"]) for entry in self.rounds if "seconds" in entry]
         return float(np.mean(seconds)) if seconds else float("nan")
 
+    def last(self, key: str, default: Any) -> Any:
+        """Return the value of ``key`` in the last round that has it."""
+        return next((entry[key] for entry in reversed(self.rounds) if key in entry), default)
+
     def total(self, key: str) -> int:
         """Sum a count (``accepted``, ``rejected``) over the rounds."""
         return sum(int(entry.get(key, 0)) for entry in self.rounds)

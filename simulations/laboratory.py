@@ -155,7 +155,6 @@ def _prepare_worker(threads: int, log_level: int) -> None:
 
 def line_of(cell: Cell, result: RunResult) -> Line:
     """Return what a run's line of ``cells.jsonl`` says."""
-    last = result.rounds[-1] if result.rounds else {}
     return {
         "strategy": cell.strategy,
         "attack": cell.attack,
@@ -164,8 +163,8 @@ def line_of(cell: Cell, result: RunResult) -> Line:
         "status": result.status,
         "error": result.error,
         "final-accuracy": result.final_accuracy,
-        "backdoor-success": last.get("backdoor-success"),
-        "class-accuracies": last.get("class-accuracies"),
+        "backdoor-success": result.last("backdoor-success", None),
+        "class-accuracies": result.last("class-accuracies", None),
         "played": result.played,
         "seconds": result.seconds,
     }

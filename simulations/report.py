@@ -16,6 +16,8 @@ COLUMNS = (
     "status",
     "final",
     "best",
+    "worst class",
+    "backdoor",
     "s / round",
     "accepted",
     "rejected",
@@ -23,13 +25,19 @@ COLUMNS = (
 
 
 def rows(results: Mapping[str, RunResult]) -> list[tuple[str, ...]]:
-    """Return the cells of the table of results, one row for each run."""
+    """Return the cells of the table of results, one row for each run.
+
+    ``worst class`` is the accuracy on the class that is recognised least, ``backdoor`` the share
+    of the other classes' examples that are taken for a backdoor's target, both at the end.
+    """
     return [
         (
             name,
             result.status,
             _percent(result.final_accuracy),
             _percent(result.best_accuracy),
+            _percent(min(result.last("class-accuracies", [float("nan")]))),
+            _percent(result.last("backdoor-success", float("nan"))),
             "-" if math.isnan(result.seconds_per_round) else f"{result.seconds_per_round:.2f}",
             str(result.total("accepted")),
             str(result.total("rejected")),

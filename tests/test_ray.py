@@ -26,8 +26,10 @@ SMALL: Config = {
     "num-clients": 4,
     "local-steps": 2,
     "batch-size": 16,
-    "attack": "bit-flip",
-    "byzantine-fraction": 0.25,
+    # One that the grid plays, one that runs on the client and needs the client's state.
+    "attack": "ipm+delayed",
+    "byzantine-fraction": 0.5,
+    "byzantine-selection": "fixed",
     "assumed-byzantine-fraction": 0.25,
     "evaluate-every": 2,
     "fraction-evaluate": 1.0,
@@ -46,6 +48,7 @@ def test_ray_and_in_process_runs_agree_to_the_bit() -> None:
             k: v for k, v in local.items() if k not in timings
         }
     assert ray.rounds[-1]["accepted"] == 4
+    assert ray.played == here.played == {"ipm": 2, "delayed": 1}
 
 
 def test_more_resources_than_the_machine_has_are_refused() -> None:
