@@ -1,0 +1,316 @@
+"""Compressors of flat updates: real bytes, and a stated bound on what they lose.
+
+``encode(vector)`` gives the message, ``decode(data, size)`` what the receiver makes of it: both
+float32. ``delta(size)`` is the delta of Definition 4 of Ghosh et al., also where it holds in
+expectation only::
+
+    E ||Q(x) - x||^2 <= (1 - delta) ||x||^2
+
+and ``decode`` raises ``ValueError`` for bytes that no ``encode`` of the same compressor and size
+has written. It never allocates more than the size calls for.
+"""
+
+import math
+import struct
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .bits import (
+    indices_size,
+    pack_indices,
+    pack_planes,
+    planes_size,
+    unpack_indices,
+    unpack_planes,
+)
+
+_FLOAT = np.dtype("<f4")
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+class Compressor(Protocol):
+    """What all compressors share."""
+
+    @property
+    def name(self) -> str:
+        """The kebab-case name and parameters, as :func:`build_compressor` takes them."""
+
+    def encode(self, vector: Tensor) -> bytes:
+        """Return the message that stands for ``vector``, (d,) floating point, finite."""
+
+    def decode(self, data: bytes, size: int) -> Tensor:
+        """Return what a message of a vector of length ``size`` stands for, (size,) float32."""
+
+    def num_bytes(self, size: int) -> int:
+        """Return the length of a message for a vector of length ``size``."""
+
+    def delta(self, size: int) -> float:
+        """Return the guaranteed share of the squared norm that survives, 0 for no guarantee."""
+
+
+@dataclass(frozen=True)
+class NoCompression:
+    """The vector as float32: 4 bytes a value."""
+
+    name = "none"
+
+    def encode(self, vector: Tensor) -> bytes:
+        """Return the values."""
+        return _floats(vector).tobytes()
+
+    def decode(self, data: bytes, size: int) -> Tensor:
+        """Return the values."""
+        _check_length(data, self.num_bytes(size), self.name)
+        return _tensor(_read_floats(data, size))
+
+    def num_bytes(self, size: int) -> int:
+        """Return 4 bytes a value."""
+        return 4 * size
+
+    def delta(self, size: int) -> float:
+        """Return 1: only the rounding to float32 is lost."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The ``k = max(1, round(fraction d))`` values of largest magnitude and where they are.
+
+    Ghosh et al., Section 3, example 1; Stich et al. (NeurIPS 2018). Message: k float32 values, then
+    the indices (:func:`.bits.pack_indices`).
+    """
+
+    fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check the fraction."""
+        _check_fraction(self.fraction)
+
+    @property
+    def name(self) -> str:
+        """Return ``top-k:fraction``."""
+        return f"top-k:{self.fraction:g}"
+
+    def encode(self, vector: Tensor) -> bytes:
+        """Return values and indices."""
+        k = _count(self.fraction, len(vector))
+        chosen = torch.topk(vector.abs(), k, sorted=False).indices.sort().values
+        values = _floats(vector[chosen]).tobytes()
+        return values + pack_indices(chosen.numpy(), len(vector)).tobytes()
+
+    def decode(self, data: bytes, size: int) -> Tensor:
+        """Return the values in their places, 0 elsewhere."""
+        _check_length(data, self.num_bytes(size), self.name)
+        k = _count(self.fraction, size)
+        values = _read_floats(data[: 4 * k], k)
+        indices = unpack_indices(np.frombuffer(data, np.uint8, offset=4 * k), k, size)
+        result = np.zeros(size, np.float32)
+        result[indices] = values
+        return torch.from_numpy(result)
+
+    def num_bytes(self, size: int) -> int:
+        """Return 4 bytes a value and about ``log2(1 / fraction) + 2`` bits an index."""
+        k = _count(self.fraction, size)
+        return 4 * k + indices_size(k, size)
+
+    def delta(self, size: int) -> float:
+        """Return k / d."""
+        return _count(self.fraction, size) / size
+
+
+@dataclass(frozen=True)
+class RandK:
+    """``k = max(1, round(fraction d))`` random coordinates; ``scaled`` by d / k: unbiased.
+
+    Stich et al. (2018); scaled: Data and Diggavi, Section 5.2, with
+    ``E ||Q(x) - x||^2 = (d / k - 1) ||x||^2`` (Lemma 2). Message: the seed of the coordinates and k
+    float32 values. With ``seed`` set the coordinates are the server's and the message holds the
+    values alone (their Algorithm 2).
+    """
+
+    fraction: float = 0.1
+    scaled: bool = False
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fraction."""
+        _check_fraction(self.fraction)
+
+    @property
+    def name(self) -> str:
+        """Return ``rand-k:fraction``, ``scaled-rand-k:fraction``."""
+        return f"{'scaled-' if self.scaled else ''}rand-k:{self.fraction:g}"
+
+    def coordinates(self, size: int, seed: int) -> NDArray[np.int64]:
+        """Return the k coordinates that a seed stands for, ascending."""
+        k = _count(self.fraction, size)
+        chosen = np.random.default_rng(seed).choice(size, k, replace=False, shuffle=False)
+        chosen.sort()
+        return chosen
+
+    def encode(self, vector: Tensor) -> bytes:
+        """Return the values, after the seed unless the server chose it."""
+        seed, head = self.seed, b""
+        if seed is None:
+            seed = int(torch.randint(2**62, (1,)))
+            head = struct.pack("<Q", seed)
+        values = vector[torch.from_numpy(self.coordinates(len(vector), seed))]
+        if self.scaled:
+            values = values * (len(vector) / len(values))
+        return head + _floats(values).tobytes()
+
+    def decode(self, data: bytes, size: int) -> Tensor:
+        """Return the values in their places, 0 elsewhere."""
+        _check_length(data, self.num_bytes(size), self.name)
+        seed = struct.unpack_from("<Q", data)[0] if self.seed is None else self.seed
+        values = _read_floats(data[8 if self.seed is None else 0 :], _count(self.fraction, size))
+        result = np.zeros(size, np.float32)
+        result[self.coordinates(size, seed)] = values
+        return torch.from_numpy(result)
+
+    def num_bytes(self, size: int) -> int:
+        """Return 4 bytes a value and 8 for the seed."""
+        return 4 * _count(self.fraction, size) + (8 if self.seed is None else 0)
+
+    def delta(self, size: int) -> float:
+        """Return k / d; scaled: ``2 - d / k``, 0 where that is negative."""
+        share = _count(self.fraction, size) / size
+        return max(0.0, 2 - 1 / share) if self.scaled else share
+
+
+@dataclass(frozen=True)
+class QSGD:
+    """Stochastic rounding to ``levels`` steps of the norm: unbiased.
+
+    Alistarh et al. (NeurIPS 2017), Equation 3; Ghosh et al., Section 3, example 3. Variance at
+    most ``min(d / s^2, sqrt(d) / s) ||x||^2`` for s levels. Message: the norm and the sign and
+    level of each value in ``ceil(log2(2 s + 1))`` bits.
+    """
+
+    levels: int = 16
+
+    def __post_init__(self) -> None:
+        """Check the number of levels."""
+        if not 1 <= self.levels < 2**15:
+            raise ValueError(f"levels is {self.levels}; allowed: 1 to {2**15 - 1}")
+
+    @property
+    def name(self) -> str:
+        """Return ``qsgd:levels``."""
+        return f"qsgd:{self.levels}"
+
+    @property
+    def _bits(self) -> int:
+        return math.ceil(math.log2(2 * self.levels + 1))
+
+    def encode(self, vector: Tensor) -> bytes:
+        """Return the norm and the levels."""
+        norm = min(float(torch.linalg.vector_norm(vector, dtype=torch.float64)), _LARGEST)
+        if norm == 0.0:
+            return struct.pack("<f", 0.0) + bytes(self.num_bytes(len(vector)) - 4)
+        scaled = vector.to(torch.float32).mul(self.levels / norm)
+        noise = torch.rand(scaled.shape)
+        codes = torch.floor_(scaled.add_(noise)).clamp_(-self.levels, self.levels)
+        shifted = codes.add_(self.levels).to(torch.int32).numpy().astype(np.uint16)
+        return struct.pack("<f", norm) + pack_planes(shifted, self._bits).tobytes()
+
+    def decode(self, data: bytes, size: int) -> Tensor:
+        """Return norm * level / levels."""
+        _check_length(data, self.num_bytes(size), self.name)
+        norm = struct.unpack_from("<f", data)[0]
+        if not (math.isfinite(norm) and norm >= 0):
+            raise ValueError(f"the norm is {norm}; allowed: finite, 0 or more")
+        codes = unpack_planes(np.frombuffer(data, np.uint8, offset=4), size, self._bits)
+        if norm == 0.0:
+            return torch.zeros(size)
+        if size and int(codes.max()) > 2 * self.levels:
+            raise ValueError(f"a level is beyond the {self.levels} there are")
+        values = (codes.astype(np.float32) - np.float32(self.levels)) / np.float32(self.levels)
+        return _tensor(values * np.float32(norm))
+
+    def num_bytes(self, size: int) -> int:
+        """Return 4 bytes and ``ceil(log2(2 s + 1))`` bits a value."""
+        return 4 + planes_size(size, self._bits)
+
+    def delta(self, size: int) -> float:
+        """Return ``1 - min(d / s^2, sqrt(d) / s)``, 0 where that is negative."""
+        return max(0.0, 1 - min(size / self.levels**2, math.sqrt(size) / self.levels))
+
+
+@dataclass(frozen=True)
+class Sign:
+    """The signs; ``scaled`` by the mean magnitude: l1-sign. 0 counts as positive.
+
+    ``l1-sign``: ``||x||_1 / d sign(x)``, Karimireddy et al. (ICML 2019); Ghosh et al., Section 3,
+    example 4. Plain ``sign`` is signSGD's (Bernstein et al., ICML 2018), no compressor in the
+    sense of Definition 4. Message: d bits, and 4 bytes for the scale.
+    """
+
+    scaled: bool = True
+
+    @property
+    def name(self) -> str:
+        """Return ``l1-sign`` or ``sign``."""
+        return "l1-sign" if self.scaled else "sign"
+
+    def encode(self, vector: Tensor) -> bytes:
+        """Return the scale and the signs."""
+        head = b""
+        if self.scaled:
+            mean = float(vector.abs().double().mean()) if len(vector) else 0.0
+            head = struct.pack("<f", min(mean, _LARGEST))
+        return head + np.packbits((vector >= 0).numpy()).tobytes()
+
+    def decode(self, data: bytes, size: int) -> Tensor:
+        """Return scale * sign."""
+        _check_length(data, self.num_bytes(size), self.name)
+        scale = struct.unpack_from("<f", data)[0] if self.scaled else 1.0
+        if not (math.isfinite(scale) and scale >= 0):
+            raise ValueError(f"the scale is {scale}; allowed: finite, 0 or more")
+        head = 4 if self.scaled else 0
+        positive = np.unpackbits(np.frombuffer(data, np.uint8, offset=head), count=size)
+        return torch.from_numpy(np.array([-scale, scale], np.float32)[positive])
+
+    def num_bytes(self, size: int) -> int:
+        """Return a bit a value, and 4 bytes for the scale."""
+        return (size + 7) // 8 + (4 if self.scaled else 0)
+
+    def delta(self, size: int) -> float:
+        """Return 1 / d for l1-sign: the worst case of ``||x||_1^2 / (d ||x||^2)``."""
+        return 1 / size if self.scaled else 0.0
+
+
+def _floats(vector: Tensor) -> NDArray[np.float32]:
+    """Return the values as little-endian float32, those beyond its range at its ends."""
+    return vector.detach().to(torch.float32).clamp(-_LARGEST, _LARGEST).numpy().astype(_FLOAT)
+
+
+def _read_floats(data: bytes, count: int) -> NDArray[np.float32]:
+    """Return finite float32 values, or raise ``ValueError``."""
+    values = np.frombuffer(data, _FLOAT, count=count)
+    if not np.isfinite(values).all():
+        raise ValueError("a value is NaN or infinite")
+    return values
+
+
+def _tensor(values: NDArray[np.float32]) -> Tensor:
+    return torch.from_numpy(np.array(values, dtype=np.float32))
+
+
+def _count(fraction: float, size: int) -> int:
+    return min(size, max(1, round(fraction * size)))
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction is {fraction}; allowed: above 0 to 1")
+
+
+def _check_length(data: bytes, expected: int, name: str) -> None:
+    if len(data) != expected:
+        raise ValueError(f"{len(data)} bytes of {name}; expected {expected}")
