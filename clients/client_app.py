@@ -20,10 +20,11 @@ from clients.training import (
 from fl_bgmd.attacks import ATTACKS, AttackPlan
 from fl_bgmd.data import Dataset, load, partition
 from fl_bgmd.models import build
-from fl_bgmd.mods import ByzantineMod, mark, role, server_round
+from fl_bgmd.mods import ByzantineMod, CompressionMod, mark, role, server_round
 from fl_bgmd.strategies import resolve_device
 
-app = ClientApp(mods=[ByzantineMod()])
+# Hostile clients adhere to the compression: Option I of Ghosh et al.
+app = ClientApp(mods=[CompressionMod(), ByzantineMod()])
 
 
 @app.train()

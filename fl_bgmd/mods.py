@@ -13,12 +13,14 @@ from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
 from fl_bgmd.attacks import ATTACKS, AttackPlan, View
-from fl_bgmd.replies import ModelLayout
+from fl_bgmd.compression import build_compressor
+from fl_bgmd.replies import PACKED_KEY, PACKED_RECORD, ModelLayout
 
 ATTACK_RECORD = "byzantine"
 """ConfigRecord in which a hostile reply says, for the record, which attack it played."""
 
 _PAST = "fl-bgmd.past-update"
+_ERROR = "fl-bgmd.compression-error"
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,14 @@ class ByzantineMod:
             return reply
         [sent] = message.content.array_records.values()
         [(record_name, trained)] = reply.content.array_records.items()
-        # In the order sent: a client may reply in another one.
-        in_order = ArrayRecord({key: trained[key] for key in sent})
-        before, after = ModelLayout(sent), ModelLayout(in_order)
-        update = torch.from_numpy(before.values - after.values)
+        before = ModelLayout(sent)
+        if PACKED_KEY in trained:
+            update, trained = unpacked(reply, trained, before)
+        else:
+            # In the order sent: a client may reply in another one.
+            trained = ArrayRecord({key: trained[key] for key in sent})
+            update = torch.from_numpy(before.values - ModelLayout(trained).values)
+        after = ModelLayout(trained)
         if plan.memory:
             _remember(context, (*past, update)[-plan.memory :])
         if name is None or not is_local:
@@ -112,6 +118,99 @@ class ByzantineMod:
         }
         given = {key: value for key, value in own.items() if value is not None}
         return AttackPlan.from_config({**context.run_config, **given})
+
+
+@dataclass(frozen=True)
+class CompressionMod:
+    """Let a client send its update packed, with error feedback across rounds.
+
+    The reply's arrays give way to one array of bytes (:data:`fl_bgmd.replies.PACKED_KEY`) and the
+    model's buffers as they are; nothing else in the app changes. A strategy with ``compressor=``
+    asks for it in each round's configuration; under any other strategy, and for replies that are
+    no model, the mod does nothing.
+
+    Put before :class:`ByzantineMod` (``mods=[CompressionMod(), ByzantineMod()]``) hostile clients
+    adhere to the protocol (Option I of Ghosh et al.): what they send is compressed. Put after it,
+    they send anything (Option II).
+
+    Attributes
+    ----------
+    compressor : str, optional
+        See :func:`fl_bgmd.compression.build_compressor`; the strategy's by default.
+    error_feedback : bool, optional
+        Whether what the compression lost is added to the next update: ``p = g + e``, ``Q(p)`` is
+        sent, ``e <- p - Q(p)`` (Algorithm 2 of Ghosh et al.). The strategy's choice by default.
+        Compressors without a guarantee (``delta`` 0: plain signs, scaled rand-k of less than
+        half) have no memory. It lives in the client's ``Context.state``.
+    """
+
+    compressor: str | None = None
+    error_feedback: bool | None = None
+
+    def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        """Run the client, then pack its update."""
+        reply = call_next(message, context)
+        is_train = message.metadata.message_type.split(".")[0] == MessageType.TRAIN
+        asked = asked_for(message)
+        name = asked.get("compressor") if self.compressor is None else self.compressor
+        if name is None or not is_train or not reply.has_content():
+            return reply
+        compressor = build_compressor(str(name))
+        feedback = self.error_feedback
+        if feedback is None:
+            feedback = bool(asked.get("error-feedback", True))
+        [sent] = message.content.array_records.values()
+        [(record_name, trained)] = reply.content.array_records.items()
+        before = ModelLayout(sent)
+        after = ModelLayout(ArrayRecord({key: trained[key] for key in sent}))
+        update = torch.from_numpy(before.values - after.values)
+        # A client that is hostile for a round does not spoil its own honest rounds' memory.
+        feedback = feedback and marked(reply.content) is None
+        # What is no contraction would make the memory grow for ever.
+        feedback = feedback and compressor.delta(len(update)) > 0
+        if feedback:
+            update = update + _error_memory(context, update)
+        data = compressor.encode(update)
+        if feedback:
+            lost = update - compressor.decode(data, len(update))
+            context.state[_ERROR] = ArrayRecord({"error": Array(lost.numpy())})
+        packed = ArrayRecord({PACKED_KEY: Array(np.frombuffer(data, np.uint8))})
+        for spec in after.buffers:
+            packed[spec.key] = trained[spec.key]
+        reply.content[record_name] = packed
+        norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
+        reply.content[PACKED_RECORD] = ConfigRecord({"compressor": compressor.name, "norm": norm})
+        return reply
+
+
+def asked_for(message: Message) -> ConfigRecord:
+    """Return what the strategy asks for, empty where it asks for nothing."""
+    for config in message.content.config_records.values():
+        if "compressor" in config:
+            return config
+    return ConfigRecord()
+
+
+def _error_memory(context: Context, update: Tensor) -> Tensor:
+    """Return what earlier rounds' compression lost, zeros where nothing fits the model."""
+    record = context.state.array_records.get(_ERROR)
+    if record is None or tuple(record["error"].shape) != tuple(update.shape):
+        return torch.zeros_like(update)
+    return torch.from_numpy(record["error"].numpy().copy())
+
+
+def unpacked(
+    reply: Message, packed: ArrayRecord, before: ModelLayout
+) -> tuple[Tensor, ArrayRecord]:
+    """Return the update that a packed reply stands for, and a plain model in its place."""
+    compressor = build_compressor(str(reply.content.config_records[PACKED_RECORD]["compressor"]))
+    size = before.num_directions
+    update = compressor.decode(packed[PACKED_KEY].numpy().tobytes(), size)
+    update = update.to(torch.from_numpy(before.values).dtype)
+    model = before.to_arrays(before.values - update.numpy(), before.buffer_values)
+    for spec in before.buffers:
+        model[spec.key] = packed[spec.key]
+    return update, model
 
 
 def role(plan: AttackPlan, message: Message, context: Context) -> str | None:

@@ -17,10 +17,18 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
+from fl_bgmd.compression import Compressor
+
 MetricValue = int | float | list[int] | list[float]
 
 BUFFER_DTYPE = np.dtype(np.longdouble)
 """Holds every float64 and, where it has 64 bits of mantissa, every 64-bit integer."""
+
+PACKED_KEY = "fl-bgmd.packed"
+"""Key of the array that holds a packed update in place of the model's own."""
+
+PACKED_RECORD = "compression"
+"""ConfigRecord of a packed reply: the compressor and, where asked for, the update's norm."""
 
 _MAX_HEADER_BYTES = 4096
 _MAX_DETAIL = 300
@@ -47,6 +55,8 @@ class Rejection(StrEnum):
     """The bytes are not a plain .npy array of the declared shape and dtype."""
     NON_FINITE = "non-finite"
     """An array, or its difference to the one sent, holds a NaN or an infinity."""
+    PACKED = "packed"
+    """A packed update is not what the compressor that was asked for writes."""
     METRIC_RECORDS = "metric-records"
     """Not exactly one MetricRecord."""
     METRICS = "metrics"
@@ -189,12 +199,15 @@ class Screened:
         As reported, 1 where it was missing.
     metrics : dict
         The other metrics of an accepted reply.
+    norm : float or None
+        The norm of its uncompressed update, where a packed reply reports it.
     """
 
     reason: Rejection | None
     detail: str = ""
     num_examples: float = 1.0
     metrics: dict[str, MetricValue] = field(default_factory=dict)
+    norm: float | None = None
 
 
 def screen(
@@ -206,6 +219,7 @@ def screen(
     examples_key: str = "num-examples",
     needs_examples: bool = False,
     seen_nodes: set[int] | None = None,
+    compressor: Compressor | None = None,
 ) -> Screened:
     """Accept or reject one reply; write an accepted one's update into ``row``.
 
@@ -226,12 +240,15 @@ def screen(
         Whether a reply without that metric is rejected rather than counted as 1.
     seen_nodes : set of int, optional
         Nodes that have replied already; the reply's node is added.
+    compressor : Compressor, optional
+        What clients were asked to pack their updates with; plain arrays are accepted as well.
 
     Returns
     -------
     Screened
         Never raises for what a client can send.
     """
+    norm: float | None = None
     try:
         if reply.has_error():
             raise InvalidReplyError(Rejection.ERROR, f"error reply: {reply.error.reason}")
@@ -244,12 +261,12 @@ def screen(
         if layout is not None:
             assert row is not None
             assert buffers is not None
-            _read_arrays(reply, layout, row, buffers)
+            norm = _read_arrays(reply, layout, row, buffers, compressor)
     except InvalidReplyError as invalid:
         return Screened(invalid.reason, _one_line(str(invalid)))
     except Exception as unforeseen:  # a client must not be able to end the run
         return Screened(Rejection.ENCODING, _one_line(f"{type(unforeseen).__name__}: {unforeseen}"))
-    return Screened(None, "", num_examples, metrics)
+    return Screened(None, "", num_examples, metrics, norm)
 
 
 def _one_line(text: str) -> str:
@@ -336,18 +353,21 @@ def _read_arrays(
     layout: ModelLayout,
     row: NDArray[np.floating],
     buffers: NDArray[np.floating],
-) -> None:
-    """Write the reply's update into ``row`` and its buffers into ``buffers``."""
+    compressor: Compressor | None,
+) -> float | None:
+    """Write the update into ``row`` and the buffers into ``buffers``; return a reported norm."""
     records = list(reply.content.array_records.values())
     if len(records) != 1:
         raise InvalidReplyError(
             Rejection.ARRAY_RECORDS, f"{len(records)} array records; allowed: 1"
         )
     arrays = records[0]
-    if set(arrays.keys()) != set(layout.keys):
-        missing = sorted(set(layout.keys) - set(arrays.keys()))[:3]
-        extra = sorted(key[:80] for key in set(arrays.keys()) - set(layout.keys))[:3]
-        raise InvalidReplyError(Rejection.KEYS, f"missing array keys {missing}, extra {extra}")
+    if compressor is not None and PACKED_KEY in arrays:
+        _check_keys(arrays, [PACKED_KEY, *(spec.key for spec in layout.buffers)])
+        _read_packed(arrays[PACKED_KEY], row, compressor)
+        _read_buffers(arrays, layout, buffers)
+        return _read_norm(reply)
+    _check_keys(arrays, layout.keys)
     with np.errstate(all="ignore"):
         for spec in layout.directions:
             part = slice(spec.offset, spec.offset + spec.size)
@@ -359,6 +379,19 @@ def _read_arrays(
                 casting="same_kind",
             )
             _require_finite(row[part], spec.key)
+    _read_buffers(arrays, layout, buffers)
+    return None
+
+
+def _check_keys(arrays: ArrayRecord, expected: list[str]) -> None:
+    if set(arrays.keys()) != set(expected):
+        missing = sorted(set(expected) - set(arrays.keys()))[:3]
+        extra = sorted(key[:80] for key in set(arrays.keys()) - set(expected))[:3]
+        raise InvalidReplyError(Rejection.KEYS, f"missing array keys {missing}, extra {extra}")
+
+
+def _read_buffers(arrays: ArrayRecord, layout: ModelLayout, buffers: NDArray[np.floating]) -> None:
+    with np.errstate(all="ignore"):
         for spec in layout.buffers:
             part = slice(spec.offset, spec.offset + spec.size)
             value = view_array(arrays[spec.key], spec).ravel()
@@ -367,6 +400,31 @@ def _read_arrays(
                     Rejection.NON_FINITE, f"array {spec.key!r} is not finite as {spec.dtype}"
                 )
             buffers[part] = value
+
+
+def _read_packed(array: Array, row: NDArray[np.floating], compressor: Compressor) -> None:
+    """Decode a packed update into ``row``; its length is known before anything is decoded."""
+    expected = compressor.num_bytes(len(row))
+    spec = ArraySpec(PACKED_KEY, (expected,), np.dtype(np.uint8), 0)
+    data = view_array(array, spec)
+    try:
+        row[:] = compressor.decode(data.tobytes(), len(row)).numpy()
+    except ValueError as error:
+        raise InvalidReplyError(Rejection.PACKED, f"{compressor.name}: {error}") from error
+    _require_finite(row, PACKED_KEY)
+
+
+def _read_norm(reply: Message) -> float | None:
+    """Return the norm that a packed reply reports, if it does."""
+    record = reply.content.config_records.get(PACKED_RECORD)
+    norm = None if record is None else record.get("norm")
+    if norm is None:
+        return None
+    if isinstance(norm, list) or not _is_finite(norm) or float(norm) < 0:
+        raise InvalidReplyError(
+            Rejection.PACKED, f"norm is {repr(norm)[:80]}; allowed: a finite number of 0 or more"
+        )
+    return float(norm)
 
 
 def _require_finite(values: NDArray[np.floating], key: str) -> None:

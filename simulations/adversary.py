@@ -16,8 +16,24 @@ from flwr.supercore.run import Run
 from torch import Tensor
 
 from fl_bgmd.attacks import ATTACKS, AttackPlan, View
-from fl_bgmd.mods import ATTACK_RECORD, malicious_update, mark, marked, server_round
-from fl_bgmd.replies import BUFFER_DTYPE, ModelLayout, partition_id, screen
+from fl_bgmd.compression import Compressor, build_compressor
+from fl_bgmd.mods import (
+    ATTACK_RECORD,
+    asked_for,
+    malicious_update,
+    mark,
+    marked,
+    server_round,
+    unpacked,
+)
+from fl_bgmd.replies import (
+    BUFFER_DTYPE,
+    PACKED_KEY,
+    PACKED_RECORD,
+    ModelLayout,
+    partition_id,
+    screen,
+)
 
 
 class AdversarialGrid(Grid):
@@ -58,14 +74,22 @@ class AdversarialGrid(Grid):
         [arrays] = sent[0].content.array_records.values()
         layout = ModelLayout(arrays)
         replies = list(self._inner.send_and_receive(sent, timeout=timeout))
-        self._conspire(replies, layout, number)
+        asked = asked_for(sent[0]).get("compressor")
+        compressor = None if asked is None else build_compressor(str(asked))
+        self._conspire(replies, layout, number, compressor)
         for reply in replies:
             if reply.has_content() and (name := marked(reply.content)) is not None:
                 self.played[name] += 1
                 del reply.content[ATTACK_RECORD]
         return replies
 
-    def _conspire(self, replies: list[Message], layout: ModelLayout, number: int) -> None:
+    def _conspire(
+        self,
+        replies: list[Message],
+        layout: ModelLayout,
+        number: int,
+        compressor: Compressor | None,
+    ) -> None:
         """Replace the updates of the clients whose attack needs more than their own."""
         roles = self._plan.roles(self._num_clients, number)
         playing = {p: name for p, name in roles.items() if ATTACKS[name].knows != "own"}
@@ -80,7 +104,7 @@ class AdversarialGrid(Grid):
             )
         updates: dict[int, Tensor] = {}
         for partition, reply in sorted(by_partition.items(), key=lambda item: item[0] or 0):
-            update = _update(reply, layout)
+            update = _update(reply, layout, compressor)
             if update is not None and partition is not None:
                 updates[partition] = update
         honest = [update for p, update in updates.items() if p not in roles]
@@ -137,17 +161,23 @@ class AdversarialGrid(Grid):
         return self._inner.pull_messages(message_ids)
 
 
-def _update(reply: Message, layout: ModelLayout) -> Tensor | None:
+def _update(reply: Message, layout: ModelLayout, compressor: Compressor | None) -> Tensor | None:
     """Return the update in a reply, None for one that a server would reject."""
     row = np.empty(layout.num_directions, dtype=layout.dtype)
     buffers = np.empty(layout.num_buffers, dtype=BUFFER_DTYPE)
-    screened = screen(reply, layout, row, buffers)
+    screened = screen(reply, layout, row, buffers, compressor=compressor)
     return torch.from_numpy(row) if screened.reason is None else None
 
 
 def _replace(reply: Message, name: str, update: Tensor, layout: ModelLayout) -> None:
-    """Put a model that amounts to ``update`` into a reply, in the dtypes that it had."""
+    """Put a model that amounts to ``update`` into a reply, in the dtypes that it had.
+
+    Where compression was asked for it goes out uncompressed: these attackers send anything.
+    """
     [(record_name, trained)] = reply.content.array_records.items()
+    if PACKED_KEY in trained:
+        _, trained = unpacked(reply, trained, layout)
+        del reply.content[PACKED_RECORD]
     after = ModelLayout(ArrayRecord({key: trained[key] for key in layout.keys}))
     reply.content[record_name] = after.to_arrays(
         layout.values - update.numpy(), after.buffer_values

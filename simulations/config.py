@@ -17,10 +17,11 @@ from fl_bgmd.aggregators.geometric_median import SOLVERS
 from fl_bgmd.aggregators.sampling import SELECTIONS as BLOCK_SELECTIONS
 from fl_bgmd.attacks import ATTACKS, PRESETS, attack_names
 from fl_bgmd.attacks import SELECTIONS as BYZANTINE_SELECTIONS
+from fl_bgmd.compression import COMPRESSORS, build_compressor
 from fl_bgmd.data import DATASETS, SCHEMES
 from fl_bgmd.models import MODELS
 from fl_bgmd.shares import floor_share
-from fl_bgmd.strategies import MIXINGS, WEIGHTINGS, resolve_device
+from fl_bgmd.strategies import MIXINGS, NORMS, WEIGHTINGS, resolve_device
 
 Value = bool | int | float | str
 Config = dict[str, Value]
@@ -91,6 +92,14 @@ def _device_holds(value: Value) -> bool:
     return True
 
 
+def _compressor_holds(value: Value) -> bool:
+    try:
+        build_compressor(str(value))
+    except ValueError:
+        return False
+    return True
+
+
 SETTINGS: dict[str, Setting] = {
     "num-server-rounds": _number(int, "rounds of the run", 1),
     "num-clients": _number(int, "clients; the server waits for all of them", 1),
@@ -119,12 +128,20 @@ SETTINGS: dict[str, Setting] = {
     ),
     "min-valid-replies": _number(int, "with fewer the round keeps the model", 1),
     "weighting": _choice(WEIGHTINGS, "of the clients"),
+    "compressor": Setting(
+        str,
+        f"{', '.join(COMPRESSORS)}, with :parameter where there is one",
+        _compressor_holds,
+        "of the clients' updates",
+    ),
+    "error-feedback": _choice(("on", "off"), "whether clients keep what compression lost"),
     "gmd.solver": _choice(SOLVERS, "of the geometric median"),
     "bgmd.block-fraction": _number(float, "share of the coordinates in a block", 0, 1, above=True),
     "bgmd.selection": _choice(BLOCK_SELECTIONS, "how the block is chosen"),
     "bgmd.score": _choice(SCORES, "what a coordinate is worth"),
     "bgmd.memory": _choice(MEMORY_RULES, "what becomes of the rest"),
     "norm-threshold.order": _number(float, "of the norm", 1),
+    "norm-threshold.norms": _choice(NORMS, "of the updates: Option II or I of the paper"),
     "robust-filter.sigma0": _number(float, "honest standard deviation; 0: estimated"),
     "multi-krum.num-selected": _number(int, "updates to average; 0: all but the hostile fraction"),
     "centered-clipping.radius": _number(float, "of the clipping; 0: the median distance"),

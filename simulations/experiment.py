@@ -217,6 +217,8 @@ def build_strategy(config: Config) -> RobustStrategy:
         "byzantine_fraction": float(config["assumed-byzantine-fraction"]),
         "min_valid_replies": config["min-valid-replies"],
         "weighting": config["weighting"],
+        "compressor": config["compressor"],
+        "error_feedback": config["error-feedback"] == "on",
         "seed": config["seed"],
         "device": config["device"],
     }
@@ -234,7 +236,10 @@ def build_strategy(config: Config) -> RobustStrategy:
         ),
         "cmd": (CMD, {}),
         "trimmed-mean": (TrimmedMean, {}),
-        "norm-threshold": (NormThreshold, {"order": config["norm-threshold.order"]}),
+        "norm-threshold": (
+            NormThreshold,
+            {"order": config["norm-threshold.order"], "norms": config["norm-threshold.norms"]},
+        ),
         "robust-filter": (RobustFilter, {"sigma0": config["robust-filter.sigma0"] or None}),
         "krum": (Krum, {}),
         "multi-krum": (MultiKrum, {"num_selected": config["multi-krum.num-selected"] or None}),

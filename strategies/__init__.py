@@ -1,12 +1,12 @@
 """Flower strategies that hold up when clients lie. Import them from ``fl_bgmd.strategies``."""
 
-from .bgmd import BGMD
+from .bgmd import BGMD, QBGMD, FedBGMD
 from .clipping import CenteredClipping
 from .cmd import CMD, TrimmedMean
 from .gmd import GMD
 from .krum import Krum, MultiKrum
 from .mean import Mean
-from .norm_threshold import NormThreshold
+from .norm_threshold import NORMS, NormThreshold
 from .robust import MIXINGS, WEIGHTINGS, RobustStrategy, resolve_device
 from .robust_filter import RobustFilter
 
@@ -15,8 +15,11 @@ __all__ = [
     "CMD",
     "GMD",
     "MIXINGS",
+    "NORMS",
+    "QBGMD",
     "WEIGHTINGS",
     "CenteredClipping",
+    "FedBGMD",
     "Krum",
     "Mean",
     "MultiKrum",

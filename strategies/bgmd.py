@@ -112,3 +112,38 @@ class BGMD(RobustStrategy):
             return None
         empty = torch.zeros_like(current.updates[0])
         return torch.stack([self._client_memory.get(node, empty) for node in current.nodes])
+
+
+class QBGMD(BGMD):
+    """BGMD whose clients send quantised updates: the slides' QBGMD.
+
+    Lemma 4: with C_k the choice of the block and Q_s a quantiser, ``C_k(Q_s(x))`` contracts like
+    C_k alone with ``delta = (1 - beta_{k,s}) k / d``, so the theorems of BGMD hold. Clients need
+    :class:`fl_bgmd.mods.CompressionMod`.
+
+    Parameters
+    ----------
+    compressor : str
+        See :func:`fl_bgmd.compression.build_compressor`.
+    error_feedback : bool
+        Off by default: the slides' clients keep nothing.
+    **options
+        Those of :class:`BGMD`.
+    """
+
+    def __init__(
+        self, *, compressor: str = "qsgd", error_feedback: bool = False, **options: Any
+    ) -> None:
+        require("compressor", compressor, compressor != "none", "a compressor")
+        super().__init__(compressor=compressor, error_feedback=error_feedback, **options)
+
+
+class FedBGMD(QBGMD):
+    """QBGMD over several local steps: the slides' FL-BGMD, Algorithm 3.
+
+    Clients train locally and send ``c_i = Q(x_t - y_i)`` (line 11); the server forms
+    ``P = G + M`` (line 24), chooses a block of it (line 25), keeps the rest in its memory (line 26)
+    and moves the model by the geometric median of the block (lines 27 and 28). The printed memory
+    has a row for each client, ``memory="per-client"``, which lets redrawn attackers in; the
+    default is this project's guarded one.
+    """

@@ -8,9 +8,14 @@ from fl_bgmd.aggregators import Aggregate, FilteredAggregate, norm_threshold
 
 from .robust import RobustStrategy, Round, require
 
+NORMS = ("computed", "reported")
+
 
 class NormThreshold(RobustStrategy):
-    """Drop the updates of largest norm, average the rest: Algorithm 1, Option II, of Ghosh et al.
+    """Drop the updates of largest norm, average the rest: Algorithms 1 and 2 of Ghosh et al.
+
+    With ``compressor=`` and ``error_feedback=False`` it is their Algorithm 1, with error feedback
+    their Algorithm 2.
 
     Parameters
     ----------
@@ -18,22 +23,40 @@ class NormThreshold(RobustStrategy):
         The paper's beta; ``byzantine_fraction`` by default. 0 to below 1.
     order : float
         Order of the norm, 1 or more.
+    norms : {"computed", "reported"}
+        Option II computes the norms of the updates as received. Option I takes the norms of the
+        uncompressed updates that clients with :class:`fl_bgmd.mods.CompressionMod` report; where
+        a reply without one is accepted, or rows were mixed, they are computed.
     **options
         Those of :class:`RobustStrategy`.
     """
 
     def __init__(
-        self, *, drop_fraction: float | None = None, order: float = 2, **options: Any
+        self,
+        *,
+        drop_fraction: float | None = None,
+        order: float = 2,
+        norms: str = "computed",
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         self.drop_fraction = self.byzantine_fraction if drop_fraction is None else drop_fraction
         require("drop_fraction", drop_fraction, 0 <= self.drop_fraction < 1, "0 to below 1")
         require("order", order, order >= 1, "1 or more")
+        require("norms", norms, norms in NORMS, ", ".join(NORMS))
+        if norms == "reported" and order != 2:
+            raise ValueError(f"order is {order!r} with norms 'reported'; allowed: 2")
         self.order = order
+        self.norms = norms
 
     def aggregate(self, current: Round) -> Aggregate:
         """Return the mean of the rows that are kept."""
-        return norm_threshold(current.updates, drop_fraction=self.drop_fraction, order=self.order)
+        return norm_threshold(
+            current.updates,
+            drop_fraction=self.drop_fraction,
+            order=self.order,
+            norms=current.norms if self.norms == "reported" else None,
+        )
 
     def describe(self, result: Aggregate, metrics: MetricRecord) -> None:
         """Report how many rows were dropped."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from fl_bgmd.aggregators import Aggregate, GeometricMedian
 from fl_bgmd.aggregators.mixing import bucketing_matrix, mix, nearest_neighbor_matrix
 from fl_bgmd.aggregators.rows import vector_norm
+from fl_bgmd.compression import build_compressor
 from fl_bgmd.replies import (
     BUFFER_DTYPE,
     ModelLayout,
@@ -48,11 +49,14 @@ class Round:
         float64 (n,) under ``weighting="examples"``.
     nodes : list of int
         The node id behind each row; after mixing, that of the row's own client.
+    norms : Tensor or None
+        float64 (n,): the norms of the uncompressed updates where all clients report them.
     """
 
     updates: Tensor
     weights: Tensor | None
     nodes: list[int]
+    norms: Tensor | None = None
 
 
 class RobustStrategy(FedAvg):
@@ -81,6 +85,13 @@ class RobustStrategy(FedAvg):
         strategies with ``weightable`` set allow it.
     min_valid_replies : int
         With fewer accepted replies the round keeps the model.
+    compressor : str
+        What clients with :class:`fl_bgmd.mods.CompressionMod` pack their updates with: see
+        :func:`fl_bgmd.compression.build_compressor`. ``none`` asks for nothing. Clients without
+        the mod are understood as well.
+    error_feedback : bool
+        Whether these clients keep what the compression lost for the next round, where the
+        compressor is a contraction.
     seed : int
         Of the sampling of nodes and coordinates.
     device : str
@@ -107,6 +118,8 @@ class RobustStrategy(FedAvg):
         bucket_size: int = 2,
         weighting: str = "uniform",
         min_valid_replies: int = 1,
+        compressor: str = "none",
+        error_feedback: bool = True,
         seed: int = 0,
         device: str = "auto",
         **fedavg_options: Any,
@@ -143,6 +156,8 @@ class RobustStrategy(FedAvg):
         self.bucket_size = bucket_size
         self.weighting = weighting
         self.min_valid_replies = min_valid_replies
+        self.compressor = None if compressor == "none" else build_compressor(compressor)
+        self.error_feedback = error_feedback
         self.seed = seed
         self.device = resolve_device(device)
         self.generator = torch.Generator().manual_seed(seed)
@@ -172,6 +187,9 @@ class RobustStrategy(FedAvg):
         config["round-seed"] = int(
             np.random.SeedSequence([self.seed, server_round]).generate_state(1)[0]
         )
+        if self.compressor is not None:
+            config["compressor"] = self.compressor.name
+            config["error-feedback"] = self.error_feedback
         messages = self._sample_and_send(
             MessageType.TRAIN,
             server_round,
@@ -239,6 +257,8 @@ class RobustStrategy(FedAvg):
         for reason, number in sorted(rejected.items()):
             metrics[f"rejected-{reason}"] = number
         metrics["missing"] = max(0, self._num_sent - len(messages))
+        metrics["bytes-up"] = sum(_array_bytes(message) for message in messages)
+        metrics["bytes-down"] = self._num_sent * sum(len(a.data) for a in self._sent.values())
         arrays = self._sent
         if count < self.min_valid_replies:
             LOG.warning(
@@ -248,7 +268,9 @@ class RobustStrategy(FedAvg):
                 self.min_valid_replies,
             )
         else:
-            current = Round(rows[:count].to(self.device), self._weights(accepted), nodes)
+            current = Round(
+                rows[:count].to(self.device), self._weights(accepted), nodes, _norms(accepted)
+            )
             arrays = self._step(layout, current, buffers[:count], metrics)
         metrics["aggregation-seconds"] = time.perf_counter() - started
         return arrays, metrics
@@ -312,6 +334,7 @@ class RobustStrategy(FedAvg):
                 # Flower's own combiners, and those written like them, read it from every reply.
                 needs_examples=self.weighting == "examples" or not all(self._own_metrics.values()),
                 seen_nodes=seen,
+                compressor=self.compressor,
             )
             if screened.reason is None:
                 filled += 1
@@ -387,7 +410,7 @@ class RobustStrategy(FedAvg):
         weights = current.weights
         if weights is not None:
             weights = torch.from_numpy(matrix) @ weights
-        return Round(mixed, weights, current.nodes), matrix
+        return Round(mixed, weights, current.nodes), matrix  # reported norms are not the rows'
 
     def _weights(self, accepted: list[Screened]) -> Tensor | None:
         """Numbers of examples, capped at their median so that no client can own the model."""
@@ -448,6 +471,20 @@ def resolve_device(device: str) -> torch.device:
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device is {device!r}; this machine has {torch.cuda.device_count()}")
     return resolved
+
+
+def _norms(accepted: list[Screened]) -> Tensor | None:
+    """Return the norms that the clients report, None unless all do."""
+    norms = [screened.norm for screened in accepted]
+    return None if None in norms else torch.tensor(norms, dtype=torch.float64)
+
+
+def _array_bytes(message: Message) -> int:
+    """Return how many bytes of arrays a reply holds."""
+    if not message.has_content():
+        return 0
+    records = message.content.array_records.values()
+    return sum(len(array.data) for record in records for array in record.values())
 
 
 def _in_order(replies: Iterable[Message]) -> list[Message]:

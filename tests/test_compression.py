@@ -40,10 +40,12 @@ ALL: list[Compressor] = [
     QSGD(1),
     QSGD(16),
     QSGD(1000),
+    QSGD(4, bucket=0),
+    QSGD(4, bucket=8),
     Sign(),
     Sign(scaled=False),
 ]
-IDS = [f"{c.name}{'-seeded' if getattr(c, 'seed', None) else ''}" for c in ALL]
+IDS = [repr(c) for c in ALL]
 
 
 def vectors() -> st.SearchStrategy[Tensor]:
@@ -160,7 +162,8 @@ def test_what_is_lost_is_within_the_stated_bound(compressor: Compressor, d: int,
         assert compressor.delta(d) == 0.0
         return
     if isinstance(compressor, QSGD):
-        allowed = min(d / compressor.levels**2, math.sqrt(d) / compressor.levels)
+        allowed = compressor.variance(d)
+        assert compressor.delta(d) == max(0.0, 1 - allowed)
     if isinstance(compressor, RandK) and compressor.scaled:
         allowed = d / round(compressor.fraction * d) - 1
     error = lost.std() / math.sqrt(trials)
@@ -213,7 +216,8 @@ def test_bytes_at_the_size_of_resnet18() -> None:
     d = 11_173_962
     assert NoCompression().num_bytes(d) == 4 * d
     assert Sign().num_bytes(d) < d / 8 + 5
-    assert QSGD(1).num_bytes(d) < d / 4 + 6
+    assert QSGD(1, bucket=0).num_bytes(d) < d / 4 + 6
+    assert QSGD(63).num_bytes(d) < d * (7 / 8 + 4 / 512) + 12
     assert TopK(0.01).num_bytes(d) < 0.01 * d * (4 + 8.7 / 8) + 8
 
 
@@ -256,7 +260,7 @@ def test_scales_and_norms_that_are_no_numbers_are_refused(value: float) -> None:
     bad = np.array([value], "<f4").tobytes()
     for compressor in (QSGD(4), Sign(), TopK(0.1), NoCompression()):
         message = compressor.encode(torch.randn(100))
-        with pytest.raises(ValueError, match=r"allowed: finite|NaN or infinite"):
+        with pytest.raises(ValueError, match=r"allowed: finite|NaN or infinite|a norm is"):
             compressor.decode(bad + message[4:], 100)
 
 
@@ -264,6 +268,14 @@ def test_levels_beyond_the_last_are_refused() -> None:
     message = QSGD(16).encode(torch.randn(100))
     with pytest.raises(ValueError, match="beyond the 16"):
         QSGD(16).decode(message[:4] + b"\xff" * (len(message) - 4), 100)
+
+
+def test_qsgd_rounds_to_the_levels_of_its_bucket() -> None:
+    # Norms 5 and 13; levels are fifths of these, and these values lie on them.
+    vector = torch.tensor([3.0, 4.0, -13.0, 0.0])
+    assert through(QSGD(5, bucket=2), vector).tolist() == pytest.approx(vector.tolist(), abs=1e-6)
+    assert QSGD(10, bucket=0).variance(400) == pytest.approx(2.0)
+    assert QSGD(50, bucket=0).variance(400) == pytest.approx(0.16)
 
 
 # ------------------------------------------------------------------------------ building

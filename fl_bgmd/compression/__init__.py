@@ -27,14 +27,14 @@ _BUILDERS: dict[str, tuple[Callable[[float], Compressor], bool]] = {
 COMPRESSORS = tuple(_BUILDERS)
 """Names that :func:`build_compressor` knows."""
 
-_DEFAULTS = {"qsgd": 16.0}
+_DEFAULTS = {"qsgd": 63.0}
 
 
 def build_compressor(name: str) -> Compressor:
     """Build a compressor from ``name`` or ``name:parameter``, such as ``top-k:0.01``.
 
     The parameter is the fraction of the coordinates (0.1 by default), or the number of levels of
-    ``qsgd`` (16). Raises ``ValueError`` for anything else.
+    ``qsgd`` (63). Raises ``ValueError`` for anything else.
     """
     kind, _, text = name.partition(":")
     if kind not in _BUILDERS:

@@ -185,19 +185,30 @@ class RandK:
 
 @dataclass(frozen=True)
 class QSGD:
-    """Stochastic rounding to ``levels`` steps of the norm: unbiased.
+    """Stochastic rounding to ``levels`` steps of the norm of each bucket: unbiased.
 
-    Alistarh et al. (NeurIPS 2017), Equation 3; Ghosh et al., Section 3, example 3. Variance at
-    most ``min(d / s^2, sqrt(d) / s) ||x||^2`` for s levels. Message: the norm and the sign and
-    level of each value in ``ceil(log2(2 s + 1))`` bits.
+    Alistarh et al. (NeurIPS 2017), Equation 3, and buckets as in their Section 4; Ghosh et al.,
+    Section 3, example 3. With s levels and buckets of b values the variance is at most
+    ``min(b / s^2, sqrt(b) / s) ||x||^2``. Message: a norm for each bucket, and sign and level of
+    each value in ``ceil(log2(2 s + 1))`` bits.
+
+    Attributes
+    ----------
+    levels : int
+        1 to 32767. 63 take 7 bits.
+    bucket : int
+        Values that share a norm; 0 for all.
     """
 
-    levels: int = 16
+    levels: int = 63
+    bucket: int = 512
 
     def __post_init__(self) -> None:
-        """Check the number of levels."""
+        """Check the number of levels and the bucket."""
         if not 1 <= self.levels < 2**15:
             raise ValueError(f"levels is {self.levels}; allowed: 1 to {2**15 - 1}")
+        if self.bucket < 0:
+            raise ValueError(f"bucket is {self.bucket}; allowed: 0 or more")
 
     @property
     def name(self) -> str:
@@ -208,38 +219,54 @@ class QSGD:
     def _bits(self) -> int:
         return math.ceil(math.log2(2 * self.levels + 1))
 
+    def _width(self, size: int) -> int:
+        return min(size, self.bucket) if self.bucket else size
+
     def encode(self, vector: Tensor) -> bytes:
-        """Return the norm and the levels."""
-        norm = min(float(torch.linalg.vector_norm(vector, dtype=torch.float64)), _LARGEST)
-        if norm == 0.0:
-            return struct.pack("<f", 0.0) + bytes(self.num_bytes(len(vector)) - 4)
-        scaled = vector.to(torch.float32).mul(self.levels / norm)
-        noise = torch.rand(scaled.shape)
-        codes = torch.floor_(scaled.add_(noise)).clamp_(-self.levels, self.levels)
-        shifted = codes.add_(self.levels).to(torch.int32).numpy().astype(np.uint16)
-        return struct.pack("<f", norm) + pack_planes(shifted, self._bits).tobytes()
+        """Return the norms and the levels."""
+        size = len(vector)
+        width = self._width(size)
+        padded = torch.zeros(-(-size // width) * width)
+        padded[:size] = vector.to(torch.float32).clamp(-_LARGEST, _LARGEST)
+        buckets = padded.view(-1, width)
+        norms = torch.linalg.vector_norm(buckets, dim=1, dtype=torch.float64).clamp_max(_LARGEST)
+        # Norms are rounded to what travels, the values to levels of that.
+        norms = norms.to(torch.float32)
+        steps = torch.where(norms > 0, self.levels / norms.double(), 0.0).to(torch.float32)
+        codes = buckets.mul_(steps[:, None]).add_(torch.rand(buckets.shape)).floor_()
+        codes = codes.clamp_(-self.levels, self.levels).add_(self.levels).flatten()[:size]
+        planes = pack_planes(codes.to(torch.int32).numpy().astype(np.uint16), self._bits)
+        return bytes(norms.numpy().astype(_FLOAT)) + bytes(planes)
 
     def decode(self, data: bytes, size: int) -> Tensor:
         """Return norm * level / levels."""
         _check_length(data, self.num_bytes(size), self.name)
-        norm = struct.unpack_from("<f", data)[0]
-        if not (math.isfinite(norm) and norm >= 0):
-            raise ValueError(f"the norm is {norm}; allowed: finite, 0 or more")
-        codes = unpack_planes(np.frombuffer(data, np.uint8, offset=4), size, self._bits)
-        if norm == 0.0:
-            return torch.zeros(size)
-        if size and int(codes.max()) > 2 * self.levels:
+        width = self._width(size)
+        count = -(-size // width)
+        norms = _read_floats(data[: 4 * count], count)
+        if (norms < 0).any():
+            raise ValueError(f"a norm is {norms.min()}; allowed: 0 or more")
+        codes = unpack_planes(np.frombuffer(data, np.uint8, offset=4 * count), size, self._bits)
+        if int(codes.max()) > 2 * self.levels:
             raise ValueError(f"a level is beyond the {self.levels} there are")
-        values = (codes.astype(np.float32) - np.float32(self.levels)) / np.float32(self.levels)
-        return _tensor(values * np.float32(norm))
+        values = np.zeros(count * width, np.float32)
+        np.subtract(codes, self.levels, out=values[:size], casting="unsafe", dtype=np.float32)
+        scaled = values.reshape(count, width)
+        scaled *= (norms / np.float32(self.levels))[:, None]
+        return torch.from_numpy(values[:size])
 
     def num_bytes(self, size: int) -> int:
-        """Return 4 bytes and ``ceil(log2(2 s + 1))`` bits a value."""
-        return 4 + planes_size(size, self._bits)
+        """Return 4 bytes a bucket and ``ceil(log2(2 s + 1))`` bits a value."""
+        return 4 * -(-size // self._width(size)) + planes_size(size, self._bits)
 
     def delta(self, size: int) -> float:
-        """Return ``1 - min(d / s^2, sqrt(d) / s)``, 0 where that is negative."""
-        return max(0.0, 1 - min(size / self.levels**2, math.sqrt(size) / self.levels))
+        """Return ``1 - min(b / s^2, sqrt(b) / s)``, 0 where that is negative."""
+        return max(0.0, 1 - self.variance(size))
+
+    def variance(self, size: int) -> float:
+        """Return the bound ``min(b / s^2, sqrt(b) / s)``."""
+        width = self._width(size)
+        return min(width / self.levels**2, math.sqrt(width) / self.levels)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,298 @@
+"""Packed updates from client to model: the mod, the screening, the strategies."""
+
+import random
+import resource
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flower_messages import (
+    batch_norm_model,
+    honest_reply,
+    random_update,
+    regression_app,
+    regression_error,
+    regression_model,
+    same_bits,
+    sent_arrays,
+    to_numpy,
+    train_message,
+)
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from flwr.serverapp.strategy import FedAvg
+
+from fl_bgmd.compression import build_compressor
+from fl_bgmd.mods import ByzantineMod, CompressionMod
+from fl_bgmd.replies import (
+    BUFFER_DTYPE,
+    PACKED_KEY,
+    PACKED_RECORD,
+    ModelLayout,
+    Rejection,
+    Screened,
+    screen,
+)
+from fl_bgmd.strategies import BGMD, GMD, QBGMD, FedBGMD, Mean, NormThreshold
+from simulations.grid import InProcessGrid
+
+NAMES = ("none", "top-k:0.5", "rand-k:0.5", "scaled-rand-k:0.5", "qsgd", "l1-sign", "sign")
+N = 6
+
+
+def packed(message: Message, name: str = "top-k:0.5", seed: int = 0) -> Message:
+    """Return an honest client's reply, packed by the mod."""
+    reply = honest_reply(message, random_update(sent_arrays(message), seed))
+    grid = InProcessGrid(regression_app(), 1, {})
+    [context] = grid._contexts.values()
+    return CompressionMod(compressor=name)(message, context, lambda m, c: reply)
+
+
+def read(reply: Message, model: ArrayRecord, name: str) -> tuple[Screened, Any, Any]:
+    layout = ModelLayout(model)
+    row = np.full(layout.num_directions, np.nan, layout.dtype)
+    buffers = np.full(layout.num_buffers, np.nan, BUFFER_DTYPE)
+    return screen(reply, layout, row, buffers, compressor=build_compressor(name)), row, buffers
+
+
+def fit(strategy: Any, mods: list[Any], rounds: int = 60, config: Any = None) -> Any:
+    """Train the regression; return the final arrays and the metrics."""
+    grid = InProcessGrid(regression_app(mods), N, config or {})
+    return strategy.start(grid, regression_model(), num_rounds=rounds)
+
+
+def options(**more: Any) -> dict[str, Any]:
+    return {"min_available_nodes": N, "min_train_nodes": N, "fraction_evaluate": 0.0, **more}
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_a_packed_reply_is_what_its_bytes_stand_for(name: str) -> None:
+    model = batch_norm_model()
+    message = train_message(model, 1, {"server-round": 1}, "train")
+    true, row_of_true, buffers_of_true = read(
+        honest_reply(message, random_update(model, 0)), model, name
+    )
+    assert true.reason is None
+    reply = packed(message, name)
+    [arrays] = reply.content.array_records.values()
+    assert set(arrays) == {PACKED_KEY} | {spec.key for spec in ModelLayout(model).buffers}
+    screened, row, buffers = read(reply, model, name)
+    assert screened.reason is None, screened.detail
+    data = arrays[PACKED_KEY].numpy().tobytes()
+    expected = build_compressor(name).decode(data, len(row))
+    np.testing.assert_array_equal(row, expected.numpy())
+    np.testing.assert_array_equal(buffers, buffers_of_true)
+    assert screened.norm == pytest.approx(float(np.linalg.norm(row_of_true)), rel=1e-6)
+    assert len(data) == build_compressor(name).num_bytes(len(row))
+
+
+def test_a_packed_reply_nobody_asked_for_is_rejected() -> None:
+    model = batch_norm_model()
+    message = train_message(model, 1, {"server-round": 1}, "train")
+    layout = ModelLayout(model)
+    row, buffers = np.empty(layout.num_directions, layout.dtype), np.empty(layout.num_buffers)
+    found = screen(packed(message), layout, row, buffers.astype(BUFFER_DTYPE))
+    assert found.reason is Rejection.KEYS
+
+
+def test_the_mod_does_nothing_unless_asked() -> None:
+    model = regression_model()
+    for server_config in ({"server-round": 1}, {"server-round": 1, "other": 2}):
+        message = train_message(model, 1, server_config, "train")
+        update = random_update(model, 0)
+        reply = honest_reply(message, update)
+        grid = InProcessGrid(regression_app(), 1, {})
+        [context] = grid._contexts.values()
+        after = CompressionMod()(message, context, lambda m, c, r=reply: r)
+        assert same_bits(sent_arrays(after), sent_arrays(honest_reply(message, update)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("strategy", [Mean, BGMD])
+def test_every_strategy_learns_from_packed_updates(strategy: Any, name: str) -> None:
+    torch.manual_seed(0)
+    extra = {"block_fraction": 0.5} if strategy is BGMD else {}
+    # Plain signs have no size: steps of 1 until the server makes them smaller.
+    rate = 0.02 if name == "sign" else 0.2 if name.startswith("scaled") else 1.0
+    made = strategy(**options(compressor=name, server_learning_rate=rate, **extra))
+    result = fit(made, [CompressionMod()], rounds=150)
+    assert regression_error(result.arrays) < 0.25 * regression_error(regression_model())
+    last = result.train_metrics_clientapp[150]
+    assert last["accepted"] == N
+    plain = sum(len(a.data) for a in regression_model().values())
+    assert last["bytes-down"] == N * plain
+
+
+def test_error_feedback_keeps_what_was_lost() -> None:
+    """After each round: the sum of what was sent plus the memory is the sum of the updates."""
+    model = regression_model()
+    grid = InProcessGrid(regression_app([CompressionMod()]), 1, {})
+    honest = InProcessGrid(regression_app(), 1, {})
+    asked = {"server-round": 1, "compressor": "top-k:0.2", "error-feedback": True}
+    sent, true = np.zeros(9), np.zeros(9)
+    for _ in range(5):
+        message = train_message(model, 1, asked, "train")
+        [reply] = grid.send_and_receive([message])
+        sent += read(reply, model, "top-k:0.2")[1]
+        [plain] = honest.send_and_receive([train_message(model, 1, {"server-round": 1}, "train")])
+        true += read(plain, model, "top-k:0.2")[1]
+    [context] = grid._contexts.values()
+    memory = context.state["fl-bgmd.compression-error"]["error"].numpy()
+    np.testing.assert_allclose(sent + memory, true, rtol=1e-4, atol=1e-6)
+    assert np.abs(memory).max() > 0
+
+
+def test_feedback_beats_none_with_a_biased_compressor() -> None:
+    errors = []
+    for feedback in (True, False):
+        strategy = NormThreshold(
+            **options(compressor="top-k:0.12", error_feedback=feedback, drop_fraction=0.0)
+        )
+        errors.append(regression_error(fit(strategy, [CompressionMod()], rounds=40).arrays))
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize(
+    ("mods", "adheres"),
+    [([CompressionMod(), ByzantineMod()], True), ([ByzantineMod(), CompressionMod()], False)],
+)
+def test_hostile_clients_before_and_after_the_compression(mods: list[Any], adheres: bool) -> None:
+    config = {"attack": "bit-flip", "byzantine-fraction": 0.34, "byzantine-selection": "fixed"}
+    model = regression_model()
+    grid = InProcessGrid(regression_app(mods), N, config)
+    asked = {"server-round": 1, "compressor": "l1-sign"}
+    messages = [train_message(model, node, asked, "train") for node in grid.get_node_ids()]
+    replies = list(grid.send_and_receive(messages))
+    kinds = [PACKED_KEY in sent_arrays(reply) for reply in replies]
+    assert kinds.count(True) == (N if adheres else N - 2)
+    rows = [read(reply, model, "l1-sign") for reply in replies]
+    assert all(screened.reason is None for screened, _, _ in rows)
+    norms = sorted(float(np.linalg.norm(row)) for _, row, _ in rows)
+    assert norms[3] < 0.1 * norms[4]
+    # Both kinds of liar are thrown out by their norms.
+    result = fit(
+        NormThreshold(**options(compressor="l1-sign", drop_fraction=0.34)), mods, 80, config
+    )
+    assert regression_error(result.arrays) < 0.3 * regression_error(model)
+
+
+@pytest.mark.parametrize("norms", ["computed", "reported"])
+def test_option_one_takes_the_norms_that_clients_report(norms: str) -> None:
+    def boast(message: Message, context: Any, call_next: Any) -> Message:
+        """Report a small norm with a huge update."""
+        reply = call_next(message, context)
+        if int(context.node_config["partition-id"]) == 0:
+            reply.content[PACKED_RECORD]["norm"] = 1e-9
+            [arrays] = reply.content.array_records.values()
+            data = bytearray(arrays[PACKED_KEY].numpy().tobytes())
+            data[:4] = np.array([1e3], "<f4").tobytes()
+            arrays[PACKED_KEY] = Array(np.frombuffer(bytes(data), np.uint8))
+        return reply
+
+    strategy = NormThreshold(**options(compressor="l1-sign", drop_fraction=0.3, norms=norms))
+    result = fit(strategy, [boast, CompressionMod()], 5)
+    # Option I trusts the reported norm: the liar stays in.
+    assert (regression_error(result.arrays) > 100) == (norms == "reported")
+
+
+@pytest.mark.parametrize(
+    ("value", "accepted"),
+    [(0.0, True), (2.5, True), (3, True), (-1.0, False), (float("nan"), False), ("x", False)],
+)
+def test_reported_norms_are_screened(value: Any, accepted: bool) -> None:
+    model = regression_model()
+    reply = packed(train_message(model, 1, {"server-round": 1}, "train"))
+    reply.content[PACKED_RECORD] = ConfigRecord({"norm": value})
+    reason = read(reply, model, "top-k:0.5")[0].reason
+    assert reason is (None if accepted else Rejection.PACKED)
+
+
+def mutate(array: Array, draw: random.Random) -> Array:
+    """Return a packed array with something wrong with it (or, rarely, nothing)."""
+    data = bytearray(array.numpy().tobytes())
+    kind = draw.randrange(8)
+    if kind == 0:
+        data = data[: draw.randrange(len(data) + 1)]
+    elif kind == 1:
+        data += draw.randbytes(draw.randrange(1, 2000))
+    elif kind == 2:
+        for _ in range(draw.randrange(1, 6)):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+    elif kind == 3:
+        data = bytearray(draw.randbytes(len(data)))
+    elif kind == 4:
+        data[:4] = draw.choice([b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\x00\x00\x80\xbf"])
+    elif kind == 5:
+        shape = draw.choice([(10**12,), (len(data), 1), (), (2**62, 2**62), (-1,)])
+        return Array(dtype="uint8", shape=shape, stype="numpy.ndarray", data=array.data)
+    elif kind == 6:
+        values = np.frombuffer(bytes(data), np.uint8)
+        dtype = draw.choice([np.int8, np.float32, np.complex64, np.uint16, np.bool_])
+        return Array(values.astype(dtype))
+    else:
+        raw = array.data
+        cut = draw.randrange(len(raw))
+        return Array(
+            dtype="uint8",
+            shape=(len(data),),
+            stype="numpy.ndarray",
+            data=raw[:cut] + draw.randbytes(5),
+        )
+    return Array(np.frombuffer(bytes(data), np.uint8))
+
+
+def test_ten_thousand_corrupt_messages_end_nothing_and_cost_nothing() -> None:
+    model = batch_norm_model()
+    message = train_message(model, 1, {"server-round": 1}, "train")
+    names = ("top-k:0.3", "rand-k:0.3", "qsgd:5", "l1-sign", "sign", "none")
+    honest = {name: packed(message, name) for name in names[:-1]}
+    honest["none"] = packed(message, "none")
+    draw = random.Random(0)
+    reasons = set()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for i in range(10_000):
+        name = names[i % len(names)]
+        reply = packed(message, name) if i < len(names) else honest[name]
+        [arrays] = reply.content.array_records.values()
+        kept = arrays[PACKED_KEY]
+        arrays[PACKED_KEY] = mutate(kept, draw)
+        screened, row, _ = read(reply, model, name)
+        arrays[PACKED_KEY] = kept
+        reasons.add(screened.reason)
+        if screened.reason is None:
+            assert np.isfinite(row).all()
+        else:
+            assert screened.detail
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # kilobytes on Linux
+    assert reasons == {None, *{Rejection.SHAPE, Rejection.DTYPE, Rejection.ENCODING}} | (
+        {Rejection.PACKED}
+    )
+    assert grown < 50_000
+
+
+def test_unknown_compressors_are_refused() -> None:
+    with pytest.raises(ValueError, match="compressor is 'zip'; allowed: none, top-k"):
+        GMD(compressor="zip")
+    with pytest.raises(ValueError, match="order is 1 with norms 'reported'; allowed: 2"):
+        NormThreshold(norms="reported", order=1)
+    with pytest.raises(ValueError, match="norms is 'believed'; allowed: computed, reported"):
+        NormThreshold(norms="believed")
+
+
+def test_fedavg_and_the_mod_leave_each_other_alone() -> None:
+    plain = fit(FedAvg(**options()), [], rounds=3)
+    with_mod = fit(FedAvg(**options()), [CompressionMod()], rounds=3)
+    # Flower samples the nodes in an order of its own: sums differ in the last digits.
+    for key, value in to_numpy(plain.arrays).items():
+        np.testing.assert_allclose(to_numpy(with_mod.arrays)[key], value, rtol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", [QBGMD, FedBGMD])
+def test_quantised_block_descent_learns_under_attack(strategy: Any) -> None:
+    config = {"attack": "bit-flip", "byzantine-fraction": 0.34}
+    made = strategy(**options(block_fraction=0.5))
+    assert made.compressor.name == "qsgd:63"
+    result = fit(made, [CompressionMod(), ByzantineMod()], 100, config)
+    assert regression_error(result.arrays) < 0.2 * regression_error(regression_model())
+    with pytest.raises(ValueError, match="compressor is 'none'; allowed: a compressor"):
+        strategy(compressor="none")
