@@ -13,7 +13,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
 from fl_bgmd.attacks import ATTACKS, AttackPlan, View
-from fl_bgmd.compression import build_compressor
+from fl_bgmd.compression import build_compressor, for_shapes
 from fl_bgmd.replies import PACKED_KEY, PACKED_RECORD, ModelLayout
 
 ATTACK_RECORD = "byzantine"
@@ -166,6 +166,7 @@ class CompressionMod:
         update = torch.from_numpy(before.values - after.values)
         # A client that is hostile for a round does not spoil its own honest rounds' memory.
         feedback = feedback and marked(reply.content) is None
+        compressor = for_shapes(compressor, before.shapes)
         # What is no contraction would make the memory grow for ever.
         feedback = feedback and compressor.delta(len(update)) > 0
         if feedback:
@@ -204,6 +205,7 @@ def unpacked(
 ) -> tuple[Tensor, ArrayRecord]:
     """Return the update that a packed reply stands for, and a plain model in its place."""
     compressor = build_compressor(str(reply.content.config_records[PACKED_RECORD]["compressor"]))
+    compressor = for_shapes(compressor, before.shapes)
     size = before.num_directions
     update = compressor.decode(packed[PACKED_KEY].numpy().tobytes(), size)
     update = update.to(torch.from_numpy(before.values).dtype)

@@ -17,7 +17,7 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
-from fl_bgmd.compression import Compressor
+from fl_bgmd.compression import Compressor, for_shapes
 
 MetricValue = int | float | list[int] | list[float]
 
@@ -139,6 +139,11 @@ class ModelLayout:
         """Length d of an update."""
         last = self.directions[-1]
         return last.offset + last.size
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the trained arrays, in the order in which an update holds them."""
+        return tuple(spec.shape for spec in self.directions)
 
     @property
     def num_buffers(self) -> int:
@@ -364,7 +369,7 @@ def _read_arrays(
     arrays = records[0]
     if compressor is not None and PACKED_KEY in arrays:
         _check_keys(arrays, [PACKED_KEY, *(spec.key for spec in layout.buffers)])
-        _read_packed(arrays[PACKED_KEY], row, compressor)
+        _read_packed(arrays[PACKED_KEY], row, for_shapes(compressor, layout.shapes))
         _read_buffers(arrays, layout, buffers)
         return _read_norm(reply)
     _check_keys(arrays, layout.keys)

@@ -14,11 +14,13 @@ from fl_bgmd.compression import (
     COMPRESSORS,
     QSGD,
     Compressor,
+    LowRank,
     NoCompression,
     RandK,
     Sign,
     TopK,
     build_compressor,
+    for_shapes,
 )
 from fl_bgmd.compression.bits import (
     indices_size,
@@ -44,6 +46,7 @@ ALL: list[Compressor] = [
     QSGD(4, bucket=8),
     Sign(),
     Sign(scaled=False),
+    LowRank(1),
 ]
 IDS = [repr(c) for c in ALL]
 
@@ -221,6 +224,38 @@ def test_bytes_at_the_size_of_resnet18() -> None:
     assert TopK(0.01).num_bytes(d) < 0.01 * d * (4 + 8.7 / 8) + 8
 
 
+@given(
+    rows=st.integers(1, 12),
+    columns=st.integers(1, 12),
+    rank=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_low_rank_is_the_best_approximation_of_each_layer(
+    rows: int, columns: int, rank: int, seed: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(rows, columns, generator=draw)
+    bias = torch.randn(5, generator=draw)
+    vector = torch.cat((matrix.flatten(), bias))
+    compressor = for_shapes(LowRank(rank), ((rows, columns), (5,)))
+    result = through(compressor, vector)
+    assert len(compressor.encode(vector)) == compressor.num_bytes(len(vector))
+    torch.testing.assert_close(result[-5:], bias)
+    left, values, right = np.linalg.svd(matrix.numpy().astype(float), full_matrices=False)
+    best = matrix.numpy()
+    if rank * (rows + columns) < rows * columns:
+        best = (left[:, :rank] * values[:rank]) @ right[:rank]
+    np.testing.assert_allclose(result[:-5].view(rows, columns).numpy(), best, atol=1e-4)
+    lost = float((result - vector).square().sum() / vector.square().sum())
+    assert lost <= 1 - compressor.delta(len(vector)) + 1e-6
+
+
+def test_low_rank_refuses_shapes_of_another_size() -> None:
+    with pytest.raises(ValueError, match="shapes hold another number of values than 7"):
+        for_shapes(LowRank(1), ((2, 3),)).encode(torch.zeros(7))
+
+
 # -------------------------------------------------------------------------------- hostile
 
 
@@ -299,6 +334,7 @@ def test_names_build_what_bears_them(name: str) -> None:
         ("qsgd:0", "levels is 0"),
         ("qsgd:inf", "compressor is 'qsgd:inf'"),
         ("rand-k:nan", "fraction is nan"),
+        ("low-rank:0", "rank is 0; allowed: 1 or more"),
     ],
 )
 def test_other_names_are_refused(name: str, message: str) -> None:

@@ -22,7 +22,7 @@ from flower_messages import (
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from flwr.serverapp.strategy import FedAvg
 
-from fl_bgmd.compression import build_compressor
+from fl_bgmd.compression import build_compressor, for_shapes
 from fl_bgmd.mods import ByzantineMod, CompressionMod
 from fl_bgmd.replies import (
     BUFFER_DTYPE,
@@ -36,7 +36,16 @@ from fl_bgmd.replies import (
 from fl_bgmd.strategies import BGMD, GMD, QBGMD, FedBGMD, Mean, NormThreshold
 from simulations.grid import InProcessGrid
 
-NAMES = ("none", "top-k:0.5", "rand-k:0.5", "scaled-rand-k:0.5", "qsgd", "l1-sign", "sign")
+NAMES = (
+    "none",
+    "top-k:0.5",
+    "rand-k:0.5",
+    "scaled-rand-k:0.5",
+    "qsgd",
+    "l1-sign",
+    "sign",
+    "low-rank:1",
+)
 N = 6
 
 
@@ -79,11 +88,12 @@ def test_a_packed_reply_is_what_its_bytes_stand_for(name: str) -> None:
     screened, row, buffers = read(reply, model, name)
     assert screened.reason is None, screened.detail
     data = arrays[PACKED_KEY].numpy().tobytes()
-    expected = build_compressor(name).decode(data, len(row))
+    compressor = for_shapes(build_compressor(name), ModelLayout(model).shapes)
+    expected = compressor.decode(data, len(row))
     np.testing.assert_array_equal(row, expected.numpy())
     np.testing.assert_array_equal(buffers, buffers_of_true)
     assert screened.norm == pytest.approx(float(np.linalg.norm(row_of_true)), rel=1e-6)
-    assert len(data) == build_compressor(name).num_bytes(len(row))
+    assert len(data) == compressor.num_bytes(len(row))
 
 
 def test_a_packed_reply_nobody_asked_for_is_rejected() -> None:
@@ -244,7 +254,7 @@ def mutate(array: Array, draw: random.Random) -> Array:
 def test_ten_thousand_corrupt_messages_end_nothing_and_cost_nothing() -> None:
     model = batch_norm_model()
     message = train_message(model, 1, {"server-round": 1}, "train")
-    names = ("top-k:0.3", "rand-k:0.3", "qsgd:5", "l1-sign", "sign", "none")
+    names = ("top-k:0.3", "rand-k:0.3", "qsgd:5", "l1-sign", "sign", "low-rank:1", "none")
     honest = {name: packed(message, name) for name in names[:-1]}
     honest["none"] = packed(message, "none")
     draw = random.Random(0)

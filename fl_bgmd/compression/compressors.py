@@ -12,7 +12,7 @@ has written. It never allocates more than the size calls for.
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -51,6 +51,14 @@ class Compressor(Protocol):
 
     def delta(self, size: int) -> float:
         """Return the guaranteed share of the squared norm that survives, 0 for no guarantee."""
+
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+def for_shapes(compressor: Compressor, shapes: Shapes) -> Compressor:
+    """Return the compressor for a vector that holds arrays of these shapes, one after the other."""
+    return replace(compressor, shapes=shapes) if isinstance(compressor, LowRank) else compressor
 
 
 @dataclass(frozen=True)
@@ -310,6 +318,98 @@ class Sign:
     def delta(self, size: int) -> float:
         """Return 1 / d for l1-sign: the worst case of ``||x||_1^2 / (d ||x||^2)``."""
         return 1 / size if self.scaled else 0.0
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Each layer, as a matrix of its first dimension by the rest, projected on ``rank`` directions.
+
+    k-PCA of Ghosh et al., Section 3, example 2: the top eigenvectors ``U`` of ``M M^T`` (of the
+    smaller side), and ``U^T M``; a layer that would not get smaller goes as it is. Message: float32
+    values.
+
+    Attributes
+    ----------
+    rank : int
+        1 or more.
+    shapes : tuple of tuple of int
+        The layers' shapes, in order; without them the vector is one row. See :func:`for_shapes`.
+    """
+
+    rank: int = 2
+    shapes: Shapes = ()
+
+    def __post_init__(self) -> None:
+        """Check the rank."""
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}; allowed: 1 or more")
+
+    @property
+    def name(self) -> str:
+        """Return ``low-rank:rank``."""
+        return f"low-rank:{self.rank}"
+
+    def _layers(self, size: int) -> list[tuple[int, int, int]]:
+        """Return ``(rows, columns, rank)`` of each layer, rank 0 for one that goes as it is."""
+        layers = []
+        for shape in self.shapes or ((size,),):
+            rows = shape[0] if len(shape) > 1 else 1
+            columns = math.prod(shape) // rows if rows else 0
+            pays = self.rank * (rows + columns) < rows * columns
+            layers.append((rows, columns, self.rank if pays else 0))
+        if sum(rows * columns for rows, columns, _ in layers) != size:
+            raise ValueError(f"shapes hold another number of values than {size}")
+        return layers
+
+    def encode(self, vector: Tensor) -> bytes:
+        """Return directions and coefficients of every layer."""
+        parts: list[Tensor] = []
+        offset = 0
+        for rows, columns, rank in self._layers(len(vector)):
+            values = vector[offset : offset + rows * columns].detach()
+            offset += rows * columns
+            if rank == 0:
+                parts.append(values)
+                continue
+            matrix = values.view(rows, columns)
+            matrix = (matrix if rows <= columns else matrix.T).double()
+            directions = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:]
+            parts += [directions.flatten(), (directions.T @ matrix).flatten()]
+        return _floats(torch.cat([part.float() for part in parts])).tobytes()
+
+    def decode(self, data: bytes, size: int) -> Tensor:
+        """Return the products of directions and coefficients."""
+        _check_length(data, self.num_bytes(size), self.name)
+        values = _tensor(_read_floats(data, len(data) // 4))
+        result = torch.empty(size)
+        read = written = 0
+        for rows, columns, rank in self._layers(size):
+            part = result[written : written + rows * columns]
+            written += rows * columns
+            if rank == 0:
+                part[:] = values[read : read + rows * columns]
+                read += rows * columns
+                continue
+            small, large = sorted((rows, columns))
+            directions = values[read : read + small * rank].view(small, rank)
+            read += small * rank
+            coefficients = values[read : read + rank * large].view(rank, large)
+            read += rank * large
+            matrix = directions @ coefficients
+            part.view(rows, columns)[:] = matrix if rows <= columns else matrix.T
+        if not bool(torch.isfinite(result).all()):
+            raise ValueError("a product is NaN or infinite")
+        return result
+
+    def num_bytes(self, size: int) -> int:
+        """Return 4 bytes for each value of directions and coefficients."""
+        layers = self._layers(size)
+        return 4 * sum(rank * (rows + cols) if rank else rows * cols for rows, cols, rank in layers)
+
+    def delta(self, size: int) -> float:
+        """Return the least ``rank / min(rows, columns)`` of the layers."""
+        kept = [rank / min(rows, cols) for rows, cols, rank in self._layers(size) if rank]
+        return min(kept, default=1.0)
 
 
 def _floats(vector: Tensor) -> NDArray[np.float32]:
