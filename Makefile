@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install simulate test test-slow benchmark lint format clean
+.PHONY: help install simulate laboratory test test-slow benchmark lint format clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,6 +29,17 @@ benchmark: $(READY) ## Time the rules against a plain sum and against the peers
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check byzfl geom-median
 	$(BIN)/python -m benchmarks.aggregators
 	$(BIN)/python -m benchmarks.aggregate_train
+	$(BIN)/python -m benchmarks.compression
+
+LAB_RULES := gmd bgmd cmd trimmed-mean norm-threshold robust-filter multi-krum centered-clipping
+laboratory: $(READY) ## Every strategy against every attack on MNIST (hours): the tables of docs/attacks.md
+	for partition in shards iid; do for fraction in 0.4 0.2; do \
+	$(BIN)/python -m simulations compare --attack all --no-sweep --seeds $(or $(SEEDS),3) \
+		--strategies mean $(LAB_RULES) $(addsuffix +nearest-neighbor,$(LAB_RULES)) \
+		$(addsuffix +bucketing,gmd bgmd) --dataset mnist --model mlp --partition $$partition \
+		--byzantine-fraction $$fraction --assumed-byzantine-fraction $$fraction \
+		--local-steps 1 --learning-rate 0.1 --momentum 0 --num-server-rounds 20 \
+		--evaluate-every 20 --backend inprocess --jobs 2 || exit 1; done; done
 
 test-slow: $(READY) ## The tests that take minutes
 	$(BIN)/python -m pytest -m slow
