@@ -31,6 +31,7 @@ from simulations.config import (
     validate,
 )
 from simulations.experiment import RunResult
+from simulations.ghosh import count_runs, reproduce
 from simulations.laboratory import (
     Cell,
     Line,
@@ -120,6 +121,13 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("results", nargs="+", type=Path, help="folders of compare with a grid")
     report.add_argument("--output", type=Path, default=Path(), help="folder; default: this one")
     report.add_argument("--title", default="", help="of the heat map")
+
+    again = commands.add_parser("reproduce", help="an experiment of the papers", allow_abbrev=False)
+    again.set_defaults(command=_reproduce)
+    again.add_argument("name", choices=("ghosh-regression",))
+    again.add_argument("--seeds", type=int, default=20)
+    again.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    again.add_argument("--results-dir", type=Path, default=Path("results"))
 
     attacks = commands.add_parser("attacks", help="list the attacks, draw what they do to images")
     attacks.set_defaults(command=_attacks)
@@ -230,6 +238,24 @@ def _show_grid(lines: list[Line], folder: Path, title: str) -> int:
         name = f"{line['strategy']}, {line['attack']}, seed {line['seed']}"
         print(f"error: {name}: {line['error']}", file=sys.stderr)
     return EXIT_RUN_FAILED if failed else 0
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    for name in ("seeds", "jobs"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"{name} is {getattr(options, name)}; allowed: 1 or more")
+    folder = options.results_dir.resolve() / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.name}"
+    with Progress(console=CONSOLE) as progress:
+        task = progress.add_task(options.name, total=count_runs(options.seeds))
+        reproduce(
+            folder,
+            seeds=options.seeds,
+            jobs=options.jobs,
+            done=lambda: progress.update(task, advance=1),
+        )
+    CONSOLE.print((folder / "table.md").read_text(encoding="utf-8"))
+    CONSOLE.print(f"written: {folder}", soft_wrap=True)
+    return 0
 
 
 def _attacks(options: argparse.Namespace) -> int:
