@@ -3,7 +3,7 @@
 ``ClientApp(mods=[ByzantineMod()])``
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -13,7 +13,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
 from fl_bgmd.attacks import ATTACKS, AttackPlan, View
-from fl_bgmd.compression import build_compressor, for_shapes
+from fl_bgmd.compression import RandK, build_compressor, for_shapes
 from fl_bgmd.replies import PACKED_KEY, PACKED_RECORD, ModelLayout
 
 ATTACK_RECORD = "byzantine"
@@ -156,6 +156,8 @@ class CompressionMod:
         if name is None or not is_train or not reply.has_content():
             return reply
         compressor = build_compressor(str(name))
+        if isinstance(compressor, RandK) and "compression-seed" in asked:
+            compressor = replace(compressor, seed=int(cast(int, asked["compression-seed"])))
         feedback = self.error_feedback
         if feedback is None:
             feedback = bool(asked.get("error-feedback", True))

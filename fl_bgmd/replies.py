@@ -17,7 +17,7 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
-from fl_bgmd.compression import Compressor, for_shapes
+from fl_bgmd.compression import Compressor, RandK, for_shapes
 
 MetricValue = int | float | list[int] | list[float]
 
@@ -225,6 +225,7 @@ def screen(
     needs_examples: bool = False,
     seen_nodes: set[int] | None = None,
     compressor: Compressor | None = None,
+    coordinates: NDArray[np.int64] | None = None,
 ) -> Screened:
     """Accept or reject one reply; write an accepted one's update into ``row``.
 
@@ -247,6 +248,9 @@ def screen(
         Nodes that have replied already; the reply's node is added.
     compressor : Compressor, optional
         What clients were asked to pack their updates with; plain arrays are accepted as well.
+    coordinates : ndarray, optional
+        (k,): the coordinates of the update that ``row``, (k,), receives, where the server chose
+        them for all.
 
     Returns
     -------
@@ -266,7 +270,15 @@ def screen(
         if layout is not None:
             assert row is not None
             assert buffers is not None
-            norm = _read_arrays(reply, layout, row, buffers, compressor)
+            if coordinates is None:
+                norm = _read_arrays(reply, layout, row, buffers, compressor)
+            else:
+                update = np.empty(layout.num_directions, layout.dtype)
+                norm = _read_arrays(reply, layout, update, buffers, compressor)
+                row[:] = update[coordinates]
+                [arrays] = reply.content.array_records.values()
+                if isinstance(compressor, RandK) and compressor.scaled and PACKED_KEY not in arrays:
+                    row *= len(update) / len(row)
     except InvalidReplyError as invalid:
         return Screened(invalid.reason, _one_line(str(invalid)))
     except Exception as unforeseen:  # a client must not be able to end the run

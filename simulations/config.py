@@ -141,6 +141,7 @@ SETTINGS: dict[str, Setting] = {
     "bgmd.score": _choice(SCORES, "what a coordinate is worth"),
     "bgmd.memory": _choice(MEMORY_RULES, "what becomes of the rest"),
     "norm-threshold.order": _number(float, "of the norm", 1),
+    "shared-coordinates": _choice(("on", "off"), "whether the server chooses those of rand-k"),
     "norm-threshold.norms": _choice(NORMS, "of the updates: Option II or I of the paper"),
     "robust-filter.sigma0": _number(float, "honest standard deviation; 0: estimated"),
     "multi-krum.num-selected": _number(int, "updates to average; 0: all but the hostile fraction"),
@@ -242,6 +243,19 @@ def _check_combinations(config: Config) -> None:
             + ", ".join(ATTACKS)
         )
     _check_attack(config, hostile)
+    if config["shared-coordinates"] == "on":
+        kind = str(config["compressor"]).partition(":")[0]
+        if kind not in ("rand-k", "scaled-rand-k"):
+            raise ConfigError(
+                f"shared-coordinates is 'on' with compressor {config['compressor']!r}; allowed: "
+                "rand-k, scaled-rand-k"
+            )
+        remembers = config["strategy"] == "bgmd" and config["bgmd.memory"] != "none"
+        if remembers or config["strategy"] == "centered-clipping":
+            raise ConfigError(
+                f"shared-coordinates is 'on' with strategy {config['strategy']!r}; allowed: "
+                "strategies that remember no coordinates (bgmd with bgmd.memory none)"
+            )
     memory = config["bgmd.memory"] if config["strategy"] == "bgmd" else ""
     if memory == "per-client" and config["mixing"] == "bucketing":
         raise ConfigError(

@@ -52,6 +52,7 @@ class BGMD(RobustStrategy):
         require("score", score, score in SCORES, ", ".join(SCORES))
         require("memory", memory, memory in MEMORY_RULES, ", ".join(MEMORY_RULES))
         require("tol", tol, tol > 0, "above 0")
+        self.can_share_coordinates = memory == "none"
         super().__init__(**options)
         if memory == "per-client" and self.mixing == "bucketing":
             raise ValueError(

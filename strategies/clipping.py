@@ -22,6 +22,8 @@ class CenteredClipping(RobustStrategy):
         Those of :class:`RobustStrategy`.
     """
 
+    can_share_coordinates = False
+
     def __init__(self, *, radius: float | None = None, iterations: int = 3, **options: Any) -> None:
         super().__init__(**options)
         require("radius", radius, radius is None or radius > 0, "above 0")

@@ -7,8 +7,8 @@ import time
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from fl_bgmd.aggregators import Aggregate, GeometricMedian
 from fl_bgmd.aggregators.mixing import bucketing_matrix, mix, nearest_neighbor_matrix
 from fl_bgmd.aggregators.rows import vector_norm
-from fl_bgmd.compression import build_compressor
+from fl_bgmd.compression import RandK, build_compressor
 from fl_bgmd.replies import (
     BUFFER_DTYPE,
     ModelLayout,
@@ -92,6 +92,11 @@ class RobustStrategy(FedAvg):
     error_feedback : bool
         Whether these clients keep what the compression lost for the next round, where the
         compressor is a contraction.
+    shared_coordinates : bool
+        Whether the server chooses the coordinates of ``rand-k`` in each round, the same for all:
+        its seed travels down, k values travel up, and the rule works in R^k (Algorithm 2 of Data
+        and Diggavi, with ``compressor="scaled-rand-k:..."``). Not for strategies whose state
+        belongs to coordinates.
     seed : int
         Of the sampling of nodes and coordinates.
     device : str
@@ -108,6 +113,9 @@ class RobustStrategy(FedAvg):
     weightable = False
     """Whether the rule accepts weights."""
 
+    can_share_coordinates = True
+    """Whether rows may be of other coordinates in each round."""
+
     def __init__(
         self,
         *,
@@ -120,6 +128,7 @@ class RobustStrategy(FedAvg):
         min_valid_replies: int = 1,
         compressor: str = "none",
         error_feedback: bool = True,
+        shared_coordinates: bool = False,
         seed: int = 0,
         device: str = "auto",
         **fedavg_options: Any,
@@ -158,6 +167,18 @@ class RobustStrategy(FedAvg):
         self.min_valid_replies = min_valid_replies
         self.compressor = None if compressor == "none" else build_compressor(compressor)
         self.error_feedback = error_feedback
+        if shared_coordinates and not isinstance(self.compressor, RandK):
+            raise ValueError(
+                f"shared_coordinates is True with compressor {compressor!r}; allowed: rand-k, "
+                "scaled-rand-k"
+            )
+        if shared_coordinates and not self.can_share_coordinates:
+            raise ValueError(
+                f"shared_coordinates is True with {type(self).__name__}; allowed: False, since "
+                "what it remembers belongs to coordinates"
+            )
+        self.shared_coordinates = shared_coordinates
+        self._coordinates: np.ndarray[Any, np.dtype[np.int64]] | None = None
         self.seed = seed
         self.device = resolve_device(device)
         self.generator = torch.Generator().manual_seed(seed)
@@ -190,6 +211,11 @@ class RobustStrategy(FedAvg):
         if self.compressor is not None:
             config["compressor"] = self.compressor.name
             config["error-feedback"] = self.error_feedback
+        if self.shared_coordinates:
+            assert isinstance(self.compressor, RandK)
+            chosen = config["compression-seed"] = config["round-seed"]
+            self.compressor = replace(self.compressor, seed=int(cast(int, chosen)))
+            self._coordinates = self.compressor.shared_coordinates(self._layout.num_directions)
         messages = self._sample_and_send(
             MessageType.TRAIN,
             server_round,
@@ -232,9 +258,8 @@ class RobustStrategy(FedAvg):
             return None, None
         messages = _in_order(replies)
         layout = self._layout
-        rows = torch.empty(
-            len(messages), layout.num_directions, dtype=torch.from_numpy(layout.values).dtype
-        )
+        width = layout.num_directions if self._coordinates is None else len(self._coordinates)
+        rows = torch.empty(len(messages), width, dtype=torch.from_numpy(layout.values).dtype)
         buffers = np.empty((len(messages), layout.num_buffers), dtype=BUFFER_DTYPE)
         accepted: list[Screened] = []
         nodes: list[int] = []
@@ -335,6 +360,7 @@ class RobustStrategy(FedAvg):
                 needs_examples=self.weighting == "examples" or not all(self._own_metrics.values()),
                 seen_nodes=seen,
                 compressor=self.compressor,
+                coordinates=self._coordinates,
             )
             if screened.reason is None:
                 filled += 1
@@ -364,6 +390,9 @@ class RobustStrategy(FedAvg):
             except ValueError as error:
                 return self._keep(before, f"the rule failed: {error}", metrics)
             update = result.vector
+            if self._coordinates is not None:
+                update = torch.zeros(layout.num_directions, dtype=update.dtype)
+                update[torch.from_numpy(self._coordinates)] = result.vector.cpu()
             if self.server_momentum:
                 if self._velocity is not None:
                     update = update + self.server_momentum * self._velocity.to(update)

@@ -33,7 +33,17 @@ from fl_bgmd.replies import (
     Screened,
     screen,
 )
-from fl_bgmd.strategies import BGMD, GMD, QBGMD, FedBGMD, Mean, NormThreshold
+from fl_bgmd.strategies import (
+    BGMD,
+    GMD,
+    QBGMD,
+    CenteredClipping,
+    FedBGMD,
+    Mean,
+    NormThreshold,
+    RobustFilter,
+)
+from simulations.config import ConfigError, validate
 from simulations.grid import InProcessGrid
 
 NAMES = (
@@ -306,3 +316,48 @@ def test_quantised_block_descent_learns_under_attack(strategy: Any) -> None:
     assert regression_error(result.arrays) < 0.2 * regression_error(regression_model())
     with pytest.raises(ValueError, match="compressor is 'none'; allowed: a compressor"):
         strategy(compressor="none")
+
+
+@pytest.mark.parametrize("name", ["rand-k:0.5", "scaled-rand-k:0.5"])
+@pytest.mark.parametrize("strategy", [RobustFilter, GMD, Mean])
+def test_server_chosen_coordinates_travel_as_a_seed(strategy: Any, name: str) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Watching(strategy):  # type: ignore[misc,valid-type]
+        def aggregate(self, current: Any) -> Any:
+            seen.append(tuple(current.updates.shape))
+            return super().aggregate(current)
+
+    made = Watching(**options(compressor=name, shared_coordinates=True, server_learning_rate=0.5))
+    result = fit(made, [CompressionMod()], 150)
+    assert regression_error(result.arrays) < 0.2 * regression_error(regression_model())
+    # 9 values, 4 chosen: 16 bytes beside the 128 of the array's own header.
+    assert set(seen) == {(N, 4)}
+    assert result.train_metrics_clientapp[1]["bytes-up"] == N * (128 + 4 * 4)
+
+
+@pytest.mark.parametrize("name", ["rand-k:0.5", "scaled-rand-k:0.5"])
+def test_clients_without_the_mod_share_the_coordinates(name: str) -> None:
+    """The same model comes out: error feedback apart, packing loses nothing that is looked at."""
+    models = []
+    for mods in ([], [CompressionMod(error_feedback=False)]):
+        made = Mean(**options(compressor=name, shared_coordinates=True))
+        models.append(to_numpy(fit(made, mods, 5).arrays))
+    for key, value in models[0].items():
+        np.testing.assert_allclose(models[1][key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_coordinates_are_not_shared_with_rules_that_remember_them() -> None:
+    shared = {"compressor": "rand-k", "shared_coordinates": True}
+    with pytest.raises(ValueError, match="shared_coordinates is True with compressor 'top-k'"):
+        GMD(compressor="top-k", shared_coordinates=True)
+    for strategy in (BGMD, CenteredClipping):
+        with pytest.raises(
+            ValueError, match=f"shared_coordinates is True with {strategy.__name__}"
+        ):
+            strategy(**shared)
+    BGMD(**shared, memory="none")
+    with pytest.raises(ConfigError, match="shared-coordinates is 'on' with compressor 'none'"):
+        validate({"shared-coordinates": "on"})
+    with pytest.raises(ConfigError, match="shared-coordinates is 'on' with strategy 'bgmd'"):
+        validate({"shared-coordinates": "on", "compressor": "rand-k"})

@@ -161,6 +161,12 @@ class RandK:
         chosen.sort()
         return chosen
 
+    def shared_coordinates(self, size: int) -> NDArray[np.int64]:
+        """Return the coordinates that the server chose; ``ValueError`` if it did not."""
+        if self.seed is None:
+            raise ValueError("seed is None; allowed: the server's")
+        return self.coordinates(size, self.seed)
+
     def encode(self, vector: Tensor) -> bytes:
         """Return the values, after the seed unless the server chose it."""
         seed, head = self.seed, b""
