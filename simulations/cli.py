@@ -55,6 +55,8 @@ from simulations.report import (
 EXIT_RUN_FAILED, EXIT_BAD_CONFIG, EXIT_NO_DATA = 1, 2, 3
 
 CONSOLE = Console()
+# Wide enough for any table: in a narrow terminal lines wrap, and no number is cut off.
+TABLES = Console(width=1000)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -229,8 +231,7 @@ def _report(options: argparse.Namespace) -> int:
 def _show_grid(lines: list[Line], folder: Path, title: str) -> int:
     """Show a strategy x attack table and write it; return the exit status."""
     attacks, rows = accuracy_table(lines)
-    width = 32 + sum(max(len(attack), 6) + 3 for attack in attacks)
-    Console(width=max(CONSOLE.width, width)).print(grid_table(attacks, rows))
+    TABLES.print(grid_table(attacks, rows))
     for path in (write_grid(attacks, rows, folder), plot_grid(attacks, rows, title, folder)):
         CONSOLE.print(f"written: {path}", soft_wrap=True)
     failed = [line for line in lines if line["status"] == "failed"]
@@ -259,7 +260,7 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 
 def _attacks(options: argparse.Namespace) -> int:
-    CONSOLE.print(attacks_table())
+    CONSOLE.print(attacks_table())  # mostly text, which folds
     if options.picture is not None:
         dataset = load(options.dataset, options.data_dir or None, progress=CONSOLE.print)
         path = plot_data_attacks(dataset, options.picture)
@@ -303,8 +304,12 @@ def _run_all(options: argparse.Namespace, configs: dict[str, Config]) -> int:
             results[name] = _run_one(name, config, options.backend, resources, progress, tasks)
             results[name].write(folder / name)
     table = results_table(results)
-    CONSOLE.print(table)
-    files = [write_markdown(results, folder), plot_accuracy(results, folder)]
+    TABLES.print(table)
+    files = [
+        write_markdown(results, folder),
+        plot_accuracy(results, folder),
+        plot_accuracy(results, folder, against_bytes=True),
+    ]
     for name, result in results.items():
         if result.status == "failed":
             print(f"error: {name}: {result.error}", file=sys.stderr)

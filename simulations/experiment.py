@@ -92,6 +92,10 @@ class RunResult:
         seconds = [float(entry["seconds"]) for entry in self.rounds if "seconds" in entry]
         return float(np.mean(seconds)) if seconds else float("nan")
 
+    def bytes_up_to(self, number: int) -> int:
+        """Return the bytes of arrays that clients had sent by the end of a round."""
+        return sum(int(e.get("bytes-up", 0)) for e in self.rounds if int(e["round"]) <= number)
+
     def last(self, key: str, default: Any) -> Any:
         """Return the value of ``key`` in the last round that has it."""
         return next((entry[key] for entry in reversed(self.rounds) if key in entry), default)

@@ -21,6 +21,8 @@ COLUMNS = (
     "s / round",
     "accepted",
     "rejected",
+    "MB up",
+    "MB down",
 )
 
 
@@ -41,6 +43,8 @@ def rows(results: Mapping[str, RunResult]) -> list[tuple[str, ...]]:
             "-" if math.isnan(result.seconds_per_round) else f"{result.seconds_per_round:.2f}",
             str(result.total("accepted")),
             str(result.total("rejected")),
+            f"{result.total('bytes-up') / 1e6:.1f}",
+            f"{result.total('bytes-down') / 1e6:.1f}",
         )
         for name, result in results.items()
     ]
@@ -62,8 +66,13 @@ def write_markdown(results: Mapping[str, RunResult], folder: Path) -> Path:
     return _write_table([COLUMNS, tuple("---" for _ in COLUMNS), *rows(results)], folder)
 
 
-def plot_accuracy(results: Mapping[str, RunResult], folder: Path) -> Path:
-    """Plot test accuracy against rounds to ``folder/accuracy.png``; return the path."""
+def plot_accuracy(
+    results: Mapping[str, RunResult], folder: Path, *, against_bytes: bool = False
+) -> Path:
+    """Plot test accuracy against rounds to ``folder/accuracy.png``; return the path.
+
+    ``against_bytes`` puts the bytes of arrays sent up so far on the axis: ``bytes.png``.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -72,8 +81,9 @@ def plot_accuracy(results: Mapping[str, RunResult], folder: Path) -> Path:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, result in results.items():
         points = result.accuracies
+        axis = [result.bytes_up_to(number) / 1e6 for number in points] if against_bytes else points
         label = name if result.status == "finished" else f"{name} ({result.status})"
-        axes.plot(list(points), [100 * value for value in points.values()], label=label, lw=1.8)
+        axes.plot(list(axis), [100 * value for value in points.values()], label=label, lw=1.8)
     config = next(iter(results.values())).config
     axes.axhline(10, color="grey", lw=0.8, ls=":", label="chance")
     attack = str(config["attack"])
@@ -82,14 +92,14 @@ def plot_accuracy(results: Mapping[str, RunResult], folder: Path) -> Path:
     axes.set(
         title=f"{config['dataset']}, {config['model']}, {config['num-clients']} clients "
         f"({config['partition']}), attack: {attack}",
-        xlabel="round",
+        xlabel="MB sent to the server" if against_bytes else "round",
         ylabel="test accuracy (%)",
         ylim=(0, None),
     )
     axes.title.set_fontsize(10)
     axes.grid(alpha=0.3)
     axes.legend()
-    path = folder / "accuracy.png"
+    path = folder / ("bytes.png" if against_bytes else "accuracy.png")
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path

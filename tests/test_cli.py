@@ -38,7 +38,8 @@ def test_run_writes_history_table_and_plot(tmp_path: Path) -> None:
     assert record["accepted"] == 10
     assert [entry["round"] for entry in rounds] == [0, 1, 2]
     assert ["accuracy" in entry for entry in rounds] == [True, False, True]
-    assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    for plot in ("accuracy.png", "bytes.png"):
+        assert (folder / plot).read_bytes().startswith(b"\x89PNG")
     assert "| bgmd | finished |" in (folder / "table.md").read_text()
 
 
