@@ -265,10 +265,13 @@ class RobustStrategy(FedAvg):
         nodes: list[int] = []
         contents: list[RecordDict] = []
         rejected: Counter[str] = Counter()
+        bytes_up = bytes_rejected = 0
         for message, screened in self._screen_all(messages, layout, rows, buffers):
             if screened.reason is not None:
                 rejected[screened.reason.value] += 1
+                bytes_rejected += _array_bytes(message)
                 continue
+            bytes_up += _array_bytes(message)
             accepted.append(screened)
             nodes.append(message.metadata.src_node_id)
             if not self._own_metrics["train_metrics_aggr_fn"]:
@@ -282,7 +285,9 @@ class RobustStrategy(FedAvg):
         for reason, number in sorted(rejected.items()):
             metrics[f"rejected-{reason}"] = number
         metrics["missing"] = max(0, self._num_sent - len(messages))
-        metrics["bytes-up"] = sum(_array_bytes(message) for message in messages)
+        metrics["bytes-up"] = bytes_up
+        if rejected:
+            metrics["bytes-rejected"] = bytes_rejected
         metrics["bytes-down"] = self._num_sent * sum(len(a.data) for a in self._sent.values())
         arrays = self._sent
         if count < self.min_valid_replies:

@@ -496,7 +496,7 @@ def test_a_malformed_reply_changes_nothing_to_the_bit(name: str, kind: str) -> N
     }
     assert {key: metrics[key] for key in counts} == counts
     assert (alone["accepted"], alone["rejected"], alone["missing"]) == (NODES - 1, 0, 1)
-    assert without_time(metrics, *counts) == without_time(alone, *counts)
+    assert without_time(metrics, *counts, "bytes-rejected") == without_time(alone, *counts)
 
 
 @pytest.mark.parametrize("claim", [0, 3, 2**31 - 1, -1, 1.5, [0], 2**62])
@@ -554,7 +554,9 @@ def test_a_node_that_replies_twice_counts_once() -> None:
 def test_no_replies_keep_the_model(name: str) -> None:
     arrays, metrics = train_round(named(name), plain_model(), reply=lambda messages: [])
     assert same_bits(arrays, plain_model())
-    assert without_time(metrics) == {"accepted": 0, "rejected": 0, "missing": NODES}
+    counts = {"accepted": 0, "rejected": 0, "missing": NODES, "bytes-up": 0}
+    assert without_time(metrics, "bytes-down") == counts
+    assert metrics["bytes-down"] == NODES * sum(len(a.data) for a in arrays.values())
 
 
 def test_only_bad_replies_keep_the_model() -> None:
