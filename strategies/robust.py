@@ -186,7 +186,7 @@ class RobustStrategy(FedAvg):
         self._round = 0
         self._layout: ModelLayout | None = None
         self._sent: ArrayRecord | None = None
-        self._num_sent = 0
+        self.num_sent = 0
 
     @abstractmethod
     def aggregate(self, current: Round) -> Aggregate:
@@ -198,13 +198,32 @@ class RobustStrategy(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Sample nodes and send them the model, the round and the round's seed."""
+        self.open_round(server_round, arrays, config)
+        if self.fraction_train == 0.0:
+            return []
+        messages = self._sample_and_send(
+            MessageType.TRAIN,
+            server_round,
+            RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config}),
+            grid,
+            self.fraction_train,
+            self.min_train_nodes,
+        )
+        self.num_sent = len(messages)
+        return messages
+
+    def open_round(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord
+    ) -> ModelLayout:
+        """Keep the model that goes out; write what clients need to know into ``config``.
+
+        Returns its layout. Raises ``ValueError`` for a model that holds a NaN or an infinity.
+        """
         self._sent = arrays
         self._layout = ModelLayout(arrays)
         buffers_finite = np.isfinite(self._layout.buffer_values).all()
         if not (np.isfinite(self._layout.values).all() and buffers_finite):
             raise ValueError("arrays of the global model hold a NaN or an infinity")
-        if self.fraction_train == 0.0:
-            return []
         config["round-seed"] = int(
             np.random.SeedSequence([self.seed, server_round]).generate_state(1)[0]
         )
@@ -216,16 +235,7 @@ class RobustStrategy(FedAvg):
             chosen = config["compression-seed"] = config["round-seed"]
             self.compressor = replace(self.compressor, seed=int(cast(int, chosen)))
             self._coordinates = self.compressor.shared_coordinates(self._layout.num_directions)
-        messages = self._sample_and_send(
-            MessageType.TRAIN,
-            server_round,
-            RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config}),
-            grid,
-            self.fraction_train,
-            self.min_train_nodes,
-        )
-        self._num_sent = len(messages)
-        return messages
+        return self._layout
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -284,11 +294,11 @@ class RobustStrategy(FedAvg):
         metrics["rejected"] = rejected.total()
         for reason, number in sorted(rejected.items()):
             metrics[f"rejected-{reason}"] = number
-        metrics["missing"] = max(0, self._num_sent - len(messages))
+        metrics["missing"] = max(0, self.num_sent - len(messages))
         metrics["bytes-up"] = bytes_up
         if rejected:
             metrics["bytes-rejected"] = bytes_rejected
-        metrics["bytes-down"] = self._num_sent * sum(len(a.data) for a in self._sent.values())
+        metrics["bytes-down"] = self.num_sent * sum(len(a.data) for a in self._sent.values())
         arrays = self._sent
         if count < self.min_valid_replies:
             LOG.warning(
