@@ -322,8 +322,10 @@ def median_metrics(metrics: Iterable[dict[str, MetricValue]]) -> MetricRecord:
     result: dict[str, MetricValue] = {}
     for (key, length), reported in values.items():
         if 2 * len(reported) > len(collected):
-            # Halved: the mean of two middle values must not overflow.
-            middle = 2 * np.median(np.asarray(reported, dtype=np.float64) / 2, axis=0)
+            ordered = np.sort(np.asarray(reported, dtype=np.float64), axis=0)
+            low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+            # The mean of the two must neither overflow nor lose the smallest of numbers.
+            middle = np.where(low == high, low, low / 2 + high / 2)
             result[key] = float(middle) if length < 0 else [float(value) for value in middle]
     return MetricRecord(result)
 
