@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+FLWR_MIN := $(shell sed -n 's/.*"flwr\[simulation\]>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install simulate laboratory test test-slow benchmark lint format clean
+.PHONY: help install simulate laboratory test test-slow test-flwr-min benchmark lint format clean
 
 help: ## Show what can be made
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
@@ -44,6 +45,12 @@ laboratory: $(READY) ## Every strategy against every attack on MNIST (hours): th
 test-slow: $(READY) ## The tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
+test-flwr-min: ## The test suite with the oldest flwr supported, in .venv-flwr-min
+	$(PYTHON) -m venv $(VENV)-flwr-min
+	$(VENV)-flwr-min/bin/python -m pip install --quiet --disable-pip-version-check \
+		--editable ".[dev]" "flwr[simulation]==$(FLWR_MIN)"
+	$(VENV)-flwr-min/bin/python -m pytest -m "not slow"
+
 lint: $(READY) ## Linters and type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,4 +61,4 @@ format: $(READY) ## Format the code
 	$(BIN)/ruff format .
 
 clean: ## Remove the environment and caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(VENV)-flwr-min .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
