@@ -1,5 +1,6 @@
 """What leaves this repository: the wheel, beside somebody's own folders, and the Flower bundle."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -18,12 +19,16 @@ APP = """
 import clients
 import strategies
 from fl_bgmd.strategies import BGMD, GMD
+from fl_bgmd.strategies.legacy import BGMD as LegacyBGMD
 
 import fl_bgmd.strategies
+import fl_bgmd.strategies.legacy
 
 assert clients.MINE, "the app's own clients/ is hidden"
 assert strategies.MINE, "the app's own strategies/ is hidden"
 assert BGMD(block_fraction=0.2).block_fraction == 0.2
+assert LegacyBGMD(block_fraction=0.2).rule.block_fraction == 0.2
+assert fl_bgmd.strategies.legacy.BGMD.rule_type is BGMD
 print(fl_bgmd.strategies.__file__)
 """
 
@@ -76,6 +81,7 @@ def test_source_tree_and_wheel_export_the_same_names() -> None:
     assert fl_bgmd.strategies.__all__ == strategies.__all__
     for name in strategies.__all__:
         assert getattr(fl_bgmd.strategies, name) is getattr(strategies, name)
+    assert importlib.import_module("fl_bgmd.strategies.legacy") is strategies.legacy
 
 
 def test_core_does_not_import_strategies() -> None:
