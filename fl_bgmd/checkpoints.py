@@ -85,9 +85,7 @@ class Checkpoints:
             "state": _describe(state, tensors),
         }
         data = to_safetensors(tensors, metadata={_ENTRY: json.dumps(described)})
-        path = self.folder / (
-            f"round-{number:08d}-{hashlib.sha256(data).hexdigest()}.safetensors"
-        )
+        path = self.folder / (f"round-{number:08d}-{hashlib.sha256(data).hexdigest()}.safetensors")
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
         with unfinished.open("wb") as file:
