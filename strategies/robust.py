@@ -186,7 +186,7 @@ class RobustStrategy(FedAvg):
         self._round = 0
         self._layout: ModelLayout | None = None
         self._sent: ArrayRecord | None = None
-        self._num_sent = 0
+        self._asked: set[int] = set()
 
     @abstractmethod
     def aggregate(self, current: Round) -> Aggregate:
@@ -224,7 +224,7 @@ class RobustStrategy(FedAvg):
             self.fraction_train,
             self.min_train_nodes,
         )
-        self._num_sent = len(messages)
+        self._asked = {message.metadata.dst_node_id for message in messages}
         return messages
 
     def configure_evaluate(
@@ -278,17 +278,20 @@ class RobustStrategy(FedAvg):
                 contents.append(message.content)
         count = len(accepted)
         LOG.info("aggregate_train: accepted %s replies, rejected %s", count, rejected.total())
+        # The error reply that Flower makes up for a dead node does not name it.
+        for node in sorted(self._asked - {m.metadata.src_node_id for m in messages}):
+            LOG.warning("round %s: no reply from node %s", server_round, node)
 
         metrics = self._metrics("train", accepted, contents)
         metrics["accepted"] = count
         metrics["rejected"] = rejected.total()
         for reason, number in sorted(rejected.items()):
             metrics[f"rejected-{reason}"] = number
-        metrics["missing"] = max(0, self._num_sent - len(messages))
+        metrics["missing"] = max(0, len(self._asked) - len(messages))
         metrics["bytes-up"] = bytes_up
         if rejected:
             metrics["bytes-rejected"] = bytes_rejected
-        metrics["bytes-down"] = self._num_sent * sum(len(a.data) for a in self._sent.values())
+        metrics["bytes-down"] = len(self._asked) * sum(len(a.data) for a in self._sent.values())
         arrays = self._sent
         if count < self.min_valid_replies:
             LOG.warning(
