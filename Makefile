@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install simulate laboratory test test-slow benchmark lint format clean
+.PHONY: help install simulate laboratory test test-slow test-deployment benchmark lint format clean
 
 help: ## Show what can be made
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
@@ -23,7 +23,7 @@ simulate: $(READY) ## CIFAR-10, 40 % hostile clients: averaging, GMD and BGMD si
 		--attack bit-flip --byzantine-fraction 0.4
 
 test: $(READY) ## The test suite
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not deployment"
 
 benchmark: $(READY) ## Time the rules against a plain sum and against the peers
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check byzfl geom-median
@@ -43,6 +43,9 @@ laboratory: $(READY) ## Every strategy against every attack on MNIST (hours): th
 
 test-slow: $(READY) ## The tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+test-deployment: $(READY) ## One SuperLink and five SuperNodes as network namespaces (root)
+	$(BIN)/python -m pytest -m deployment
 
 lint: $(READY) ## Linters and type checker
 	$(BIN)/ruff check .

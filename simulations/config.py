@@ -102,7 +102,7 @@ def _compressor_holds(value: Value) -> bool:
 
 SETTINGS: dict[str, Setting] = {
     "num-server-rounds": _number(int, "rounds of the run", 1),
-    "num-clients": _number(int, "clients; the server waits for all of them", 1),
+    "num-clients": _number(int, "clients; see min-available-clients", 1),
     "fraction-train": _number(float, "share of clients that train in a round", 0, 1, above=True),
     "fraction-evaluate": _number(float, "share of the clients that evaluate in a round", 0, 1),
     "local-steps": _number(int, "mini-batches a client trains on in a round; 0: see local-epochs"),
@@ -128,6 +128,7 @@ SETTINGS: dict[str, Setting] = {
     ),
     "min-valid-replies": _number(int, "with fewer the round keeps the model", 1),
     "max-empty-rounds": _number(int, "so many of these in a row end the run", 1),
+    "min-available-clients": _number(int, "connected clients a round waits for; 0: num-clients"),
     "weighting": _choice(WEIGHTINGS, "of the clients"),
     "compressor": Setting(
         str,
@@ -239,6 +240,11 @@ def _check_combinations(config: Config) -> None:
     if config["partition"] == "shards" and int(config["num-shards"]) % clients:
         raise ConfigError(
             f"num-shards is {config['num-shards']}; allowed: a multiple of num-clients ({clients})"
+        )
+    if int(config["min-available-clients"]) > clients:
+        raise ConfigError(
+            f"min-available-clients is {config['min-available-clients']}; allowed: 0 to "
+            f"num-clients ({clients})"
         )
     hostile = floor_share(fraction, clients)
     if config["attack"] != "none" and hostile == 0:

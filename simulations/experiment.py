@@ -238,11 +238,11 @@ def checkpoints_of(config: Config) -> Checkpoints | None:
 
 def build_strategy(config: Config) -> RobustStrategy:
     """Build the strategy that a validated configuration names."""
-    clients = int(config["num-clients"])
+    clients = int(config["min-available-clients"]) or int(config["num-clients"])
     options: dict[str, Any] = {
         "fraction_train": float(config["fraction-train"]),
         "fraction_evaluate": float(config["fraction-evaluate"]),
-        # All clients must be there before the first round samples any.
+        # They must be there before a round samples any.
         "min_available_nodes": clients,
         "min_train_nodes": max(1, floor_share(float(config["fraction-train"]), clients)),
         "min_evaluate_nodes": max(1, floor_share(float(config["fraction-evaluate"]), clients)),

@@ -380,6 +380,11 @@ class RobustStrategy(FedAvg):
                 contents.append(message.content)
         count = len(accepted)
         LOG.info("aggregate_train: accepted %s replies, rejected %s", count, rejected.total())
+        # The error reply that Flower makes up for a dead node does not name it.
+        silent = {sent.dst_node_id for sent in self._asked}
+        silent -= {message.metadata.src_node_id for message in messages}
+        for node in sorted(silent):
+            LOG.warning("round %s: no reply from node %s", server_round, node)
 
         metrics = self._metrics("train", accepted, contents)
         metrics["accepted"] = count
