@@ -54,6 +54,7 @@ BAD: dict[str, list[Any]] = {
     "assumed-byzantine-fraction": [-0.1, 0.5, 0.9, NAN],
     "min-valid-replies": [0, -1],
     "max-empty-rounds": [0, -1],
+    "min-available-clients": [-1],
     "weighting": ["size", ""],
     "gmd.solver": ["newton", ""],
     "bgmd.block-fraction": [0.0, -0.1, 1.1, NAN],
