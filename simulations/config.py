@@ -17,6 +17,7 @@ from fl_bgmd.aggregators.geometric_median import SOLVERS
 from fl_bgmd.aggregators.sampling import SELECTIONS as BLOCK_SELECTIONS
 from fl_bgmd.attacks import ATTACKS, PRESETS, attack_names
 from fl_bgmd.attacks import SELECTIONS as BYZANTINE_SELECTIONS
+from fl_bgmd.broadcast import build_downlink
 from fl_bgmd.compression import COMPRESSORS, build_compressor
 from fl_bgmd.data import DATASETS, SCHEMES
 from fl_bgmd.models import MODELS
@@ -92,6 +93,14 @@ def _device_holds(value: Value) -> bool:
     return True
 
 
+def _downlink_holds(value: Value) -> bool:
+    try:
+        build_downlink(str(value))
+    except ValueError:
+        return False
+    return True
+
+
 def _compressor_holds(value: Value) -> bool:
     try:
         build_compressor(str(value))
@@ -137,6 +146,9 @@ SETTINGS: dict[str, Setting] = {
         "of the clients' updates",
     ),
     "error-feedback": _choice(("on", "off"), "whether clients keep what compression lost"),
+    "downlink-compressor": Setting(
+        str, "none, qsgd, qsgd:levels", _downlink_holds, "of the model on its way down"
+    ),
     "gmd.solver": _choice(SOLVERS, "of the geometric median"),
     "bgmd.block-fraction": _number(float, "share of the coordinates in a block", 0, 1, above=True),
     "bgmd.selection": _choice(BLOCK_SELECTIONS, "how the block is chosen"),

@@ -261,6 +261,7 @@ def build_strategy(config: Config) -> RobustStrategy:
         "weighting": config["weighting"],
         "compressor": config["compressor"],
         "error_feedback": config["error-feedback"] == "on",
+        "downlink_compressor": config["downlink-compressor"],
         "shared_coordinates": config["shared-coordinates"] == "on",
         "seed": config["seed"],
         "device": config["device"],

@@ -30,6 +30,7 @@ from torch import Tensor
 from fl_bgmd.aggregators import Aggregate, GeometricMedian
 from fl_bgmd.aggregators.mixing import bucketing_matrix, mix, nearest_neighbor_matrix
 from fl_bgmd.aggregators.rows import vector_norm
+from fl_bgmd.broadcast import MODEL_RECORD, build_downlink, pack_model
 from fl_bgmd.checkpoints import Checkpoints
 from fl_bgmd.compression import RandK, build_compressor
 from fl_bgmd.replies import (
@@ -129,6 +130,10 @@ class RobustStrategy(FedAvg):
         its seed travels down, k values travel up, and the rule works in R^k (Algorithm 2 of Data
         and Diggavi, with ``compressor="scaled-rand-k:..."``). Not for strategies whose state
         belongs to coordinates.
+    downlink_compressor : str
+        ``qsgd`` or ``qsgd:levels``: the model goes down rounded to so many levels, and the updates
+        are those of the rounded model; the server keeps its own. Every client then needs
+        :class:`fl_bgmd.mods.CompressionMod`.
     seed : int
         Of the sampling of nodes and coordinates.
     device : str
@@ -170,6 +175,7 @@ class RobustStrategy(FedAvg):
         compressor: str = "none",
         error_feedback: bool = True,
         shared_coordinates: bool = False,
+        downlink_compressor: str = "none",
         seed: int = 0,
         device: str = "auto",
         **fedavg_options: Any,
@@ -239,13 +245,16 @@ class RobustStrategy(FedAvg):
             )
         self.shared_coordinates = shared_coordinates
         self._coordinates: np.ndarray[Any, np.dtype[np.int64]] | None = None
+        self.downlink_compressor = downlink_compressor
+        self._downlink = build_downlink(downlink_compressor)
         self.seed = seed
         self.device = resolve_device(device)
         self.generator = torch.Generator().manual_seed(seed)
         self._velocity: Tensor | None = None
         self._round = 0
         self._layout: ModelLayout | None = None
-        self._sent: ArrayRecord | None = None
+        self._model: ArrayRecord | None = None
+        self._sent_bytes = 0
         self._asked: list[Metadata] = []
         self._unanswered: set[str] = set()
         self._late = 0
@@ -300,7 +309,7 @@ class RobustStrategy(FedAvg):
     ) -> Iterable[Message]:
         """Sample nodes and send them the model, the round and the round's seed."""
         self._count_late(grid)
-        self._sent = arrays
+        self._model = arrays
         self._layout = ModelLayout(arrays)
         buffers_finite = np.isfinite(self._layout.buffer_values).all()
         if not (np.isfinite(self._layout.values).all() and buffers_finite):
@@ -318,10 +327,15 @@ class RobustStrategy(FedAvg):
             chosen = config["compression-seed"] = config["round-seed"]
             self.compressor = replace(self.compressor, seed=int(cast(int, chosen)))
             self._coordinates = self.compressor.shared_coordinates(self._layout.num_directions)
+        content, received = self._broadcast(arrays, config, int(cast(int, config["round-seed"])))
+        if received is not arrays:
+            self._layout = ModelLayout(received)
+        [sent] = content.array_records.values()
+        self._sent_bytes = sum(len(array.data) for array in sent.values())
         return self._sample_and_send(
             MessageType.TRAIN,
             server_round,
-            RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config}),
+            content,
             grid,
             self.fraction_train,
             self.min_train_nodes,
@@ -333,10 +347,11 @@ class RobustStrategy(FedAvg):
         """Sample nodes and send them the model to evaluate."""
         if self.fraction_evaluate == 0.0:
             return []
+        seed = int(np.random.SeedSequence([self.seed, server_round, 1]).generate_state(1)[0])
         return self._sample_and_send(
             MessageType.EVALUATE,
             server_round,
-            RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config}),
+            self._broadcast(arrays, config, seed)[0],
             grid,
             self.fraction_evaluate,
             self.min_evaluate_nodes,
@@ -350,7 +365,7 @@ class RobustStrategy(FedAvg):
         Raises ``RuntimeError`` when called before :meth:`configure_train`, which keeps the model
         that the updates refer to.
         """
-        if self._layout is None or self._sent is None:
+        if self._layout is None or self._model is None:
             raise RuntimeError("aggregate_train was called before configure_train")
         started = time.perf_counter()
         self._round = server_round
@@ -399,8 +414,8 @@ class RobustStrategy(FedAvg):
         metrics["bytes-up"] = bytes_up
         if rejected:
             metrics["bytes-rejected"] = bytes_rejected
-        metrics["bytes-down"] = len(self._asked) * sum(len(a.data) for a in self._sent.values())
-        arrays = self._sent
+        metrics["bytes-down"] = len(self._asked) * self._sent_bytes
+        arrays = self._model
         if count < self.min_valid_replies:
             self._keep_for_want_of_replies(count, rejected)
         else:
@@ -454,6 +469,18 @@ class RobustStrategy(FedAvg):
         LOG.info("\t\t└── Device: %s", self.device)
 
     # ---------------------------------------------------------------------------- details
+
+    def _broadcast(
+        self, arrays: ArrayRecord, config: ConfigRecord, seed: int
+    ) -> tuple[RecordDict, ArrayRecord]:
+        """Return what goes to the clients, and the model that they make of it."""
+        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+        if self._downlink is None:
+            return content, arrays
+        packed, received = pack_model(arrays, self._downlink, seed)
+        content[self.arrayrecord_key] = packed["arrays"]
+        content[MODEL_RECORD] = packed[MODEL_RECORD]
+        return content, received
 
     def _count_late(self, grid: Grid) -> None:
         """Take in what has come too late for its round: it is counted and thrown away."""
@@ -566,7 +593,9 @@ class RobustStrategy(FedAvg):
                 if self._velocity is not None:
                     update = update + self.server_momentum * self._velocity.to(update)
                 self._velocity = update
-            moved = layout.values - self.server_learning_rate * update.cpu().numpy()
+            assert self._model is not None
+            own = layout if self._downlink is None else ModelLayout(self._model)
+            moved = own.values - self.server_learning_rate * update.cpu().numpy()
             moved = moved.astype(layout.dtype, copy=False)
         metrics["update-norm"] = vector_norm(result.vector)
         if result.weights is not None:
@@ -588,8 +617,8 @@ class RobustStrategy(FedAvg):
         LOG.warning("round %s keeps the model: %s", self._round, reason)
         metrics["diverged"] = 1
         self.load_state_dict(state)
-        assert self._sent is not None
-        return self._sent
+        assert self._model is not None
+        return self._model
 
     def describe(self, result: Aggregate, metrics: MetricRecord) -> None:
         """Add the rule's own diagnostics of a round to ``metrics``; nothing by default."""
