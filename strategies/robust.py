@@ -6,7 +6,7 @@ import random
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -68,8 +68,9 @@ class RobustStrategy(FedAvg):
 
     Parameters
     ----------
-    server_learning_rate : float
-        The new model is ``global - server_learning_rate * update``. Above 0.
+    server_learning_rate : float or callable
+        The new model is ``global - server_learning_rate * update``. Above 0; or a function from
+        the round, from 1 up, to it, which may return 0.
     server_momentum : float
         ``v <- server_momentum * v + update`` and ``v`` takes the update's place. 0 to below 1.
     mixing : {"none", "nearest-neighbor", "bucketing"}
@@ -119,7 +120,7 @@ class RobustStrategy(FedAvg):
     def __init__(
         self,
         *,
-        server_learning_rate: float = 1.0,
+        server_learning_rate: float | Callable[[int], float] = 1.0,
         server_momentum: float = 0.0,
         mixing: str = "none",
         byzantine_fraction: float = 0.25,
@@ -136,7 +137,7 @@ class RobustStrategy(FedAvg):
         require(
             "server_learning_rate",
             server_learning_rate,
-            0 < server_learning_rate < math.inf,
+            callable(server_learning_rate) or 0 < server_learning_rate < math.inf,
             "above 0",
         )
         require("server_momentum", server_momentum, 0 <= server_momentum < 1, "0 to below 1")
@@ -402,7 +403,9 @@ class RobustStrategy(FedAvg):
                 if self._velocity is not None:
                     update = update + self.server_momentum * self._velocity.to(update)
                 self._velocity = update
-            moved = layout.values - self.server_learning_rate * update.cpu().numpy()
+            step = self.server_learning_rate
+            step = step(self._round) if callable(step) else step
+            moved = layout.values - step * update.cpu().numpy()
             moved = moved.astype(layout.dtype, copy=False)
         metrics["update-norm"] = vector_norm(result.vector)
         if result.weights is not None:
