@@ -121,6 +121,9 @@ SETTINGS: dict[str, Setting] = {
     "momentum": _number(float, "of the clients' SGD", 0, 1, below=True),
     "weight-decay": _number(float, "of the clients' SGD"),
     "lr-schedule": _choice(LR_SCHEDULES, "of the clients' learning rate over the rounds"),
+    "server-lr-schedule": _choice(LR_SCHEDULES, "of the server's step over the rounds"),
+    "lr-period": _number(int, "rounds of a cycle of cosine-restarts, of a step of exponential", 1),
+    "lr-decay": _number(float, "factor of each step of exponential", 0, 1, above=True),
     "server-learning-rate": _number(float, "step of the server along the update", 0, above=True),
     "server-momentum": _number(float, "of the server", 0, 1, below=True),
     "dataset": _choice(DATASETS, "real data"),
@@ -294,6 +297,11 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(
             f"weighting is {config['weighting']!r} with strategy {config['strategy']!r}; "
             "allowed: uniform (examples: mean, gmd)"
+        )
+    restarts = "cosine-restarts" in (config["lr-schedule"], config["server-lr-schedule"])
+    if restarts and int(config["lr-period"]) < 2:
+        raise ConfigError(
+            f"lr-period is {config['lr-period']} with cosine-restarts; allowed: 2 or more"
         )
     if config["model"] == "linear":
         raise ConfigError(

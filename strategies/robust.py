@@ -6,7 +6,7 @@ import random
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,8 +84,9 @@ class RobustStrategy(FedAvg):
 
     Parameters
     ----------
-    server_learning_rate : float
-        The new model is ``global - server_learning_rate * update``. Above 0.
+    server_learning_rate : float or callable
+        The new model is ``global - server_learning_rate * update``. Above 0; or a function from
+        the round, from 1 up, to it, which may return 0.
     server_momentum : float
         ``v <- server_momentum * v + update`` and ``v`` takes the update's place. 0 to below 1.
     mixing : {"none", "nearest-neighbor", "bucketing"}
@@ -159,7 +160,7 @@ class RobustStrategy(FedAvg):
     def __init__(
         self,
         *,
-        server_learning_rate: float = 1.0,
+        server_learning_rate: float | Callable[[int], float] = 1.0,
         server_momentum: float = 0.0,
         mixing: str = "none",
         byzantine_fraction: float = 0.25,
@@ -183,7 +184,7 @@ class RobustStrategy(FedAvg):
         require(
             "server_learning_rate",
             server_learning_rate,
-            0 < server_learning_rate < math.inf,
+            callable(server_learning_rate) or 0 < server_learning_rate < math.inf,
             "above 0",
         )
         require("server_momentum", server_momentum, 0 <= server_momentum < 1, "0 to below 1")
@@ -595,7 +596,9 @@ class RobustStrategy(FedAvg):
                 self._velocity = update
             assert self._model is not None
             own = layout if self._downlink is None else ModelLayout(self._model)
-            moved = own.values - self.server_learning_rate * update.cpu().numpy()
+            step = self.server_learning_rate
+            step = step(self._round) if callable(step) else step
+            moved = own.values - step * update.cpu().numpy()
             moved = moved.astype(layout.dtype, copy=False)
         metrics["update-norm"] = vector_norm(result.vector)
         if result.weights is not None:
