@@ -207,7 +207,7 @@ def _run_grid(options: argparse.Namespace, cells: list[Cell]) -> int:
         lines = run_grid(
             cells,
             backend=options.backend,
-            resources=_resources(options),
+            resources=_resources(options, config),
             jobs=options.jobs,
             folder=folder,
             done=done,
@@ -282,7 +282,7 @@ def _run_all(options: argparse.Namespace, configs: dict[str, Config]) -> int:
     """Run each configuration, show the table, write results; return the exit status."""
     first = next(iter(configs.values()))
     load(str(first["dataset"]), str(first["data-dir"]) or None, progress=CONSOLE.print)
-    resources = _resources(options)
+    resources = _resources(options, first)
     folder = _results_folder(first, "compare" if len(configs) > 1 else "run")
     results: dict[str, RunResult] = {}
     with Progress(
@@ -319,8 +319,12 @@ def _run_all(options: argparse.Namespace, configs: dict[str, Config]) -> int:
     return EXIT_RUN_FAILED if failed else 0
 
 
-def _resources(options: argparse.Namespace) -> ClientResources:
-    return ClientResources(options.client_resources_num_cpus, options.client_resources_num_gpus)
+def _resources(options: argparse.Namespace, config: Config) -> ClientResources:
+    # Only Ray joins a cluster.
+    address = str(config["ray-address"]) if options.backend == "ray" else ""
+    return ClientResources(
+        options.client_resources_num_cpus, options.client_resources_num_gpus, address
+    )
 
 
 def _results_folder(config: Config, command: str) -> Path:

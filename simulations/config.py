@@ -6,6 +6,7 @@ The defaults are those of ``[tool.flwr.app.config]`` in ``pyproject.toml``; ``fl
 
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -162,6 +163,12 @@ SETTINGS: dict[str, Setting] = {
     "client-threads": _number(int, "torch threads of a client", 1),
     "evaluate-every": _number(int, "rounds between evaluations on all test examples", 1),
     "round-timeout": _number(float, "seconds to wait for replies", 0, above=True),
+    "ray-address": Setting(
+        str,
+        "HOST:PORT of a running Ray cluster, or empty: a Ray of its own on this machine",
+        lambda value: value == "" or bool(re.fullmatch(r"\S+:\d{1,5}", str(value))),
+        "where the clients of backend ray run",
+    ),
     "results-dir": Setting(str, "a folder", lambda value: value != "", "where results are written"),
 }
 
