@@ -7,10 +7,11 @@ row of the update matrix. It never raises for anything a client can send.
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,8 @@ class Rejection(StrEnum):
 
     ERROR = "error"
     """The client, its process or its node failed: the reply carries an error."""
+    UNASKED = "unasked"
+    """It does not answer a message of this round to the node it comes from."""
     DUPLICATE = "duplicate"
     """The node has replied already in this round."""
     ARRAY_RECORDS = "array-records"
@@ -224,6 +227,7 @@ def screen(
     examples_key: str = "num-examples",
     needs_examples: bool = False,
     seen_nodes: set[int] | None = None,
+    asked: Mapping[str, int] | None = None,
     compressor: Compressor | None = None,
     coordinates: NDArray[np.int64] | None = None,
 ) -> Screened:
@@ -246,6 +250,8 @@ def screen(
         Whether a reply without that metric is rejected rather than counted as 1.
     seen_nodes : set of int, optional
         Nodes that have replied already; the reply's node is added.
+    asked : dict of str to int, optional
+        The node that each message of this round went to, by message id.
     compressor : Compressor, optional
         What clients were asked to pack their updates with; plain arrays are accepted as well.
     coordinates : ndarray, optional
@@ -262,6 +268,8 @@ def screen(
         if reply.has_error():
             raise InvalidReplyError(Rejection.ERROR, f"error reply: {reply.error.reason}")
         node = reply.metadata.src_node_id
+        if asked is not None and asked.get(reply.metadata.reply_to_message_id) != node:
+            raise InvalidReplyError(Rejection.UNASKED, f"node {node} was not asked this")
         if seen_nodes is not None:
             if node in seen_nodes:
                 raise InvalidReplyError(Rejection.DUPLICATE, f"node {node} has replied already")
@@ -306,6 +314,21 @@ def partition_id(reply: Message) -> int | None:
     return None
 
 
+def arrays_to_state(arrays: ArrayRecord) -> dict[str, Any]:
+    """Return arrays as plain values and bytes, for a checkpoint."""
+    return {key: [a.dtype, list(a.shape), a.stype, a.data] for key, a in arrays.items()}
+
+
+def arrays_from_state(state: Mapping[str, Any]) -> ArrayRecord:
+    """Undo :func:`arrays_to_state`."""
+    return ArrayRecord(
+        {
+            key: Array(dtype=dtype, shape=tuple(shape), stype=stype, data=data)
+            for key, (dtype, shape, stype, data) in state.items()
+        }
+    )
+
+
 def median_metrics(metrics: Iterable[dict[str, MetricValue]]) -> MetricRecord:
     """Combine clients' metrics so that no minority can bend them.
 
@@ -321,8 +344,10 @@ def median_metrics(metrics: Iterable[dict[str, MetricValue]]) -> MetricRecord:
     result: dict[str, MetricValue] = {}
     for (key, length), reported in values.items():
         if 2 * len(reported) > len(collected):
-            # Halved: the mean of two middle values must not overflow.
-            middle = 2 * np.median(np.asarray(reported, dtype=np.float64) / 2, axis=0)
+            ordered = np.sort(np.asarray(reported, dtype=np.float64), axis=0)
+            low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+            # The mean of the two must neither overflow nor lose the smallest of numbers.
+            middle = np.where(low == high, low, low / 2 + high / 2)
             result[key] = float(middle) if length < 0 else [float(value) for value in middle]
     return MetricRecord(result)
 

@@ -7,6 +7,7 @@ counts what was played, its own and the clients'.
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from fl_bgmd.replies import (
     partition_id,
     screen,
 )
+from simulations.grid import InProcessGrid
 
 
 class AdversarialGrid(Grid):
@@ -125,6 +127,17 @@ class AdversarialGrid(Grid):
             for partition in colluding:
                 if playing[partition] == name:
                     _replace(by_partition[partition], name, vector, layout)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the rounds to come depend on, the inner grid's included."""
+        inner = self._inner.state_dict() if isinstance(self._inner, InProcessGrid) else None
+        return {"played": dict(self.played), "inner": inner}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned."""
+        self.played = Counter(state["played"])
+        if isinstance(self._inner, InProcessGrid) and state["inner"] is not None:
+            self._inner.load_state_dict(state["inner"])
 
     # ------------------------------------------------------------- everything else is passed on
 

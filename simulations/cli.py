@@ -181,7 +181,16 @@ def _compare(options: argparse.Namespace) -> int:
     attacks = columns(str(given.pop("attack", "none")))
     if len(attacks) == 1 and options.seeds == 1:
         given["attack"] = attacks[0]
-        return _run_all(options, {name: validate(given | row) for name, row in rows.items()})
+        configs = {name: validate(given | row) for name, row in rows.items()}
+        for name, config in configs.items():
+            if folder := config["checkpoint-dir"]:
+                config["checkpoint-dir"] = str(Path(str(folder)) / name)
+        return _run_all(options, configs)
+    if given.get("checkpoint-dir"):
+        raise ConfigError(
+            f"checkpoint-dir is {given['checkpoint-dir']!r} with a grid of runs; allowed: '', for "
+            "it needs one for each"
+        )
     sweep = len(attacks) > 1 and not options.no_sweep
     return _run_grid(options, plan_grid(given, rows, attacks, options.seeds, sweep=sweep))
 

@@ -22,7 +22,7 @@ from fl_bgmd.compression import COMPRESSORS, build_compressor
 from fl_bgmd.data import DATASETS, SCHEMES
 from fl_bgmd.models import MODELS
 from fl_bgmd.shares import floor_share
-from fl_bgmd.strategies import MIXINGS, NORMS, WEIGHTINGS, resolve_device
+from fl_bgmd.strategies import MIXINGS, NORMS, TOO_FEW_NODES, WEIGHTINGS, resolve_device
 
 Value = bool | int | float | str
 Config = dict[str, Value]
@@ -128,6 +128,7 @@ SETTINGS: dict[str, Setting] = {
         float, "hostile fraction the server prepares for", 0, 0.5, below=True
     ),
     "min-valid-replies": _number(int, "with fewer the round keeps the model", 1),
+    "max-empty-rounds": _number(int, "so many of these in a row end the run", 1),
     "min-available-clients": _number(int, "connected clients a round waits for; 0: num-clients"),
     "weighting": _choice(WEIGHTINGS, "of the clients"),
     "compressor": Setting(
@@ -163,10 +164,19 @@ SETTINGS: dict[str, Setting] = {
     "client-threads": _number(int, "torch threads of a client", 1),
     "evaluate-every": _number(int, "rounds between evaluations on all test examples", 1),
     "round-timeout": _number(float, "seconds to wait for replies", 0, above=True),
+    "node-wait-timeout": _number(float, "seconds to wait for num-clients nodes", 0, above=True),
+    "too-few-nodes": _choice(TOO_FEW_NODES, "what happens when they are not there by then"),
+    "bench-after": _number(int, "bad rounds in a row after which a client sits out; 0: never"),
+    "bench-rounds": _number(int, "for how many rounds", 1),
+    "checkpoint-dir": Setting(
+        str, "a folder, or empty", lambda _: True, "to go on from; one a run"
+    ),
+    "checkpoint-every": _number(int, "rounds between checkpoints", 1),
+    "checkpoint-keep": _number(int, "how many of the last checkpoints stay", 1),
     "ray-address": Setting(
         str,
         "HOST:PORT of a running Ray cluster, or empty: a Ray of its own on this machine",
-        lambda value: value == "" or bool(re.fullmatch(r"\S+:\d{1,5}", str(value))),
+        lambda value: value == "" or bool(re.fullmatch(r"[^\s/]+:\d{1,5}", str(value))),
         "where the clients of backend ray run",
     ),
     "results-dir": Setting(str, "a folder", lambda value: value != "", "where results are written"),

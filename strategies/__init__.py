@@ -7,8 +7,9 @@ from .gmd import GMD
 from .krum import Krum, MultiKrum
 from .mean import Mean
 from .norm_threshold import NORMS, NormThreshold
-from .robust import MIXINGS, WEIGHTINGS, RobustStrategy, resolve_device
+from .robust import MIXINGS, TOO_FEW_NODES, WEIGHTINGS, RobustStrategy, resolve_device
 from .robust_filter import RobustFilter
+from .rounds import EmptyRoundsError, MissingNodesError
 
 __all__ = [
     "BGMD",
@@ -17,11 +18,14 @@ __all__ = [
     "MIXINGS",
     "NORMS",
     "QBGMD",
+    "TOO_FEW_NODES",
     "WEIGHTINGS",
     "CenteredClipping",
+    "EmptyRoundsError",
     "FedBGMD",
     "Krum",
     "Mean",
+    "MissingNodesError",
     "MultiKrum",
     "NormThreshold",
     "RobustFilter",

@@ -7,19 +7,30 @@ import time
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    Metadata,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
 from fl_bgmd.aggregators import Aggregate, GeometricMedian
 from fl_bgmd.aggregators.mixing import bucketing_matrix, mix, nearest_neighbor_matrix
 from fl_bgmd.aggregators.rows import vector_norm
+from fl_bgmd.checkpoints import Checkpoints
 from fl_bgmd.compression import RandK, build_compressor
 from fl_bgmd.replies import (
     BUFFER_DTYPE,
@@ -31,8 +42,12 @@ from fl_bgmd.replies import (
 )
 from fl_bgmd.shares import floor_share
 
+from .reputation import Reputation
+from .rounds import EmptyRoundsError, EvaluateFn, MissingNodesError, run_rounds
+
 MIXINGS = ("none", "nearest-neighbor", "bucketing")
 WEIGHTINGS = ("uniform", "examples")
+TOO_FEW_NODES = ("fail", "go-on")
 
 LOG = logging.getLogger("flwr.fl_bgmd")
 
@@ -85,6 +100,23 @@ class RobustStrategy(FedAvg):
         strategies with ``weightable`` set allow it.
     min_valid_replies : int
         With fewer accepted replies the round keeps the model.
+    max_empty_rounds : int
+        After so many of these rounds in a row the run ends with :class:`.EmptyRoundsError`. 1 or
+        more.
+    node_wait_timeout : float
+        Seconds to wait for enough nodes to be connected. Above 0.
+    too_few_nodes : {"fail", "go-on"}
+        What happens then: the run ends with :class:`.MissingNodesError`, or the round goes on with
+        the nodes that are there.
+    bench_after : int
+        Nodes whose replies are rejected, or get next to no weight where the rule's weights tell,
+        in so many of their rounds in a row sit out the next ``bench_rounds`` (see
+        :class:`.reputation.Reputation`), at most ``floor(byzantine_fraction n)`` at a time. 0: no
+        bench.
+    bench_rounds : int
+        1 or more.
+    checkpoints : Checkpoints or path, optional
+        Where :meth:`start` keeps the state of the run, and goes on from.
     compressor : str
         What clients with :class:`fl_bgmd.mods.CompressionMod` pack their updates with: see
         :func:`fl_bgmd.compression.build_compressor`. ``none`` asks for nothing. Clients without
@@ -116,6 +148,9 @@ class RobustStrategy(FedAvg):
     can_share_coordinates = True
     """Whether rows may be of other coordinates in each round."""
 
+    weights_tell = False
+    """Whether a weight near zero speaks against a client: not where rules leave out honest ones."""
+
     def __init__(
         self,
         *,
@@ -126,6 +161,12 @@ class RobustStrategy(FedAvg):
         bucket_size: int = 2,
         weighting: str = "uniform",
         min_valid_replies: int = 1,
+        max_empty_rounds: int = 10,
+        node_wait_timeout: float = 600.0,
+        too_few_nodes: str = "fail",
+        bench_after: int = 0,
+        bench_rounds: int = 10,
+        checkpoints: Checkpoints | str | Path | None = None,
         compressor: str = "none",
         error_feedback: bool = True,
         shared_coordinates: bool = False,
@@ -151,6 +192,16 @@ class RobustStrategy(FedAvg):
         allowed = WEIGHTINGS if self.weightable else WEIGHTINGS[:1]
         require("weighting", weighting, weighting in allowed, ", ".join(allowed))
         require("min_valid_replies", min_valid_replies, min_valid_replies >= 1, "1 or more")
+        require("max_empty_rounds", max_empty_rounds, max_empty_rounds >= 1, "1 or more")
+        require("node_wait_timeout", node_wait_timeout, node_wait_timeout > 0, "above 0")
+        require(
+            "too_few_nodes",
+            too_few_nodes,
+            too_few_nodes in TOO_FEW_NODES,
+            ", ".join(TOO_FEW_NODES),
+        )
+        require("bench_after", bench_after, bench_after >= 0, "0 or more")
+        require("bench_rounds", bench_rounds, bench_rounds >= 1, "1 or more")
         require("seed", seed, 0 <= seed < 2**63, "0 to below 2^63")
         metrics_given = {
             name: fedavg_options.get(name)
@@ -165,6 +216,15 @@ class RobustStrategy(FedAvg):
         self.bucket_size = bucket_size
         self.weighting = weighting
         self.min_valid_replies = min_valid_replies
+        self.max_empty_rounds = max_empty_rounds
+        self.node_wait_timeout = node_wait_timeout
+        self.too_few_nodes = too_few_nodes
+        if isinstance(checkpoints, str | Path):
+            checkpoints = Checkpoints(checkpoints)
+        self._checkpoints = checkpoints
+        self._reputation = Reputation(bench_after, bench_rounds)
+        self.bench_after = bench_after
+        self.bench_rounds = bench_rounds
         self.compressor = None if compressor == "none" else build_compressor(compressor)
         self.error_feedback = error_feedback
         if shared_coordinates and not isinstance(self.compressor, RandK):
@@ -186,7 +246,10 @@ class RobustStrategy(FedAvg):
         self._round = 0
         self._layout: ModelLayout | None = None
         self._sent: ArrayRecord | None = None
-        self._asked: set[int] = set()
+        self._asked: list[Metadata] = []
+        self._unanswered: set[str] = set()
+        self._late = 0
+        self._empty_rounds = 0
 
     @abstractmethod
     def aggregate(self, current: Round) -> Aggregate:
@@ -194,10 +257,49 @@ class RobustStrategy(FedAvg):
 
     # ---------------------------------------------------------------- Flower's side of a round
 
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+    ) -> Result:
+        """Run the rounds, as :meth:`flwr.serverapp.strategy.Strategy.start`.
+
+        With ``checkpoints`` the run goes on from the newest one, ``initial_arrays`` then only says
+        what the model looks like.
+
+        Raises
+        ------
+        EmptyRoundsError
+            After ``max_empty_rounds`` rounds in a row without enough valid replies.
+        MissingNodesError
+            When ``too_few_nodes`` is ``fail`` and nodes are missing after ``node_wait_timeout``.
+        CheckpointError
+            For a checkpoint of another strategy, model or configuration.
+        """
+        self.summary()
+        with nullcontext() if self._checkpoints is None else self._checkpoints.locked():
+            return run_rounds(
+                self,
+                grid,
+                initial_arrays,
+                num_rounds=num_rounds,
+                timeout=timeout,
+                train_config=ConfigRecord() if train_config is None else train_config,
+                evaluate_config=ConfigRecord() if evaluate_config is None else evaluate_config,
+                evaluate_fn=evaluate_fn,
+                checkpoints=self._checkpoints,
+            )
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Sample nodes and send them the model, the round and the round's seed."""
+        self._count_late(grid)
         self._sent = arrays
         self._layout = ModelLayout(arrays)
         buffers_finite = np.isfinite(self._layout.buffer_values).all()
@@ -216,7 +318,7 @@ class RobustStrategy(FedAvg):
             chosen = config["compression-seed"] = config["round-seed"]
             self.compressor = replace(self.compressor, seed=int(cast(int, chosen)))
             self._coordinates = self.compressor.shared_coordinates(self._layout.num_directions)
-        messages = self._sample_and_send(
+        return self._sample_and_send(
             MessageType.TRAIN,
             server_round,
             RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config}),
@@ -224,8 +326,6 @@ class RobustStrategy(FedAvg):
             self.fraction_train,
             self.min_train_nodes,
         )
-        self._asked = {message.metadata.dst_node_id for message in messages}
-        return messages
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -265,10 +365,12 @@ class RobustStrategy(FedAvg):
         nodes: list[int] = []
         contents: list[RecordDict] = []
         rejected: Counter[str] = Counter()
+        suspects: list[int] = []
         bytes_up = bytes_rejected = 0
         for message, screened in self._screen_all(messages, layout, rows, buffers):
             if screened.reason is not None:
                 rejected[screened.reason.value] += 1
+                suspects.append(message.metadata.src_node_id)
                 bytes_rejected += _array_bytes(message)
                 continue
             bytes_up += _array_bytes(message)
@@ -279,7 +381,9 @@ class RobustStrategy(FedAvg):
         count = len(accepted)
         LOG.info("aggregate_train: accepted %s replies, rejected %s", count, rejected.total())
         # The error reply that Flower makes up for a dead node does not name it.
-        for node in sorted(self._asked - {m.metadata.src_node_id for m in messages}):
+        silent = {sent.dst_node_id for sent in self._asked}
+        silent -= {message.metadata.src_node_id for message in messages}
+        for node in sorted(silent):
             LOG.warning("round %s: no reply from node %s", server_round, node)
 
         metrics = self._metrics("train", accepted, contents)
@@ -287,24 +391,25 @@ class RobustStrategy(FedAvg):
         metrics["rejected"] = rejected.total()
         for reason, number in sorted(rejected.items()):
             metrics[f"rejected-{reason}"] = number
+        answered = {message.metadata.reply_to_message_id for message in messages}
+        self._unanswered |= {sent.message_id for sent in self._asked} - answered - {""}
         metrics["missing"] = max(0, len(self._asked) - len(messages))
+        if self._late:
+            metrics["late"] = self._late
         metrics["bytes-up"] = bytes_up
         if rejected:
             metrics["bytes-rejected"] = bytes_rejected
         metrics["bytes-down"] = len(self._asked) * sum(len(a.data) for a in self._sent.values())
         arrays = self._sent
         if count < self.min_valid_replies:
-            LOG.warning(
-                "round %s keeps the model: %s valid replies, min_valid_replies is %s",
-                server_round,
-                count,
-                self.min_valid_replies,
-            )
+            self._keep_for_want_of_replies(count, rejected)
         else:
+            self._empty_rounds = 0
             current = Round(
                 rows[:count].to(self.device), self._weights(accepted), nodes, _norms(accepted)
             )
             arrays = self._step(layout, current, buffers[:count], metrics)
+        self._judge(suspects, nodes, metrics)
         metrics["aggregation-seconds"] = time.perf_counter() - started
         return arrays, metrics
 
@@ -328,6 +433,8 @@ class RobustStrategy(FedAvg):
             "round": self._round,
             "generator": self.generator.get_state(),
             "velocity": self._velocity,
+            "empty-rounds": self._empty_rounds,
+            "reputation": self._reputation.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -335,6 +442,8 @@ class RobustStrategy(FedAvg):
         self._round = int(state["round"])
         self.generator.set_state(state["generator"])
         self._velocity = state["velocity"]
+        self._empty_rounds = int(state["empty-rounds"])
+        self._reputation.load_state_dict(state["reputation"])
 
     def summary(self) -> None:
         """Log the configuration of the strategy."""
@@ -346,6 +455,55 @@ class RobustStrategy(FedAvg):
 
     # ---------------------------------------------------------------------------- details
 
+    def _count_late(self, grid: Grid) -> None:
+        """Take in what has come too late for its round: it is counted and thrown away."""
+        self._late = 0
+        if not self._unanswered:
+            return
+        for reply in grid.pull_messages(sorted(self._unanswered)):
+            self._unanswered.discard(reply.metadata.reply_to_message_id)
+            if not reply.has_error():
+                self._late += 1
+                LOG.warning("node %s replied too late: discarded", reply.metadata.src_node_id)
+
+    def _keep_for_want_of_replies(self, count: int, rejected: Counter[str]) -> None:
+        """Log that the round keeps the model; end the run if that has gone on for too long."""
+        self._empty_rounds += 1
+        LOG.warning(
+            "round %s keeps the model: %s valid replies, min_valid_replies is %s",
+            self._round,
+            count,
+            self.min_valid_replies,
+        )
+        if self._empty_rounds >= self.max_empty_rounds:
+            reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(rejected.items()))
+            raise EmptyRoundsError(
+                f"{self._empty_rounds} rounds in a row had fewer than {self.min_valid_replies} "
+                f"valid replies; in round {self._round}: {len(self._asked)} nodes asked, {count} "
+                f"replies accepted, rejected: {reasons or 'none'}"
+            )
+
+    def _judge(self, suspects: list[int], nodes: list[int], metrics: MetricRecord) -> None:
+        """Hold the round against the nodes that did badly; log who goes to the bench and why."""
+        asked = [sent.dst_node_id for sent in self._asked]
+        weights = metrics.get("client-weights") if self.weights_tell else None
+        for node, rounds in self._reputation.judge(
+            self._round,
+            [node for node in suspects if node in asked],
+            dict(zip(nodes, weights, strict=True)) if isinstance(weights, list) else {},
+            nodes,
+            floor_share(self.byzantine_fraction, len(asked)),
+        ):
+            LOG.warning(
+                "node %s sits out %s rounds: in its last %s its replies were rejected or had less "
+                "than a tenth of the median weight",
+                node,
+                self.bench_rounds,
+                rounds,
+            )
+        if benched := self._reputation.benched(self._round + 1):
+            metrics["benched"] = len(benched)
+
     def _screen_all(
         self,
         messages: list[Message],
@@ -356,6 +514,8 @@ class RobustStrategy(FedAvg):
         """Screen each reply, accepted ones into consecutive rows; log each rejection once."""
         filled = 0
         seen: set[int] = set()
+        # A grid of somebody's own may not number its messages.
+        asked = {sent.message_id: sent.dst_node_id for sent in self._asked}
         for message in messages:
             node = message.metadata.src_node_id
             screened = screen(
@@ -367,6 +527,7 @@ class RobustStrategy(FedAvg):
                 # Flower's own combiners, and those written like them, read it from every reply.
                 needs_examples=self.weighting == "examples" or not all(self._own_metrics.values()),
                 seen_nodes=seen,
+                asked=None if "" in asked or not asked else asked,
                 compressor=self.compressor,
                 coordinates=self._coordinates,
             )
@@ -480,16 +641,38 @@ class RobustStrategy(FedAvg):
         minimum: int,
     ) -> list[Message]:
         """Sample nodes once enough are there, the same ones for the same seed and node ids."""
-        needed = max(self.min_available_nodes, minimum)
-        while len(nodes := sorted(grid.get_node_ids())) < needed:
-            LOG.info("waiting for nodes: %s connected, %s needed", len(nodes), needed)
-            time.sleep(1)
-        count = min(len(nodes), max(floor_share(fraction, len(nodes)), minimum))
+        nodes = self._wait_for_nodes(grid, max(self.min_available_nodes, minimum))
+        count = max(floor_share(fraction, len(nodes)), minimum)
+        benched = self._reputation.benched(server_round)
+        nodes = [node for node in nodes if node not in benched]
+        count = min(len(nodes), count)
         draw = random.Random(f"{self.seed}-{server_round}-{message_type}")
         chosen = sorted(draw.sample(nodes, count))
         LOG.info("%s: sampled %s nodes (out of %s)", message_type, count, len(nodes))
         record.config_records[self.configrecord_key]["server-round"] = server_round
-        return list(self._construct_messages(record, chosen, message_type))
+        messages = list(self._construct_messages(record, chosen, message_type))
+        self._asked = [message.metadata for message in messages]
+        return messages
+
+    def _wait_for_nodes(self, grid: Grid, needed: int) -> list[int]:
+        """Return the connected nodes' ids, ascending, once ``needed`` are there or time is up."""
+        deadline = time.monotonic() + self.node_wait_timeout
+        while len(nodes := sorted(grid.get_node_ids())) < needed:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                found = (
+                    f"{len(nodes)} nodes are connected after {self.node_wait_timeout:g} s and "
+                    f"{needed} are needed"
+                )
+                if self.too_few_nodes == "fail":
+                    raise MissingNodesError(
+                        f"{found} (min_available_nodes, node_wait_timeout, too_few_nodes)"
+                    )
+                LOG.warning("%s: the round goes on with those", found)
+                break
+            LOG.info("waiting for nodes: %s connected, %s needed", len(nodes), needed)
+            time.sleep(min(1.0, left))
+        return nodes
 
 
 def resolve_device(device: str) -> torch.device:

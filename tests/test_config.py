@@ -53,18 +53,25 @@ BAD: dict[str, list[Any]] = {
     "bucket-size": [0, -1],
     "assumed-byzantine-fraction": [-0.1, 0.5, 0.9, NAN],
     "min-valid-replies": [0, -1],
+    "max-empty-rounds": [0, -1],
+    "min-available-clients": [-1],
     "weighting": ["size", ""],
     "gmd.solver": ["newton", ""],
     "bgmd.block-fraction": [0.0, -0.1, 1.1, NAN],
     "bgmd.selection": ["first", ""],
     "bgmd.score": ["variance", ""],
     "bgmd.memory": ["median", ""],
+    "compressor": ["zip", "", "top-k:0", "top-k:2", "qsgd:0", "none:1", "low-rank:x"],
+    "error-feedback": ["yes", ""],
+    "shared-coordinates": ["yes", ""],
     "norm-threshold.order": [0.5, -1.0, NAN],
+    "norm-threshold.norms": ["claimed", ""],
     "robust-filter.sigma0": [-1.0, NAN, INF],
     "multi-krum.num-selected": [-1],
     "centered-clipping.radius": [-1.0, NAN, INF],
     "attack": ["smile", ""],
     "attack.scale": [-1.0, NAN, INF],
+    "attack.preset": ["default", ""],
     "byzantine-fraction": [-0.1, 1.1, NAN, INF],
     "byzantine-selection": ["often", ""],
     "seed": [-1, 2**31 + 1],
@@ -72,6 +79,14 @@ BAD: dict[str, list[Any]] = {
     "client-threads": [0, -1],
     "evaluate-every": [0, -1],
     "round-timeout": [0.0, -1.0, NAN, INF],
+    "ray-address": ["auto", "10.0.0.1", "ray://10.0.0.1:10001"],
+    "node-wait-timeout": [0.0, -1.0, NAN, INF],
+    "too-few-nodes": ["wait", ""],
+    "bench-after": [-1],
+    "bench-rounds": [0, -1],
+    "checkpoint-dir": [],
+    "checkpoint-every": [0, -1],
+    "checkpoint-keep": [0, -1],
     "results-dir": [""],
 }
 
@@ -174,6 +189,7 @@ def test_a_number_beyond_all_range_is_refused_like_any_other(key: str) -> None:
         ("alpha", [1e-9, 1e6]),
         ("device", ["cpu", "auto"]),
         ("data-dir", ["", "/somewhere/else"]),
+        ("checkpoint-dir", ["", "/somewhere/else"]),
         ("lr-schedule", ["constant", "cosine", "exponential"]),
         ("strategy", list(STRATEGIES)),
     ],
@@ -235,7 +251,14 @@ def test_an_attack_needs_hostile_clients(attack: str) -> None:
         message = refusal(given)
         assert message.startswith(f"attack is '{attack}' with byzantine-fraction {fraction}: ")
         assert message.endswith("allowed: byzantine-fraction of 0.1 or more")
-    assert validate({"attack": attack, "byzantine-fraction": 0.1, "num-clients": 10})
+    # alie takes the spread of the hostile clients' own updates: one alone has none.
+    enough = 0.2 if attack == "alie" else 0.1
+    assert validate({"attack": attack, "byzantine-fraction": enough, "num-clients": 10})
+
+
+def test_alie_needs_two_hostile_clients() -> None:
+    message = refusal({"attack": "alie", "byzantine-fraction": 0.1, "num-clients": 10})
+    assert message.startswith("attack is 'alie' with 1 hostile client; allowed: 2 or more")
 
 
 def test_the_share_that_the_message_names_is_enough() -> None:

@@ -106,10 +106,11 @@ class TopK:
 
     def encode(self, vector: Tensor) -> bytes:
         """Return values and indices."""
-        k = _count(self.fraction, len(vector))
-        chosen = torch.topk(vector.abs(), k, sorted=False).indices.sort().values
-        values = _floats(vector[chosen]).tobytes()
-        return values + pack_indices(chosen.numpy(), len(vector)).tobytes()
+        sizes = vector.detach().abs()
+        sizes = sizes if sizes.dtype == torch.float64 else sizes.float()  # NumPy has no bfloat16
+        chosen = _largest(sizes.numpy(), _count(self.fraction, len(vector)))
+        values = _floats(vector[torch.from_numpy(chosen)]).tobytes()
+        return values + pack_indices(chosen, len(vector)).tobytes()
 
     def decode(self, data: bytes, size: int) -> Tensor:
         """Return the values in their places, 0 elsewhere."""
@@ -378,9 +379,12 @@ class LowRank:
                 parts.append(values)
                 continue
             matrix = values.view(rows, columns)
-            matrix = (matrix if rows <= columns else matrix.T).double()
-            directions = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:]
-            parts += [directions.flatten(), (directions.T @ matrix).flatten()]
+            matrix = matrix if rows <= columns else matrix.T
+            scale = matrix.abs().max().clamp_min(torch.finfo(matrix.dtype).tiny)
+            scaled = (matrix / scale).float()  # whose squares neither overflow nor vanish
+            directions = torch.linalg.eigh(scaled @ scaled.T).eigenvectors[:, -rank:]
+            coefficients = (directions.T @ scaled).to(scale.dtype) * scale
+            parts += [directions.flatten(), coefficients.flatten()]
         return _floats(torch.cat([part.float() for part in parts])).tobytes()
 
     def decode(self, data: bytes, size: int) -> Tensor:
@@ -416,6 +420,18 @@ class LowRank:
         """Return the least ``rank / min(rows, columns)`` of the layers."""
         kept = [rank / min(rows, cols) for rows, cols, rank in self._layers(size) if rank]
         return min(kept, default=1.0)
+
+
+def _largest(sizes: NDArray[np.floating], count: int) -> NDArray[np.int64]:
+    """Return where the ``count`` largest values are, ascending; of equal ones the first."""
+    least = np.partition(sizes, len(sizes) - count)[len(sizes) - count]
+    above = np.flatnonzero(sizes > least)
+    if len(above) == count:
+        return above
+    equal = np.flatnonzero(sizes == least)[: count - len(above)]
+    chosen = np.concatenate([above, equal])
+    chosen.sort()
+    return chosen
 
 
 def _floats(vector: Tensor) -> NDArray[np.float32]:
