@@ -206,7 +206,7 @@ def _run_grid(options: argparse.Namespace, cells: list[Cell]) -> int:
     config = cells[0].config
     load(str(config["dataset"]), str(config["data-dir"]) or None, progress=CONSOLE.print)
     folder = _results_folder(config, "compare")
-    lines = _run_cells(cells, folder, options.jobs, options.backend, _resources(options))
+    lines = _run_cells(cells, folder, options.jobs, options.backend, _resources(options, config))
     fraction = max(float(cell.config["byzantine-fraction"]) for cell in cells)
     title = (
         f"{config['dataset']}, {config['model']}, {config['num-clients']} clients "
@@ -327,7 +327,7 @@ def _run_all(options: argparse.Namespace, configs: dict[str, Config]) -> int:
     """Run each configuration, show the table, write results; return the exit status."""
     first = next(iter(configs.values()))
     load(str(first["dataset"]), str(first["data-dir"]) or None, progress=CONSOLE.print)
-    resources = _resources(options)
+    resources = _resources(options, first)
     folder = _results_folder(first, "compare" if len(configs) > 1 else "run")
     results: dict[str, RunResult] = {}
     with Progress(
@@ -364,8 +364,12 @@ def _run_all(options: argparse.Namespace, configs: dict[str, Config]) -> int:
     return EXIT_RUN_FAILED if failed else 0
 
 
-def _resources(options: argparse.Namespace) -> ClientResources:
-    return ClientResources(options.client_resources_num_cpus, options.client_resources_num_gpus)
+def _resources(options: argparse.Namespace, config: Config) -> ClientResources:
+    # Only Ray joins a cluster.
+    address = str(config["ray-address"]) if options.backend == "ray" else ""
+    return ClientResources(
+        options.client_resources_num_cpus, options.client_resources_num_gpus, address
+    )
 
 
 def _results_folder(config: Config, command: str) -> Path:

@@ -6,6 +6,7 @@ The defaults are those of ``[tool.flwr.app.config]`` in ``pyproject.toml``; ``fl
 
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -187,6 +188,12 @@ SETTINGS: dict[str, Setting] = {
     ),
     "checkpoint-every": _number(int, "rounds between checkpoints", 1),
     "checkpoint-keep": _number(int, "how many of the last checkpoints stay", 1),
+    "ray-address": Setting(
+        str,
+        "HOST:PORT of a running Ray cluster, or empty: a Ray of its own on this machine",
+        lambda value: value == "" or bool(re.fullmatch(r"[^\s/]+:\d{1,5}", str(value))),
+        "where the clients of backend ray run",
+    ),
     "results-dir": Setting(str, "a folder", lambda value: value != "", "where results are written"),
 }
 

@@ -243,16 +243,23 @@ def _history(outcome: Result) -> list[dict[str, Any]]:
 def checkpoints_of(config: Config) -> Checkpoints | None:
     """Return where a validated configuration wants its checkpoints, None for nowhere.
 
-    Folders are not part of what a run is; everything else must be as it was.
+    Folders and machines are not part of what a run is; everything else must be as it was.
     """
     if not config["checkpoint-dir"]:
         return None
-    folders = ("checkpoint-dir", "checkpoint-every", "checkpoint-keep", "data-dir", "results-dir")
+    elsewhere = (
+        "checkpoint-dir",
+        "checkpoint-every",
+        "checkpoint-keep",
+        "data-dir",
+        "ray-address",
+        "results-dir",
+    )
     return Checkpoints(
         str(config["checkpoint-dir"]),
         keep=int(config["checkpoint-keep"]),
         every=int(config["checkpoint-every"]),
-        identity={key: value for key, value in config.items() if key not in folders},
+        identity={key: value for key, value in config.items() if key not in elsewhere},
     )
 
 

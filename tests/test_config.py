@@ -80,6 +80,7 @@ BAD: dict[str, list[Any]] = {
     "client-threads": [0, -1],
     "evaluate-every": [0, -1],
     "round-timeout": [0.0, -1.0, NAN, INF],
+    "ray-address": ["auto", "10.0.0.1", "ray://10.0.0.1:10001"],
     "node-wait-timeout": [0.0, -1.0, NAN, INF],
     "too-few-nodes": ["wait", ""],
     "bench-after": [-1],

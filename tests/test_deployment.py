@@ -35,7 +35,8 @@ BIN = Path(sys.executable).parent
 LINK, SUPERLINK, PORT = "link", "10.77.0.1", 9092
 HONEST, KILLED, SLOW, FLIPPED, MALFORMED = range(5)
 HOSTILE = {FLIPPED: "bit-flip", MALFORMED: "malformed"}
-NUM_NODES, ROUNDS, KILLED_IN_ROUND, DEADLINE = 5, 6, 2, 75
+NUM_NODES, ROUNDS, DEADLINE = 5, 6, 75
+KILLED_IN_ROUND, LINK_KILLED_IN_ROUND = 2, 4
 DELAY, LOSS = 0.1, 0.05  # of the slow node's cable, each way
 
 CONFIG: Config = {
@@ -215,14 +216,19 @@ class Federation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left behind."""
+    """What a run left behind, before and after the SuperLink's crash."""
 
-    output: str
-    status: str
+    before: str
+    after: str
+    statuses: list[str]
     restart: str
     record: dict[str, Any]
     rounds: list[dict[str, Any]]
     seconds: float
+
+    @property
+    def output(self) -> str:
+        return self.before + self.after
 
 
 @pytest.fixture(scope="module")
@@ -254,43 +260,77 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
 
 @pytest.fixture(scope="module")
 def outcome(federation: Federation) -> Outcome:
-    """Run the app; one node loses power in the middle of a round and comes back."""
-    operator, killed = federation.operator, federation.nodes[KILLED]
-    settings = " ".join(f"{key}={value!r}" for key, value in CONFIG.items())
-    words = ["flwr", "run", ROOT, "lan", "--stream", "--run-config", settings]
-    output = operator.folder / "run.log"
+    """Run the app; a node and later the SuperLink lose power in a round and come back."""
+    operator, link = federation.operator, federation.link
+    killed, service = federation.nodes[KILLED], f"supernode-{KILLED}"
+    config = CONFIG | {"checkpoint-dir": str(link.folder / "checkpoints")}
+    settings = " ".join(f"{key}={value!r}" for key, value in config.items())
     started = time.monotonic()
-    with output.open("w") as stream:
-        run = subprocess.Popen(
-            operator.command(DEPLOY, *words),
-            env=operator.environment(),
-            stdout=stream,
-            stderr=stream,
-        )
-        try:
-            service = f"supernode-{KILLED}"
-            wait_until(
-                lambda: killed.log(service).count("Receiving: train message") >= KILLED_IN_ROUND,
-                run,
-            )
-            wait_until(lambda: any("clientapp" in words for words in commands(killed)), run)
-            killed.lose_power()
-            restart = killed.deploy("start", service, START_TIMEOUT="150").stderr
-            run.wait(timeout=400)
-        finally:
-            run.kill()
-            run.wait()
+
+    first = Run(operator, settings, "first.log")
+    try:
+        first.wait_until(lambda: trains(killed, service, KILLED_IN_ROUND))
+        killed.lose_power()
+        restart = killed.deploy("start", service, START_TIMEOUT="150").stderr
+        honest = federation.nodes[HONEST], f"supernode-{HONEST}"
+        first.wait_until(lambda: trains(*honest, LINK_KILLED_IN_ROUND))
+        link.lose_power()
+    finally:
+        first.end()
+    link.deploy("start", "superlink")
+    again = Run(operator, settings, "again.log")
+    try:
+        again.process.wait(timeout=400)
+    finally:
+        again.end()
+
     listed = json.loads(operator.deploy("flwr", "list", "--format", "json").stdout)["runs"]
-    [folder] = (federation.link.folder / "work" / "results").iterdir()
+    [folder] = (link.folder / "work" / "results").iterdir()
     lines = (folder / "rounds.jsonl").read_text().splitlines()
     return Outcome(
-        output.read_text(),
-        listed[0]["status"],
+        first.output(),
+        again.output(),
+        sorted(entry["status"] for entry in listed),
         restart,
         json.loads((folder / "run.json").read_text()),
         [json.loads(line) for line in lines],
         time.monotonic() - started,
     )
+
+
+class Run:
+    """`flwr run` by the operator."""
+
+    def __init__(self, operator: Host, settings: str, log: str) -> None:
+        words = ["flwr", "run", ROOT, "lan", "--stream", "--run-config", settings]
+        self.path = operator.folder / log
+        with self.path.open("w") as stream:
+            self.process = subprocess.Popen(
+                operator.command(DEPLOY, *words),
+                env=operator.environment(),
+                stdout=stream,
+                stderr=stream,
+            )
+
+    def wait_until(self, holds: Callable[[], bool], seconds: float = 300) -> None:
+        deadline = time.monotonic() + seconds
+        while not holds():
+            assert self.process.poll() is None, self.output()
+            assert time.monotonic() < deadline, f"waited {seconds} s in vain: {self.output()}"
+            time.sleep(0.1)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def output(self) -> str:
+        return self.path.read_text(errors="replace")
+
+
+def trains(host: Host, service: str, number: int) -> bool:
+    """Return whether a node is at work on its ``number``-th message."""
+    received = host.log(service).count("Receiving: train message")
+    return received >= number and any("clientapp" in words for words in commands(host))
 
 
 def copy_ca(link: Host, host: Host) -> None:
@@ -316,16 +356,6 @@ def commands(host: Host) -> list[str]:
         if path.exists():
             lines.append(path.read_bytes().replace(b"\0", b" ").decode())
     return lines
-
-
-def wait_until(
-    holds: Callable[[], bool], run: subprocess.Popen[bytes], seconds: float = 300
-) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert run.poll() is None, "the run ended too early"
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
-        time.sleep(0.1)
 
 
 def honest_accuracy() -> float:
@@ -403,12 +433,22 @@ def test_run_outlives_hostile_malformed_killed_and_slow_nodes(
 ) -> None:
     with capsys.disabled():
         print("\n" + summary(federation, outcome))
-    assert outcome.status == "finished:completed", outcome.output
+    assert "finished:completed" in outcome.statuses, outcome.output
     assert outcome.record["status"] == "finished"
     first, last = outcome.rounds[1], outcome.rounds[-1]
     assert len(outcome.rounds) == ROUNDS + 1
     # All but the malformed one count at first, and again when the killed one is back.
     assert first["accepted"] == last["accepted"] == NUM_NODES - 1
+
+
+def test_run_goes_on_from_its_checkpoint_after_the_superlink_was_killed(outcome: Outcome) -> None:
+    done = LINK_KILLED_IN_ROUND - 1
+    assert len(outcome.statuses) == 2  # the crash ends a run; submitting it again makes a new one
+    assert f"resumed from the checkpoint of round {done} " in outcome.after
+    assert f"[ROUND {done}/{ROUNDS}]" in outcome.before
+    assert f"[ROUND {done}/{ROUNDS}]" not in outcome.after
+    assert f"[ROUND {LINK_KILLED_IN_ROUND}/{ROUNDS}]" in outcome.after
+    assert [entry["round"] for entry in outcome.rounds] == list(range(ROUNDS + 1))
 
 
 def test_accuracy_is_that_of_the_honest_nodes(outcome: Outcome) -> None:
@@ -469,5 +509,5 @@ def summary(federation: Federation, outcome: Outcome) -> str:
         )
     weights = ", ".join(f"{weight:.4f}" for weight in outcome.rounds[-1]["client-weights"])
     lines.append(f"weights of the accepted nodes in the last round: {weights}")
-    lines.append(f"{outcome.status} after {outcome.seconds:.0f} s")
+    lines.append(f"runs: {', '.join(outcome.statuses)}; {outcome.seconds:.0f} s in all")
     return "\n".join(lines)
