@@ -260,6 +260,7 @@ class RobustStrategy(FedAvg):
         self._unanswered: set[str] = set()
         self._late = 0
         self._empty_rounds = 0
+        self.num_sent = 0
 
     @abstractmethod
     def aggregate(self, current: Round) -> Aggregate:
@@ -310,13 +311,38 @@ class RobustStrategy(FedAvg):
     ) -> Iterable[Message]:
         """Sample nodes and send them the model, the round and the round's seed."""
         self._count_late(grid)
+        self.open_round(server_round, arrays, config)
+        if self.fraction_train == 0.0:
+            return []
+        content, received = self._broadcast(arrays, config, int(cast(int, config["round-seed"])))
+        if received is not arrays:
+            self._layout = ModelLayout(received)
+        [sent] = content.array_records.values()
+        self._sent_bytes = sum(len(array.data) for array in sent.values())
+        messages = self._sample_and_send(
+            MessageType.TRAIN,
+            server_round,
+            content,
+            grid,
+            self.fraction_train,
+            self.min_train_nodes,
+        )
+        self.num_sent = len(messages)
+        return messages
+
+    def open_round(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord
+    ) -> ModelLayout:
+        """Keep the model that goes out; write what clients need to know into ``config``.
+
+        Returns its layout. Raises ``ValueError`` for a model that holds a NaN or an infinity.
+        """
         self._model = arrays
+        self._sent_bytes = sum(len(array.data) for array in arrays.values())
         self._layout = ModelLayout(arrays)
         buffers_finite = np.isfinite(self._layout.buffer_values).all()
         if not (np.isfinite(self._layout.values).all() and buffers_finite):
             raise ValueError("arrays of the global model hold a NaN or an infinity")
-        if self.fraction_train == 0.0:
-            return []
         config["round-seed"] = int(
             np.random.SeedSequence([self.seed, server_round]).generate_state(1)[0]
         )
@@ -328,19 +354,7 @@ class RobustStrategy(FedAvg):
             chosen = config["compression-seed"] = config["round-seed"]
             self.compressor = replace(self.compressor, seed=int(cast(int, chosen)))
             self._coordinates = self.compressor.shared_coordinates(self._layout.num_directions)
-        content, received = self._broadcast(arrays, config, int(cast(int, config["round-seed"])))
-        if received is not arrays:
-            self._layout = ModelLayout(received)
-        [sent] = content.array_records.values()
-        self._sent_bytes = sum(len(array.data) for array in sent.values())
-        return self._sample_and_send(
-            MessageType.TRAIN,
-            server_round,
-            content,
-            grid,
-            self.fraction_train,
-            self.min_train_nodes,
-        )
+        return self._layout
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -409,13 +423,13 @@ class RobustStrategy(FedAvg):
             metrics[f"rejected-{reason}"] = number
         answered = {message.metadata.reply_to_message_id for message in messages}
         self._unanswered |= {sent.message_id for sent in self._asked} - answered - {""}
-        metrics["missing"] = max(0, len(self._asked) - len(messages))
+        metrics["missing"] = max(0, self.num_sent - len(messages))
         if self._late:
             metrics["late"] = self._late
         metrics["bytes-up"] = bytes_up
         if rejected:
             metrics["bytes-rejected"] = bytes_rejected
-        metrics["bytes-down"] = len(self._asked) * self._sent_bytes
+        metrics["bytes-down"] = self.num_sent * self._sent_bytes
         arrays = self._model
         if count < self.min_valid_replies:
             self._keep_for_want_of_replies(count, rejected)
