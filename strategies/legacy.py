@@ -147,7 +147,7 @@ class LegacyStrategy(FedAvg):
         pairs = super().configure_fit(server_round, parameters, client_manager)
         asked = ConfigRecord({"server-round": server_round})
         self._layout = self.rule.open_round(server_round, self._model(parameters), asked)
-        self.rule.num_sent = len(pairs)
+        self.rule.expect(len(pairs))
         added = cast(dict[str, Scalar], dict(asked))
         return [(proxy, FitIns(ins.parameters, {**ins.config, **added})) for proxy, ins in pairs]
 

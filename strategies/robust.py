@@ -2,7 +2,6 @@
 
 import logging
 import math
-import random
 import time
 from abc import abstractmethod
 from collections import Counter
@@ -19,7 +18,6 @@ from flwr.app import (
     ConfigRecord,
     Message,
     MessageType,
-    Metadata,
     MetricRecord,
     RecordDict,
 )
@@ -41,14 +39,13 @@ from fl_bgmd.replies import (
     partition_id,
     screen,
 )
-from fl_bgmd.shares import floor_share
 
 from .reputation import Reputation
-from .rounds import EmptyRoundsError, EvaluateFn, MissingNodesError, run_rounds
+from .roster import TOO_FEW_NODES, Roster
+from .rounds import EmptyRoundsError, EvaluateFn, run_rounds
 
 MIXINGS = ("none", "nearest-neighbor", "bucketing")
 WEIGHTINGS = ("uniform", "examples")
-TOO_FEW_NODES = ("fail", "go-on")
 
 LOG = logging.getLogger("flwr.fl_bgmd")
 
@@ -230,6 +227,7 @@ class RobustStrategy(FedAvg):
             checkpoints = Checkpoints(checkpoints)
         self._checkpoints = checkpoints
         self._reputation = Reputation(bench_after, bench_rounds)
+        self._roster = Roster(seed, node_wait_timeout, too_few_nodes, self._reputation)
         self.bench_after = bench_after
         self.bench_rounds = bench_rounds
         self.compressor = None if compressor == "none" else build_compressor(compressor)
@@ -256,11 +254,8 @@ class RobustStrategy(FedAvg):
         self._layout: ModelLayout | None = None
         self._model: ArrayRecord | None = None
         self._sent_bytes = 0
-        self._asked: list[Metadata] = []
-        self._unanswered: set[str] = set()
-        self._late = 0
         self._empty_rounds = 0
-        self.num_sent = 0
+        self._num_sent = 0
 
     @abstractmethod
     def aggregate(self, current: Round) -> Aggregate:
@@ -310,7 +305,7 @@ class RobustStrategy(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Sample nodes and send them the model, the round and the round's seed."""
-        self._count_late(grid)
+        self._roster.discard_late(grid)
         self.open_round(server_round, arrays, config)
         if self.fraction_train == 0.0:
             return []
@@ -327,8 +322,12 @@ class RobustStrategy(FedAvg):
             self.fraction_train,
             self.min_train_nodes,
         )
-        self.num_sent = len(messages)
+        self._num_sent = len(messages)
         return messages
+
+    def expect(self, count: int) -> None:
+        """Take note of how many messages went out, where :meth:`configure_train` did not send."""
+        self._num_sent = count
 
     def open_round(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord
@@ -410,26 +409,20 @@ class RobustStrategy(FedAvg):
                 contents.append(message.content)
         count = len(accepted)
         LOG.info("aggregate_train: accepted %s replies, rejected %s", count, rejected.total())
-        # The error reply that Flower makes up for a dead node does not name it.
-        silent = {sent.dst_node_id for sent in self._asked}
-        silent -= {message.metadata.src_node_id for message in messages}
-        for node in sorted(silent):
-            LOG.warning("round %s: no reply from node %s", server_round, node)
+        self._roster.answered(server_round, messages)
 
         metrics = self._metrics("train", accepted, contents)
         metrics["accepted"] = count
         metrics["rejected"] = rejected.total()
         for reason, number in sorted(rejected.items()):
             metrics[f"rejected-{reason}"] = number
-        answered = {message.metadata.reply_to_message_id for message in messages}
-        self._unanswered |= {sent.message_id for sent in self._asked} - answered - {""}
-        metrics["missing"] = max(0, self.num_sent - len(messages))
-        if self._late:
-            metrics["late"] = self._late
+        metrics["missing"] = max(0, self._num_sent - len(messages))
+        if self._roster.late:
+            metrics["late"] = self._roster.late
         metrics["bytes-up"] = bytes_up
         if rejected:
             metrics["bytes-rejected"] = bytes_rejected
-        metrics["bytes-down"] = self.num_sent * self._sent_bytes
+        metrics["bytes-down"] = self._num_sent * self._sent_bytes
         arrays = self._model
         if count < self.min_valid_replies:
             self._keep_for_want_of_replies(count, rejected)
@@ -439,7 +432,13 @@ class RobustStrategy(FedAvg):
                 rows[:count].to(self.device), self._weights(accepted), nodes, _norms(accepted)
             )
             arrays = self._step(layout, current, buffers[:count], metrics)
-        self._judge(suspects, nodes, metrics)
+        weights = metrics.get("client-weights") if self.weights_tell else None
+        weight_of = dict(zip(nodes, weights, strict=True)) if isinstance(weights, list) else {}
+        benched = self._roster.judge(
+            server_round, suspects, weight_of, nodes, self.byzantine_fraction
+        )
+        if benched:
+            metrics["benched"] = benched
         metrics["aggregation-seconds"] = time.perf_counter() - started
         return arrays, metrics
 
@@ -497,17 +496,6 @@ class RobustStrategy(FedAvg):
         content[MODEL_RECORD] = packed[MODEL_RECORD]
         return content, received
 
-    def _count_late(self, grid: Grid) -> None:
-        """Take in what has come too late for its round: it is counted and thrown away."""
-        self._late = 0
-        if not self._unanswered:
-            return
-        for reply in grid.pull_messages(sorted(self._unanswered)):
-            self._unanswered.discard(reply.metadata.reply_to_message_id)
-            if not reply.has_error():
-                self._late += 1
-                LOG.warning("node %s replied too late: discarded", reply.metadata.src_node_id)
-
     def _keep_for_want_of_replies(self, count: int, rejected: Counter[str]) -> None:
         """Log that the round keeps the model; end the run if that has gone on for too long."""
         self._empty_rounds += 1
@@ -521,30 +509,9 @@ class RobustStrategy(FedAvg):
             reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(rejected.items()))
             raise EmptyRoundsError(
                 f"{self._empty_rounds} rounds in a row had fewer than {self.min_valid_replies} "
-                f"valid replies; in round {self._round}: {len(self._asked)} nodes asked, {count} "
+                f"valid replies; in round {self._round}: {self._num_sent} nodes asked, {count} "
                 f"replies accepted, rejected: {reasons or 'none'}"
             )
-
-    def _judge(self, suspects: list[int], nodes: list[int], metrics: MetricRecord) -> None:
-        """Hold the round against the nodes that did badly; log who goes to the bench and why."""
-        asked = [sent.dst_node_id for sent in self._asked]
-        weights = metrics.get("client-weights") if self.weights_tell else None
-        for node, rounds in self._reputation.judge(
-            self._round,
-            [node for node in suspects if node in asked],
-            dict(zip(nodes, weights, strict=True)) if isinstance(weights, list) else {},
-            nodes,
-            floor_share(self.byzantine_fraction, len(asked)),
-        ):
-            LOG.warning(
-                "node %s sits out %s rounds: in its last %s its replies were rejected or had less "
-                "than a tenth of the median weight",
-                node,
-                self.bench_rounds,
-                rounds,
-            )
-        if benched := self._reputation.benched(self._round + 1):
-            metrics["benched"] = len(benched)
 
     def _screen_all(
         self,
@@ -556,8 +523,6 @@ class RobustStrategy(FedAvg):
         """Screen each reply, accepted ones into consecutive rows; log each rejection once."""
         filled = 0
         seen: set[int] = set()
-        # A grid of somebody's own may not number its messages.
-        asked = {sent.message_id: sent.dst_node_id for sent in self._asked}
         for message in messages:
             node = message.metadata.src_node_id
             screened = screen(
@@ -569,7 +534,7 @@ class RobustStrategy(FedAvg):
                 # Flower's own combiners, and those written like them, read it from every reply.
                 needs_examples=self.weighting == "examples" or not all(self._own_metrics.values()),
                 seen_nodes=seen,
-                asked=None if "" in asked or not asked else asked,
+                asked=self._roster.asked,
                 compressor=self.compressor,
                 coordinates=self._coordinates,
             )
@@ -687,38 +652,12 @@ class RobustStrategy(FedAvg):
         minimum: int,
     ) -> list[Message]:
         """Sample nodes once enough are there, the same ones for the same seed and node ids."""
-        nodes = self._wait_for_nodes(grid, max(self.min_available_nodes, minimum))
-        count = max(floor_share(fraction, len(nodes)), minimum)
-        benched = self._reputation.benched(server_round)
-        nodes = [node for node in nodes if node not in benched]
-        count = min(len(nodes), count)
-        draw = random.Random(f"{self.seed}-{server_round}-{message_type}")
-        chosen = sorted(draw.sample(nodes, count))
-        LOG.info("%s: sampled %s nodes (out of %s)", message_type, count, len(nodes))
+        needed = max(self.min_available_nodes, minimum)
+        chosen = self._roster.sample(grid, server_round, message_type, fraction, minimum, needed)
         record.config_records[self.configrecord_key]["server-round"] = server_round
         messages = list(self._construct_messages(record, chosen, message_type))
-        self._asked = [message.metadata for message in messages]
+        self._roster.sent(messages)
         return messages
-
-    def _wait_for_nodes(self, grid: Grid, needed: int) -> list[int]:
-        """Return the connected nodes' ids, ascending, once ``needed`` are there or time is up."""
-        deadline = time.monotonic() + self.node_wait_timeout
-        while len(nodes := sorted(grid.get_node_ids())) < needed:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                found = (
-                    f"{len(nodes)} nodes are connected after {self.node_wait_timeout:g} s and "
-                    f"{needed} are needed"
-                )
-                if self.too_few_nodes == "fail":
-                    raise MissingNodesError(
-                        f"{found} (min_available_nodes, node_wait_timeout, too_few_nodes)"
-                    )
-                LOG.warning("%s: the round goes on with those", found)
-                break
-            LOG.info("waiting for nodes: %s connected, %s needed", len(nodes), needed)
-            time.sleep(min(1.0, left))
-        return nodes
 
 
 def resolve_device(device: str) -> torch.device:
