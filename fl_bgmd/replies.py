@@ -14,11 +14,13 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
 from fl_bgmd.compression import Compressor, RandK, for_shapes
+
+_PIECE = 2**16
+"""Values that are looked at while they are in the cache."""
 
 MetricValue = int | float | list[int] | list[float]
 
@@ -414,14 +416,11 @@ def _read_arrays(
     with np.errstate(all="ignore"):
         for spec in layout.directions:
             part = slice(spec.offset, spec.offset + spec.size)
-            value = view_array(arrays[spec.key], spec)
-            np.subtract(
-                layout.values[part].reshape(spec.shape),
-                value,
-                out=row[part].reshape(spec.shape),
-                casting="same_kind",
-            )
-            _require_finite(row[part], spec.key)
+            received = view_array(arrays[spec.key], spec)
+            if not _subtract(layout.values[part], received.reshape(-1), row[part]):
+                raise InvalidReplyError(
+                    Rejection.NON_FINITE, f"array {spec.key!r} leads to a non-finite update"
+                )
     _read_buffers(arrays, layout, buffers)
     return None
 
@@ -454,7 +453,8 @@ def _read_packed(array: Array, row: NDArray[np.floating], compressor: Compressor
         row[:] = compressor.decode(data.tobytes(), len(row)).numpy()
     except ValueError as error:
         raise InvalidReplyError(Rejection.PACKED, f"{compressor.name}: {error}") from error
-    _require_finite(row, PACKED_KEY)
+    if not np.isfinite(row).all():
+        raise InvalidReplyError(Rejection.NON_FINITE, f"array {PACKED_KEY!r} is not finite")
 
 
 def _read_norm(reply: Message) -> float | None:
@@ -470,12 +470,20 @@ def _read_norm(reply: Message) -> float | None:
     return float(norm)
 
 
-def _require_finite(values: NDArray[np.floating], key: str) -> None:
-    if values.size == 0:
-        return
-    low, high = torch.aminmax(torch.from_numpy(values))
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise InvalidReplyError(Rejection.NON_FINITE, f"array {key!r} leads to a non-finite update")
+def _subtract(
+    sent: NDArray[np.floating], received: NDArray[np.generic], out: NDArray[np.floating]
+) -> bool:
+    """Write ``sent - received`` into ``out``, all (size,); return whether it is finite throughout.
+
+    In pieces that stay in the cache: looking at them costs no second pass over the memory. A sum
+    is finite only if all its terms are; one that overflows is looked at term by term.
+    """
+    suspicious = False
+    for start in range(0, len(out), _PIECE):
+        piece = slice(start, start + _PIECE)
+        np.subtract(sent[piece], received[piece], out=out[piece], casting="same_kind")
+        suspicious |= not math.isfinite(out[piece].sum())
+    return not suspicious or bool(np.isfinite(out).all())
 
 
 def view_array(array: Array, spec: ArraySpec) -> NDArray[np.generic]:
