@@ -6,10 +6,10 @@ READY := $(VENV)/.ready
 FLWR_MIN := $(shell sed -n 's/.*"flwr\[simulation\]>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install simulate laboratory test test-slow test-flwr-min benchmark lint format clean
+.PHONY: help install simulate laboratory test test-slow test-flwr-min test-deployment benchmark lint format clean
 
 help: ## Show what can be made
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
@@ -24,7 +24,7 @@ simulate: $(READY) ## CIFAR-10, 40 % hostile clients: averaging, GMD and BGMD si
 		--attack bit-flip --byzantine-fraction 0.4
 
 test: $(READY) ## The test suite
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not deployment"
 
 benchmark: $(READY) ## Time the rules against a plain sum and against the peers
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check byzfl geom-median
@@ -49,7 +49,10 @@ test-flwr-min: ## The test suite with the oldest flwr supported, in .venv-flwr-m
 	$(PYTHON) -m venv $(VENV)-flwr-min
 	$(VENV)-flwr-min/bin/python -m pip install --quiet --disable-pip-version-check \
 		--editable ".[dev]" "flwr[simulation]==$(FLWR_MIN)"
-	$(VENV)-flwr-min/bin/python -m pytest -m "not slow"
+	$(VENV)-flwr-min/bin/python -m pytest -m "not slow and not deployment"
+
+test-deployment: $(READY) ## One SuperLink and five SuperNodes as network namespaces (root)
+	$(BIN)/python -m pytest -m deployment
 
 lint: $(READY) ## Linters and type checker
 	$(BIN)/ruff check .

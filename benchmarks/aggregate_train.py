@@ -8,6 +8,7 @@ memory in multiples of the decoded (n, d) matrix.
 import argparse
 import logging
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -16,7 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import peak_extra_bytes, seconds
+from fl_bgmd.aggregators import geometric_median
 from fl_bgmd.models import build
+from fl_bgmd.replies import BUFFER_DTYPE, ModelLayout, screen
 from fl_bgmd.strategies import BGMD, CMD, GMD, Mean, NormThreshold, RobustFilter
 from simulations.grid import InProcessGrid
 
@@ -65,7 +68,32 @@ def main() -> None:
         memory = peak_extra_bytes(lambda s=strategy: s.aggregate_train(1, replies), cpu)
         taken = seconds(lambda s=strategy: s.aggregate_train(1, replies), options.repeats, cpu)
         table.add_row(name, f"{taken / own:.1f}", f"{memory / (4 * n * size):.2f}")
-    Console(width=100).print(table)
+    console = Console(width=100)
+    console.print(table)
+
+    layout = ModelLayout(arrays)
+    rows = torch.zeros(n, layout.num_directions).numpy()
+    buffers = np.empty(layout.num_buffers, BUFFER_DTYPE)
+
+    def fill() -> None:
+        for reply, row in zip(replies, rows, strict=True):
+            trained = reply.content.array_records["arrays"]
+            for spec in layout.directions:
+                part = slice(spec.offset, spec.offset + spec.size)
+                received = np.frombuffer(trained[spec.key].data[-4 * spec.size :], np.float32)
+                np.subtract(layout.values[part], received, out=row[part])
+
+    def screen_all() -> None:
+        for reply, row in zip(replies, rows, strict=True):
+            assert screen(reply, layout, row, buffers).reason is None
+
+    filled = seconds(fill, options.repeats, cpu)
+    screened = seconds(screen_all, options.repeats, cpu)
+    rule = seconds(lambda: geometric_median(torch.from_numpy(rows)), options.repeats, cpu)
+    console.print(
+        f"screening with row fill: {screened:.2f} s, row fill alone: {filled:.2f} s, geometric "
+        f"median: {rule:.2f} s; screening adds {(screened - filled) / rule:.0%} of the rule's time"
+    )
 
 
 if __name__ == "__main__":

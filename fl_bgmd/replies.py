@@ -7,17 +7,20 @@ row of the update matrix. It never raises for anything a client can send.
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from io import BytesIO
+from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
 from fl_bgmd.compression import Compressor, RandK, for_shapes
+
+_PIECE = 2**16
+"""Values that are looked at while they are in the cache."""
 
 MetricValue = int | float | list[int] | list[float]
 
@@ -42,6 +45,8 @@ class Rejection(StrEnum):
 
     ERROR = "error"
     """The client, its process or its node failed: the reply carries an error."""
+    UNASKED = "unasked"
+    """It does not answer a message of this round to the node it comes from."""
     DUPLICATE = "duplicate"
     """The node has replied already in this round."""
     ARRAY_RECORDS = "array-records"
@@ -225,6 +230,7 @@ def screen(
     examples_key: str = "num-examples",
     needs_examples: bool = False,
     seen_nodes: set[int] | None = None,
+    asked: Mapping[str, int] | None = None,
     compressor: Compressor | None = None,
     coordinates: NDArray[np.int64] | None = None,
 ) -> Screened:
@@ -247,6 +253,8 @@ def screen(
         Whether a reply without that metric is rejected rather than counted as 1.
     seen_nodes : set of int, optional
         Nodes that have replied already; the reply's node is added.
+    asked : dict of str to int, optional
+        The node that each message of this round went to, by message id.
     compressor : Compressor, optional
         What clients were asked to pack their updates with; plain arrays are accepted as well.
     coordinates : ndarray, optional
@@ -263,6 +271,8 @@ def screen(
         if reply.has_error():
             raise InvalidReplyError(Rejection.ERROR, f"error reply: {reply.error.reason}")
         node = reply.metadata.src_node_id
+        if asked is not None and asked.get(reply.metadata.reply_to_message_id) != node:
+            raise InvalidReplyError(Rejection.UNASKED, f"node {node} was not asked this")
         if seen_nodes is not None:
             if node in seen_nodes:
                 raise InvalidReplyError(Rejection.DUPLICATE, f"node {node} has replied already")
@@ -305,6 +315,21 @@ def partition_id(reply: Message) -> int | None:
         if isinstance(value, int) and 0 <= value < 2**31:
             return value
     return None
+
+
+def arrays_to_state(arrays: ArrayRecord) -> dict[str, Any]:
+    """Return arrays as plain values and bytes, for a checkpoint."""
+    return {key: [a.dtype, list(a.shape), a.stype, a.data] for key, a in arrays.items()}
+
+
+def arrays_from_state(state: Mapping[str, Any]) -> ArrayRecord:
+    """Undo :func:`arrays_to_state`."""
+    return ArrayRecord(
+        {
+            key: Array(dtype=dtype, shape=tuple(shape), stype=stype, data=data)
+            for key, (dtype, shape, stype, data) in state.items()
+        }
+    )
 
 
 def median_metrics(metrics: Iterable[dict[str, MetricValue]]) -> MetricRecord:
@@ -391,14 +416,11 @@ def _read_arrays(
     with np.errstate(all="ignore"):
         for spec in layout.directions:
             part = slice(spec.offset, spec.offset + spec.size)
-            value = view_array(arrays[spec.key], spec)
-            np.subtract(
-                layout.values[part].reshape(spec.shape),
-                value,
-                out=row[part].reshape(spec.shape),
-                casting="same_kind",
-            )
-            _require_finite(row[part], spec.key)
+            received = view_array(arrays[spec.key], spec)
+            if not _subtract(layout.values[part], received.reshape(-1), row[part]):
+                raise InvalidReplyError(
+                    Rejection.NON_FINITE, f"array {spec.key!r} leads to a non-finite update"
+                )
     _read_buffers(arrays, layout, buffers)
     return None
 
@@ -431,7 +453,8 @@ def _read_packed(array: Array, row: NDArray[np.floating], compressor: Compressor
         row[:] = compressor.decode(data.tobytes(), len(row)).numpy()
     except ValueError as error:
         raise InvalidReplyError(Rejection.PACKED, f"{compressor.name}: {error}") from error
-    _require_finite(row, PACKED_KEY)
+    if not np.isfinite(row).all():
+        raise InvalidReplyError(Rejection.NON_FINITE, f"array {PACKED_KEY!r} is not finite")
 
 
 def _read_norm(reply: Message) -> float | None:
@@ -447,12 +470,20 @@ def _read_norm(reply: Message) -> float | None:
     return float(norm)
 
 
-def _require_finite(values: NDArray[np.floating], key: str) -> None:
-    if values.size == 0:
-        return
-    low, high = torch.aminmax(torch.from_numpy(values))
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise InvalidReplyError(Rejection.NON_FINITE, f"array {key!r} leads to a non-finite update")
+def _subtract(
+    sent: NDArray[np.floating], received: NDArray[np.generic], out: NDArray[np.floating]
+) -> bool:
+    """Write ``sent - received`` into ``out``, all (size,); return whether it is finite throughout.
+
+    In pieces that stay in the cache: looking at them costs no second pass over the memory. A sum
+    is finite only if all its terms are; one that overflows is looked at term by term.
+    """
+    suspicious = False
+    for start in range(0, len(out), _PIECE):
+        piece = slice(start, start + _PIECE)
+        np.subtract(sent[piece], received[piece], out=out[piece], casting="same_kind")
+        suspicious |= not math.isfinite(out[piece].sum())
+    return not suspicious or bool(np.isfinite(out).all())
 
 
 def view_array(array: Array, spec: ArraySpec) -> NDArray[np.generic]:

@@ -7,6 +7,7 @@ counts what was played, its own and the clients'.
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from flwr.supercore.run import Run
 from torch import Tensor
 
 from fl_bgmd.attacks import ATTACKS, AttackPlan, View
+from fl_bgmd.broadcast import received_model
 from fl_bgmd.compression import Compressor, build_compressor
 from fl_bgmd.mods import (
     ATTACK_RECORD,
@@ -34,6 +36,7 @@ from fl_bgmd.replies import (
     partition_id,
     screen,
 )
+from simulations.grid import InProcessGrid
 
 
 class AdversarialGrid(Grid):
@@ -71,8 +74,7 @@ class AdversarialGrid(Grid):
             return self._inner.send_and_receive(sent, timeout=timeout)
         # Copies of what is needed: a grid may take the messages apart.
         number = server_round(sent[0])
-        [arrays] = sent[0].content.array_records.values()
-        layout = ModelLayout(arrays)
+        layout = ModelLayout(received_model(sent[0].content))
         replies = list(self._inner.send_and_receive(sent, timeout=timeout))
         asked = asked_for(sent[0]).get("compressor")
         compressor = None if asked is None else build_compressor(str(asked))
@@ -125,6 +127,17 @@ class AdversarialGrid(Grid):
             for partition in colluding:
                 if playing[partition] == name:
                     _replace(by_partition[partition], name, vector, layout)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the rounds to come depend on, the inner grid's included."""
+        inner = self._inner.state_dict() if isinstance(self._inner, InProcessGrid) else None
+        return {"played": dict(self.played), "inner": inner}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned."""
+        self.played = Counter(state["played"])
+        if isinstance(self._inner, InProcessGrid) and state["inner"] is not None:
+            self._inner.load_state_dict(state["inner"])
 
     # ------------------------------------------------------------- everything else is passed on
 

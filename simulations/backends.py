@@ -1,7 +1,8 @@
 """Where a run's clients live: Flower's Ray-backed simulation, or this process."""
 
 import os
-from dataclasses import dataclass
+import socket
+from dataclasses import dataclass, replace
 
 import torch
 from flwr.app import Context, Message
@@ -20,29 +21,82 @@ BACKENDS = ("ray", "inprocess")
 class ClientResources:
     """What Ray sets aside for one client.
 
-    Raises :class:`ConfigError` for more than the machine has: Flower would wait for it for ever.
+    Attributes
+    ----------
+    num_cpus, num_gpus : float
+        CPUs (1 or more) and GPUs (0 or more, also fractions).
+    ray_address : str
+        ``HOST:PORT`` of a running Ray cluster that this machine belongs to; empty: a Ray of its
+        own on this machine.
+
+    Raises
+    ------
+    ConfigError
+        For more than one machine has (Flower would wait for it for ever), and for an address
+        where no cluster answers.
     """
 
     num_cpus: float = 1.0
     num_gpus: float = 0.0
+    ray_address: str = ""
 
     def __post_init__(self) -> None:
-        """Check both against this machine."""
+        """Check both against this machine or the machines of the cluster."""
+        if self.ray_address:
+            machines, owner = cluster_machines(self.ray_address), "a machine of the cluster"
+        else:
+            machines = [(os.cpu_count() or 1, torch.cuda.device_count())]
+            owner = "this machine"
+        if any(
+            1 <= self.num_cpus <= cpus and 0 <= self.num_gpus <= gpus for cpus, gpus in machines
+        ):
+            return
         for name, value, least, most in (
-            ("client-resources-num-cpus", self.num_cpus, 1, os.cpu_count() or 1),
-            ("client-resources-num-gpus", self.num_gpus, 0, torch.cuda.device_count()),
+            ("client-resources-num-cpus", self.num_cpus, 1, max(cpus for cpus, _ in machines)),
+            ("client-resources-num-gpus", self.num_gpus, 0, max(gpus for _, gpus in machines)),
         ):
             if not least <= value <= most:
                 raise ConfigError(
-                    f"{name} is {value:g}; allowed: {least} to {most}, what this machine has"
+                    f"{name} is {value:g}; allowed: {least} to {most:g}, what {owner} has"
                 )
+        raise ConfigError(
+            f"client-resources-num-cpus is {self.num_cpus:g} with client-resources-num-gpus "
+            f"{self.num_gpus:g}; allowed: what one machine of the cluster has"
+        )
 
-    def to_backend_config(self) -> dict[str, dict[str, float | bool]]:
+    def to_backend_config(self) -> dict[str, dict[str, float | bool | str]]:
         """Return Flower's configuration of its Ray backend."""
+        init: dict[str, float | bool | str] = {"log_to_driver": False, "include_dashboard": False}
+        if self.ray_address:
+            init["address"] = self.ray_address
         return {
             "client_resources": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
-            "init_args": {"log_to_driver": False, "include_dashboard": False},
+            "init_args": init,
         }
+
+
+def cluster_machines(address: str) -> list[tuple[float, float]]:
+    """Return the CPUs and GPUs of each machine of a running Ray cluster.
+
+    Raises :class:`ConfigError` where none answers.
+    """
+    import ray
+
+    host, _, port = address.rpartition(":")
+    try:
+        # Ray itself would try for twelve minutes.
+        socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=address, log_to_driver=False)
+    except (ConnectionError, OSError) as error:
+        raise ConfigError(
+            f"ray-address is {address!r} ({error}); allowed: empty, or HOST:PORT of a running Ray "
+            "cluster that this machine belongs to"
+        ) from error
+    try:
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    finally:
+        ray.shutdown()
+    return [(found.get("CPU", 0), found.get("GPU", 0)) for found in machines]
 
 
 class ConfiguredClientApp(ClientApp):
@@ -102,6 +156,9 @@ def _run_on_ray(config: Config, resources: ClientResources, on_round: OnRound | 
     # The one place that uses Flower's Python entry point, which has no public successor yet.
     from flwr.simulation import run_simulation
 
+    address = str(config["ray-address"])
+    if resources.ray_address != address:
+        resources = replace(resources, ray_address=address)
     results: list[RunResult] = []
     server_app = ServerApp()
 

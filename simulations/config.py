@@ -6,6 +6,7 @@ The defaults are those of ``[tool.flwr.app.config]`` in ``pyproject.toml``; ``fl
 
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from fl_bgmd.aggregators.geometric_median import SOLVERS
 from fl_bgmd.aggregators.sampling import SELECTIONS as BLOCK_SELECTIONS
 from fl_bgmd.attacks import ATTACKS, PRESETS, attack_names
 from fl_bgmd.attacks import SELECTIONS as BYZANTINE_SELECTIONS
+from fl_bgmd.broadcast import build_downlink
 from fl_bgmd.compression import COMPRESSORS, build_compressor
 from fl_bgmd.data import DATASETS, SCHEMES
 from fl_bgmd.models import MODELS
 from fl_bgmd.shares import floor_share
-from fl_bgmd.strategies import MIXINGS, NORMS, WEIGHTINGS, resolve_device
+from fl_bgmd.strategies import MIXINGS, NORMS, TOO_FEW_NODES, WEIGHTINGS, resolve_device
 
 Value = bool | int | float | str
 Config = dict[str, Value]
@@ -92,6 +94,14 @@ def _device_holds(value: Value) -> bool:
     return True
 
 
+def _downlink_holds(value: Value) -> bool:
+    try:
+        build_downlink(str(value))
+    except ValueError:
+        return False
+    return True
+
+
 def _compressor_holds(value: Value) -> bool:
     try:
         build_compressor(str(value))
@@ -102,7 +112,7 @@ def _compressor_holds(value: Value) -> bool:
 
 SETTINGS: dict[str, Setting] = {
     "num-server-rounds": _number(int, "rounds of the run", 1),
-    "num-clients": _number(int, "clients; the server waits for all of them", 1),
+    "num-clients": _number(int, "clients; see min-available-clients", 1),
     "fraction-train": _number(float, "share of clients that train in a round", 0, 1, above=True),
     "fraction-evaluate": _number(float, "share of the clients that evaluate in a round", 0, 1),
     "local-steps": _number(int, "mini-batches a client trains on in a round; 0: see local-epochs"),
@@ -112,6 +122,9 @@ SETTINGS: dict[str, Setting] = {
     "momentum": _number(float, "of the clients' SGD", 0, 1, below=True),
     "weight-decay": _number(float, "of the clients' SGD"),
     "lr-schedule": _choice(LR_SCHEDULES, "of the clients' learning rate over the rounds"),
+    "server-lr-schedule": _choice(LR_SCHEDULES, "of the server's step over the rounds"),
+    "lr-period": _number(int, "rounds of a cycle of cosine-restarts, of a step of exponential", 1),
+    "lr-decay": _number(float, "factor of each step of exponential", 0, 1, above=True),
     "server-learning-rate": _number(float, "step of the server along the update", 0, above=True),
     "server-momentum": _number(float, "of the server", 0, 1, below=True),
     "dataset": _choice(DATASETS, "real data"),
@@ -127,6 +140,8 @@ SETTINGS: dict[str, Setting] = {
         float, "hostile fraction the server prepares for", 0, 0.5, below=True
     ),
     "min-valid-replies": _number(int, "with fewer the round keeps the model", 1),
+    "max-empty-rounds": _number(int, "so many of these in a row end the run", 1),
+    "min-available-clients": _number(int, "connected clients a round waits for; 0: num-clients"),
     "weighting": _choice(WEIGHTINGS, "of the clients"),
     "compressor": Setting(
         str,
@@ -135,6 +150,9 @@ SETTINGS: dict[str, Setting] = {
         "of the clients' updates",
     ),
     "error-feedback": _choice(("on", "off"), "whether clients keep what compression lost"),
+    "downlink-compressor": Setting(
+        str, "none, qsgd, qsgd:levels", _downlink_holds, "of the model on its way down"
+    ),
     "gmd.solver": _choice(SOLVERS, "of the geometric median"),
     "bgmd.block-fraction": _number(float, "share of the coordinates in a block", 0, 1, above=True),
     "bgmd.selection": _choice(BLOCK_SELECTIONS, "how the block is chosen"),
@@ -161,6 +179,21 @@ SETTINGS: dict[str, Setting] = {
     "client-threads": _number(int, "torch threads of a client", 1),
     "evaluate-every": _number(int, "rounds between evaluations on all test examples", 1),
     "round-timeout": _number(float, "seconds to wait for replies", 0, above=True),
+    "node-wait-timeout": _number(float, "seconds to wait for num-clients nodes", 0, above=True),
+    "too-few-nodes": _choice(TOO_FEW_NODES, "what happens when they are not there by then"),
+    "bench-after": _number(int, "bad rounds in a row after which a client sits out; 0: never"),
+    "bench-rounds": _number(int, "for how many rounds", 1),
+    "checkpoint-dir": Setting(
+        str, "a folder, or empty", lambda _: True, "to go on from; one a run"
+    ),
+    "checkpoint-every": _number(int, "rounds between checkpoints", 1),
+    "checkpoint-keep": _number(int, "how many of the last checkpoints stay", 1),
+    "ray-address": Setting(
+        str,
+        "HOST:PORT of a running Ray cluster, or empty: a Ray of its own on this machine",
+        lambda value: value == "" or bool(re.fullmatch(r"[^\s/]+:\d{1,5}", str(value))),
+        "where the clients of backend ray run",
+    ),
     "results-dir": Setting(str, "a folder", lambda value: value != "", "where results are written"),
 }
 
@@ -230,6 +263,11 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(
             f"num-shards is {config['num-shards']}; allowed: a multiple of num-clients ({clients})"
         )
+    if int(config["min-available-clients"]) > clients:
+        raise ConfigError(
+            f"min-available-clients is {config['min-available-clients']}; allowed: 0 to "
+            f"num-clients ({clients})"
+        )
     hostile = floor_share(fraction, clients)
     if config["attack"] != "none" and hostile == 0:
         least = math.ceil(1e6 / clients) / 1e6
@@ -266,6 +304,11 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(
             f"weighting is {config['weighting']!r} with strategy {config['strategy']!r}; "
             "allowed: uniform (examples: mean, gmd)"
+        )
+    restarts = "cosine-restarts" in (config["lr-schedule"], config["server-lr-schedule"])
+    if restarts and int(config["lr-period"]) < 2:
+        raise ConfigError(
+            f"lr-period is {config['lr-period']} with cosine-restarts; allowed: 2 or more"
         )
     if config["model"] == "linear":
         raise ConfigError(

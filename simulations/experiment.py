@@ -1,22 +1,26 @@
 """One federated run: build everything from a configuration, run the rounds, keep the history."""
 
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import flwr
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
 
-from clients.training import evaluate
+from clients.training import evaluate, scheduled_learning_rate
 from fl_bgmd import __version__
 from fl_bgmd.attacks import AttackPlan
+from fl_bgmd.checkpoints import Checkpoints
 from fl_bgmd.data import load
 from fl_bgmd.models import build
 from fl_bgmd.shares import floor_share
@@ -25,6 +29,7 @@ from fl_bgmd.strategies import (
     CMD,
     GMD,
     CenteredClipping,
+    EmptyRoundsError,
     Krum,
     Mean,
     MultiKrum,
@@ -121,8 +126,25 @@ class RunResult:
             "config": self.config,
             "environment": environment(),
         }
-        (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        # Last and at once: a folder with it is a whole run.
+        draft = folder / "run.json.part"
+        draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        draft.replace(folder / "run.json")
         return folder
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read what :meth:`write` wrote. Raises ``OSError`` where that is missing."""
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+        return cls(
+            record["config"],
+            [json.loads(line) for line in lines if line],
+            record["status"],
+            record["error"],
+            record["seconds"],
+            record["played"],
+        )
 
 
 def environment() -> dict[str, Any]:
@@ -133,17 +155,17 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     }
 
 
 def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) -> RunResult:
-    """Run a validated configuration on any grid.
+    """Run a validated configuration on any grid, from its newest checkpoint where there is one.
 
     ``on_round(round, accuracy or None)`` is called after each round (0: before the first).
     """
-    result = RunResult(config)
     dataset = load(str(config["dataset"]), str(config["data-dir"]) or None)
     torch.manual_seed(int(config["seed"]))
     model = build(
@@ -156,46 +178,44 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
     adversary = AdversarialGrid(grid, plan, int(config["num-clients"]))
     started = clock = time.perf_counter()
 
-    def evaluate_model(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+    def evaluate_model(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         nonlocal clock
-        entry: dict[str, Any] = {"round": server_round}
-        due = server_round % every == 0 or server_round == num_rounds
-        if due:
+        metrics = MetricRecord()
+        if server_round % every == 0 or server_round == num_rounds:
             model.load_state_dict(arrays.to_torch_state_dict())
             found = evaluate(model, dataset, None, device)
-            entry |= {
-                "accuracy": found.accuracy,
-                "loss": found.loss,
-                "class-accuracies": found.class_accuracies,
-            }
+            metrics["accuracy"] = found.accuracy
+            metrics["loss"] = found.loss
+            metrics["class-accuracies"] = found.class_accuracies
             if "backdoor" in plan.attacks:
-                entry["backdoor-success"] = found.backdoor_success(int(plan.value("backdoor")))
+                metrics["backdoor-success"] = found.backdoor_success(int(plan.value("backdoor")))
         if server_round > 0:
-            entry["seconds"] = time.perf_counter() - clock
+            metrics["seconds"] = time.perf_counter() - clock
         clock = time.perf_counter()
-        result.rounds.append(entry)
         if on_round is not None:
-            on_round(server_round, float(entry["accuracy"]) if due else None)
-        return MetricRecord({"accuracy": found.accuracy, "loss": found.loss}) if due else None
+            accuracy = metrics.get("accuracy")
+            on_round(server_round, float(accuracy) if isinstance(accuracy, float) else None)
+        return metrics
 
-    outcome = strategy.start(
-        grid=adversary,
-        initial_arrays=ArrayRecord(model.state_dict()),
-        num_rounds=num_rounds,
-        timeout=float(config["round-timeout"]),
-        train_config=ConfigRecord(),
-        evaluate_config=ConfigRecord(),
-        evaluate_fn=evaluate_model,
-    )
-    for entry in result.rounds:
-        server_round = int(entry["round"])
-        entry |= dict(outcome.train_metrics_clientapp.get(server_round, {}))
-        evaluated = dict(outcome.evaluate_metrics_clientapp.get(server_round, {}))
-        entry |= {f"clients-{key}": value for key, value in evaluated.items()}
+    result = RunResult(config)
+    try:
+        outcome = strategy.start(
+            grid=adversary,
+            initial_arrays=ArrayRecord(model.state_dict()),
+            num_rounds=num_rounds,
+            timeout=float(config["round-timeout"]),
+            train_config=ConfigRecord(),
+            evaluate_config=ConfigRecord(),
+            evaluate_fn=evaluate_model,
+        )
+    except EmptyRoundsError as error:
+        outcome = error.result
+        result.status, result.error = "failed", f"{type(error).__name__}: {error}"
+    result.rounds = _history(outcome)
     result.seconds = time.perf_counter() - started
     result.played = dict(adversary.played)
     if _diverged(result):
-        result.status = "diverged"
+        result.status, result.error = "diverged", ""
     idle = [name for name in plan.attacks if not adversary.played[name]]
     if idle:
         raise AttackNotPlayedError(
@@ -204,25 +224,71 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
     return result
 
 
+def _history(outcome: Result) -> list[dict[str, Any]]:
+    """Return one entry for each round: what the server measured, and what clients reported."""
+    entries = []
+    for number, metrics in sorted(outcome.evaluate_metrics_serverapp.items()):
+        evaluated = dict(outcome.evaluate_metrics_clientapp.get(number, {}))
+        entries.append(
+            {
+                "round": number,
+                **metrics,
+                **outcome.train_metrics_clientapp.get(number, {}),
+                **{f"clients-{key}": value for key, value in evaluated.items()},
+            }
+        )
+    return entries
+
+
+def checkpoints_of(config: Config) -> Checkpoints | None:
+    """Return where a validated configuration wants its checkpoints, None for nowhere.
+
+    Folders and machines are not part of what a run is; everything else must be as it was.
+    """
+    if not config["checkpoint-dir"]:
+        return None
+    elsewhere = (
+        "checkpoint-dir",
+        "checkpoint-every",
+        "checkpoint-keep",
+        "data-dir",
+        "ray-address",
+        "results-dir",
+    )
+    return Checkpoints(
+        str(config["checkpoint-dir"]),
+        keep=int(config["checkpoint-keep"]),
+        every=int(config["checkpoint-every"]),
+        identity={key: value for key, value in config.items() if key not in elsewhere},
+    )
+
+
 def build_strategy(config: Config) -> RobustStrategy:
     """Build the strategy that a validated configuration names."""
-    clients = int(config["num-clients"])
+    clients = int(config["min-available-clients"]) or int(config["num-clients"])
     options: dict[str, Any] = {
         "fraction_train": float(config["fraction-train"]),
         "fraction_evaluate": float(config["fraction-evaluate"]),
-        # All clients must be there before the first round samples any.
+        # They must be there before a round samples any.
         "min_available_nodes": clients,
         "min_train_nodes": max(1, floor_share(float(config["fraction-train"]), clients)),
         "min_evaluate_nodes": max(1, floor_share(float(config["fraction-evaluate"]), clients)),
-        "server_learning_rate": float(config["server-learning-rate"]),
+        "server_learning_rate": partial(_server_learning_rate, config),
         "server_momentum": float(config["server-momentum"]),
         "mixing": config["mixing"],
         "bucket_size": config["bucket-size"],
         "byzantine_fraction": float(config["assumed-byzantine-fraction"]),
         "min_valid_replies": config["min-valid-replies"],
+        "max_empty_rounds": config["max-empty-rounds"],
+        "node_wait_timeout": config["node-wait-timeout"],
+        "too_few_nodes": config["too-few-nodes"],
+        "bench_after": config["bench-after"],
+        "bench_rounds": config["bench-rounds"],
+        "checkpoints": checkpoints_of(config),
         "weighting": config["weighting"],
         "compressor": config["compressor"],
         "error_feedback": config["error-feedback"] == "on",
+        "downlink_compressor": config["downlink-compressor"],
         "shared_coordinates": config["shared-coordinates"] == "on",
         "seed": config["seed"],
         "device": config["device"],
@@ -255,6 +321,17 @@ def build_strategy(config: Config) -> RobustStrategy:
     }
     strategy, extra = own[str(config["strategy"])]
     return strategy(**options, **extra)
+
+
+def _server_learning_rate(config: Config, server_round: int) -> float:
+    return scheduled_learning_rate(
+        float(config["server-learning-rate"]),
+        str(config["server-lr-schedule"]),
+        server_round,
+        int(config["num-server-rounds"]),
+        period=int(config["lr-period"]),
+        decay=float(config["lr-decay"]),
+    )
 
 
 def _diverged(result: RunResult) -> bool:

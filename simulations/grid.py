@@ -7,13 +7,23 @@ strategies: tests and long experiments use it.
 from collections.abc import Iterable
 from copy import deepcopy
 from itertools import count
+from typing import Any
 
-from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fl_bgmd.replies import arrays_from_state, arrays_to_state
 from simulations.config import Config
 
 CLIENT_FAILED = 2
@@ -52,6 +62,19 @@ class InProcessGrid(Grid):
             )
             for node in range(1, num_clients + 1)
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the clients keep from round to round (``context.state``), by node."""
+        return {
+            str(node): {name: _to_state(record) for name, record in context.state.items()}
+            for node, context in self._contexts.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned."""
+        for node, context in self._contexts.items():
+            records = state[str(node)].items()
+            context.state = RecordDict({name: _from_state(*saved) for name, saved in records})
 
     def set_run(self, run: Run) -> None:
         """Set the run."""
@@ -110,6 +133,23 @@ class InProcessGrid(Grid):
         if reply.has_content():
             reply.content = _copy(reply.content)
         return reply
+
+
+_RECORDS = {kind.__name__: kind for kind in (ConfigRecord, MetricRecord)}
+
+
+def _to_state(record: ArrayRecord | ConfigRecord | MetricRecord) -> list[Any]:
+    """Return a record as plain values."""
+    if not isinstance(record, ArrayRecord):
+        return [type(record).__name__, dict(record)]
+    return ["ArrayRecord", arrays_to_state(record)]
+
+
+def _from_state(kind: str, values: dict[str, Any]) -> ArrayRecord | ConfigRecord | MetricRecord:
+    """Undo :func:`_to_state`."""
+    if kind == "ArrayRecord":
+        return arrays_from_state(values)
+    return _RECORDS[kind](values)
 
 
 def _copy(content: RecordDict) -> RecordDict:

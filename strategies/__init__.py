@@ -9,6 +9,8 @@ from .mean import Mean
 from .norm_threshold import NORMS, NormThreshold
 from .robust import MIXINGS, WEIGHTINGS, RobustStrategy, resolve_device
 from .robust_filter import RobustFilter
+from .roster import TOO_FEW_NODES
+from .rounds import EmptyRoundsError, MissingNodesError
 
 __all__ = [
     "BGMD",
@@ -17,11 +19,14 @@ __all__ = [
     "MIXINGS",
     "NORMS",
     "QBGMD",
+    "TOO_FEW_NODES",
     "WEIGHTINGS",
     "CenteredClipping",
+    "EmptyRoundsError",
     "FedBGMD",
     "Krum",
     "Mean",
+    "MissingNodesError",
     "MultiKrum",
     "NormThreshold",
     "RobustFilter",

@@ -37,6 +37,8 @@ class BGMD(RobustStrategy):
         Those of :class:`RobustStrategy`.
     """
 
+    weights_tell = True
+
     def __init__(
         self,
         *,

@@ -24,6 +24,7 @@ class GMD(RobustStrategy):
     """
 
     weightable = True
+    weights_tell = True
 
     def __init__(self, *, tol: float = 1e-6, solver: str = "gram", **options: Any) -> None:
         require("tol", tol, tol > 0, "above 0")

@@ -58,6 +58,18 @@ _FAILED = 2
 
 AnyRes = TypeVar("AnyRes", FitRes, EvaluateRes)
 
+_OWN_ROUNDS = frozenset(
+    (
+        "bench_after",
+        "bench_rounds",
+        "checkpoints",
+        "downlink_compressor",
+        "node_wait_timeout",
+        "too_few_nodes",
+    )
+)
+"""Options of the strategies' own rounds: those of the older API are Flower's."""
+
 _OPTIONS = frozenset(inspect.signature(FedAvg).parameters)
 _MESSAGE_OPTIONS = frozenset(inspect.signature(MessageFedAvg).parameters) - _OPTIONS
 
@@ -100,6 +112,10 @@ class LegacyStrategy(FedAvg):
                 f"{', '.join(foreign)}: options of Flower's message API; allowed here: "
                 f"{', '.join(sorted(_OPTIONS))} and those of the rule"
             )
+        if foreign := sorted(_OWN_ROUNDS.intersection(options)):
+            raise TypeError(
+                f"{', '.join(foreign)}: not for the older API, whose rounds are Flower's"
+            )
         super().__init__(**{name: options.pop(name) for name in _OPTIONS & options.keys()})
         self.parameter_names = None if parameter_names is None else list(parameter_names)
         self._combined: Metrics = {}
@@ -131,7 +147,7 @@ class LegacyStrategy(FedAvg):
         pairs = super().configure_fit(server_round, parameters, client_manager)
         asked = ConfigRecord({"server-round": server_round})
         self._layout = self.rule.open_round(server_round, self._model(parameters), asked)
-        self.rule.num_sent = len(pairs)
+        self.rule.expect(len(pairs))
         added = cast(dict[str, Scalar], dict(asked))
         return [(proxy, FitIns(ins.parameters, {**ins.config, **added})) for proxy, ins in pairs]
 

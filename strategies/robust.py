@@ -2,24 +2,34 @@
 
 import logging
 import math
-import random
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
 from fl_bgmd.aggregators import Aggregate, GeometricMedian
 from fl_bgmd.aggregators.mixing import bucketing_matrix, mix, nearest_neighbor_matrix
 from fl_bgmd.aggregators.rows import vector_norm
+from fl_bgmd.broadcast import MODEL_RECORD, build_downlink, pack_model
+from fl_bgmd.checkpoints import Checkpoints
 from fl_bgmd.compression import RandK, build_compressor
 from fl_bgmd.replies import (
     BUFFER_DTYPE,
@@ -29,7 +39,10 @@ from fl_bgmd.replies import (
     partition_id,
     screen,
 )
-from fl_bgmd.shares import floor_share
+
+from .reputation import Reputation
+from .roster import TOO_FEW_NODES, Roster
+from .rounds import EmptyRoundsError, EvaluateFn, run_rounds
 
 MIXINGS = ("none", "nearest-neighbor", "bucketing")
 WEIGHTINGS = ("uniform", "examples")
@@ -68,8 +81,9 @@ class RobustStrategy(FedAvg):
 
     Parameters
     ----------
-    server_learning_rate : float
-        The new model is ``global - server_learning_rate * update``. Above 0.
+    server_learning_rate : float or callable
+        The new model is ``global - server_learning_rate * update``. Above 0; or a function from
+        the round, from 1 up, to it, which may return 0.
     server_momentum : float
         ``v <- server_momentum * v + update`` and ``v`` takes the update's place. 0 to below 1.
     mixing : {"none", "nearest-neighbor", "bucketing"}
@@ -85,6 +99,23 @@ class RobustStrategy(FedAvg):
         strategies with ``weightable`` set allow it.
     min_valid_replies : int
         With fewer accepted replies the round keeps the model.
+    max_empty_rounds : int
+        After so many of these rounds in a row the run ends with :class:`.EmptyRoundsError`. 1 or
+        more.
+    node_wait_timeout : float
+        Seconds to wait for enough nodes to be connected. Above 0.
+    too_few_nodes : {"fail", "go-on"}
+        What happens then: the run ends with :class:`.MissingNodesError`, or the round goes on with
+        the nodes that are there.
+    bench_after : int
+        Nodes whose replies are rejected, or get next to no weight where the rule's weights tell,
+        in so many of their rounds in a row sit out the next ``bench_rounds`` (see
+        :class:`.reputation.Reputation`), at most ``floor(byzantine_fraction n)`` at a time. 0: no
+        bench.
+    bench_rounds : int
+        1 or more.
+    checkpoints : Checkpoints or path, optional
+        Where :meth:`start` keeps the state of the run, and goes on from.
     compressor : str
         What clients with :class:`fl_bgmd.mods.CompressionMod` pack their updates with: see
         :func:`fl_bgmd.compression.build_compressor`. ``none`` asks for nothing. Clients without
@@ -97,6 +128,10 @@ class RobustStrategy(FedAvg):
         its seed travels down, k values travel up, and the rule works in R^k (Algorithm 2 of Data
         and Diggavi, with ``compressor="scaled-rand-k:..."``). Not for strategies whose state
         belongs to coordinates.
+    downlink_compressor : str
+        ``qsgd`` or ``qsgd:levels``: the model goes down rounded to so many levels, and the updates
+        are those of the rounded model; the server keeps its own. Every client then needs
+        :class:`fl_bgmd.mods.CompressionMod`.
     seed : int
         Of the sampling of nodes and coordinates.
     device : str
@@ -116,19 +151,29 @@ class RobustStrategy(FedAvg):
     can_share_coordinates = True
     """Whether rows may be of other coordinates in each round."""
 
+    weights_tell = False
+    """Whether a weight near zero speaks against a client: not where rules leave out honest ones."""
+
     def __init__(
         self,
         *,
-        server_learning_rate: float = 1.0,
+        server_learning_rate: float | Callable[[int], float] = 1.0,
         server_momentum: float = 0.0,
         mixing: str = "none",
         byzantine_fraction: float = 0.25,
         bucket_size: int = 2,
         weighting: str = "uniform",
         min_valid_replies: int = 1,
+        max_empty_rounds: int = 10,
+        node_wait_timeout: float = 600.0,
+        too_few_nodes: str = "fail",
+        bench_after: int = 0,
+        bench_rounds: int = 10,
+        checkpoints: Checkpoints | str | Path | None = None,
         compressor: str = "none",
         error_feedback: bool = True,
         shared_coordinates: bool = False,
+        downlink_compressor: str = "none",
         seed: int = 0,
         device: str = "auto",
         **fedavg_options: Any,
@@ -136,7 +181,7 @@ class RobustStrategy(FedAvg):
         require(
             "server_learning_rate",
             server_learning_rate,
-            0 < server_learning_rate < math.inf,
+            callable(server_learning_rate) or 0 < server_learning_rate < math.inf,
             "above 0",
         )
         require("server_momentum", server_momentum, 0 <= server_momentum < 1, "0 to below 1")
@@ -151,6 +196,16 @@ class RobustStrategy(FedAvg):
         allowed = WEIGHTINGS if self.weightable else WEIGHTINGS[:1]
         require("weighting", weighting, weighting in allowed, ", ".join(allowed))
         require("min_valid_replies", min_valid_replies, min_valid_replies >= 1, "1 or more")
+        require("max_empty_rounds", max_empty_rounds, max_empty_rounds >= 1, "1 or more")
+        require("node_wait_timeout", node_wait_timeout, node_wait_timeout > 0, "above 0")
+        require(
+            "too_few_nodes",
+            too_few_nodes,
+            too_few_nodes in TOO_FEW_NODES,
+            ", ".join(TOO_FEW_NODES),
+        )
+        require("bench_after", bench_after, bench_after >= 0, "0 or more")
+        require("bench_rounds", bench_rounds, bench_rounds >= 1, "1 or more")
         require("seed", seed, 0 <= seed < 2**63, "0 to below 2^63")
         metrics_given = {
             name: fedavg_options.get(name)
@@ -165,6 +220,16 @@ class RobustStrategy(FedAvg):
         self.bucket_size = bucket_size
         self.weighting = weighting
         self.min_valid_replies = min_valid_replies
+        self.max_empty_rounds = max_empty_rounds
+        self.node_wait_timeout = node_wait_timeout
+        self.too_few_nodes = too_few_nodes
+        if isinstance(checkpoints, str | Path):
+            checkpoints = Checkpoints(checkpoints)
+        self._checkpoints = checkpoints
+        self._reputation = Reputation(bench_after, bench_rounds)
+        self._roster = Roster(seed, node_wait_timeout, too_few_nodes, self._reputation)
+        self.bench_after = bench_after
+        self.bench_rounds = bench_rounds
         self.compressor = None if compressor == "none" else build_compressor(compressor)
         self.error_feedback = error_feedback
         if shared_coordinates and not isinstance(self.compressor, RandK):
@@ -179,14 +244,18 @@ class RobustStrategy(FedAvg):
             )
         self.shared_coordinates = shared_coordinates
         self._coordinates: np.ndarray[Any, np.dtype[np.int64]] | None = None
+        self.downlink_compressor = downlink_compressor
+        self._downlink = build_downlink(downlink_compressor)
         self.seed = seed
         self.device = resolve_device(device)
         self.generator = torch.Generator().manual_seed(seed)
         self._velocity: Tensor | None = None
         self._round = 0
         self._layout: ModelLayout | None = None
-        self._sent: ArrayRecord | None = None
-        self.num_sent = 0
+        self._model: ArrayRecord | None = None
+        self._sent_bytes = 0
+        self._empty_rounds = 0
+        self._num_sent = 0
 
     @abstractmethod
     def aggregate(self, current: Round) -> Aggregate:
@@ -194,23 +263,71 @@ class RobustStrategy(FedAvg):
 
     # ---------------------------------------------------------------- Flower's side of a round
 
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+    ) -> Result:
+        """Run the rounds, as :meth:`flwr.serverapp.strategy.Strategy.start`.
+
+        With ``checkpoints`` the run goes on from the newest one, ``initial_arrays`` then only says
+        what the model looks like.
+
+        Raises
+        ------
+        EmptyRoundsError
+            After ``max_empty_rounds`` rounds in a row without enough valid replies.
+        MissingNodesError
+            When ``too_few_nodes`` is ``fail`` and nodes are missing after ``node_wait_timeout``.
+        CheckpointError
+            For a checkpoint of another strategy, model or configuration.
+        """
+        self.summary()
+        with nullcontext() if self._checkpoints is None else self._checkpoints.locked():
+            return run_rounds(
+                self,
+                grid,
+                initial_arrays,
+                num_rounds=num_rounds,
+                timeout=timeout,
+                train_config=ConfigRecord() if train_config is None else train_config,
+                evaluate_config=ConfigRecord() if evaluate_config is None else evaluate_config,
+                evaluate_fn=evaluate_fn,
+                checkpoints=self._checkpoints,
+            )
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Sample nodes and send them the model, the round and the round's seed."""
+        self._roster.discard_late(grid)
         self.open_round(server_round, arrays, config)
         if self.fraction_train == 0.0:
             return []
+        content, received = self._broadcast(arrays, config, int(cast(int, config["round-seed"])))
+        if received is not arrays:
+            self._layout = ModelLayout(received)
+        [sent] = content.array_records.values()
+        self._sent_bytes = sum(len(array.data) for array in sent.values())
         messages = self._sample_and_send(
             MessageType.TRAIN,
             server_round,
-            RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config}),
+            content,
             grid,
             self.fraction_train,
             self.min_train_nodes,
         )
-        self.num_sent = len(messages)
+        self._num_sent = len(messages)
         return messages
+
+    def expect(self, count: int) -> None:
+        """Take note of how many messages went out, where :meth:`configure_train` did not send."""
+        self._num_sent = count
 
     def open_round(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord
@@ -219,7 +336,8 @@ class RobustStrategy(FedAvg):
 
         Returns its layout. Raises ``ValueError`` for a model that holds a NaN or an infinity.
         """
-        self._sent = arrays
+        self._model = arrays
+        self._sent_bytes = sum(len(array.data) for array in arrays.values())
         self._layout = ModelLayout(arrays)
         buffers_finite = np.isfinite(self._layout.buffer_values).all()
         if not (np.isfinite(self._layout.values).all() and buffers_finite):
@@ -243,10 +361,11 @@ class RobustStrategy(FedAvg):
         """Sample nodes and send them the model to evaluate."""
         if self.fraction_evaluate == 0.0:
             return []
+        seed = int(np.random.SeedSequence([self.seed, server_round, 1]).generate_state(1)[0])
         return self._sample_and_send(
             MessageType.EVALUATE,
             server_round,
-            RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config}),
+            self._broadcast(arrays, config, seed)[0],
             grid,
             self.fraction_evaluate,
             self.min_evaluate_nodes,
@@ -260,7 +379,7 @@ class RobustStrategy(FedAvg):
         Raises ``RuntimeError`` when called before :meth:`configure_train`, which keeps the model
         that the updates refer to.
         """
-        if self._layout is None or self._sent is None:
+        if self._layout is None or self._model is None:
             raise RuntimeError("aggregate_train was called before configure_train")
         started = time.perf_counter()
         self._round = server_round
@@ -275,10 +394,12 @@ class RobustStrategy(FedAvg):
         nodes: list[int] = []
         contents: list[RecordDict] = []
         rejected: Counter[str] = Counter()
+        suspects: list[int] = []
         bytes_up = bytes_rejected = 0
         for message, screened in self._screen_all(messages, layout, rows, buffers):
             if screened.reason is not None:
                 rejected[screened.reason.value] += 1
+                suspects.append(message.metadata.src_node_id)
                 bytes_rejected += _array_bytes(message)
                 continue
             bytes_up += _array_bytes(message)
@@ -288,30 +409,36 @@ class RobustStrategy(FedAvg):
                 contents.append(message.content)
         count = len(accepted)
         LOG.info("aggregate_train: accepted %s replies, rejected %s", count, rejected.total())
+        self._roster.answered(server_round, messages)
 
         metrics = self._metrics("train", accepted, contents)
         metrics["accepted"] = count
         metrics["rejected"] = rejected.total()
         for reason, number in sorted(rejected.items()):
             metrics[f"rejected-{reason}"] = number
-        metrics["missing"] = max(0, self.num_sent - len(messages))
+        metrics["missing"] = max(0, self._num_sent - len(messages))
+        if self._roster.late:
+            metrics["late"] = self._roster.late
         metrics["bytes-up"] = bytes_up
         if rejected:
             metrics["bytes-rejected"] = bytes_rejected
-        metrics["bytes-down"] = self.num_sent * sum(len(a.data) for a in self._sent.values())
-        arrays = self._sent
+        metrics["bytes-down"] = self._num_sent * self._sent_bytes
+        arrays = self._model
         if count < self.min_valid_replies:
-            LOG.warning(
-                "round %s keeps the model: %s valid replies, min_valid_replies is %s",
-                server_round,
-                count,
-                self.min_valid_replies,
-            )
+            self._keep_for_want_of_replies(count, rejected)
         else:
+            self._empty_rounds = 0
             current = Round(
                 rows[:count].to(self.device), self._weights(accepted), nodes, _norms(accepted)
             )
             arrays = self._step(layout, current, buffers[:count], metrics)
+        weights = metrics.get("client-weights") if self.weights_tell else None
+        weight_of = dict(zip(nodes, weights, strict=True)) if isinstance(weights, list) else {}
+        benched = self._roster.judge(
+            server_round, suspects, weight_of, nodes, self.byzantine_fraction
+        )
+        if benched:
+            metrics["benched"] = benched
         metrics["aggregation-seconds"] = time.perf_counter() - started
         return arrays, metrics
 
@@ -335,6 +462,8 @@ class RobustStrategy(FedAvg):
             "round": self._round,
             "generator": self.generator.get_state(),
             "velocity": self._velocity,
+            "empty-rounds": self._empty_rounds,
+            "reputation": self._reputation.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -342,6 +471,8 @@ class RobustStrategy(FedAvg):
         self._round = int(state["round"])
         self.generator.set_state(state["generator"])
         self._velocity = state["velocity"]
+        self._empty_rounds = int(state["empty-rounds"])
+        self._reputation.load_state_dict(state["reputation"])
 
     def summary(self) -> None:
         """Log the configuration of the strategy."""
@@ -352,6 +483,35 @@ class RobustStrategy(FedAvg):
         LOG.info("\t\t└── Device: %s", self.device)
 
     # ---------------------------------------------------------------------------- details
+
+    def _broadcast(
+        self, arrays: ArrayRecord, config: ConfigRecord, seed: int
+    ) -> tuple[RecordDict, ArrayRecord]:
+        """Return what goes to the clients, and the model that they make of it."""
+        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+        if self._downlink is None:
+            return content, arrays
+        packed, received = pack_model(arrays, self._downlink, seed)
+        content[self.arrayrecord_key] = packed["arrays"]
+        content[MODEL_RECORD] = packed[MODEL_RECORD]
+        return content, received
+
+    def _keep_for_want_of_replies(self, count: int, rejected: Counter[str]) -> None:
+        """Log that the round keeps the model; end the run if that has gone on for too long."""
+        self._empty_rounds += 1
+        LOG.warning(
+            "round %s keeps the model: %s valid replies, min_valid_replies is %s",
+            self._round,
+            count,
+            self.min_valid_replies,
+        )
+        if self._empty_rounds >= self.max_empty_rounds:
+            reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(rejected.items()))
+            raise EmptyRoundsError(
+                f"{self._empty_rounds} rounds in a row had fewer than {self.min_valid_replies} "
+                f"valid replies; in round {self._round}: {self._num_sent} nodes asked, {count} "
+                f"replies accepted, rejected: {reasons or 'none'}"
+            )
 
     def _screen_all(
         self,
@@ -374,6 +534,7 @@ class RobustStrategy(FedAvg):
                 # Flower's own combiners, and those written like them, read it from every reply.
                 needs_examples=self.weighting == "examples" or not all(self._own_metrics.values()),
                 seen_nodes=seen,
+                asked=self._roster.asked,
                 compressor=self.compressor,
                 coordinates=self._coordinates,
             )
@@ -412,7 +573,11 @@ class RobustStrategy(FedAvg):
                 if self._velocity is not None:
                     update = update + self.server_momentum * self._velocity.to(update)
                 self._velocity = update
-            moved = layout.values - self.server_learning_rate * update.cpu().numpy()
+            assert self._model is not None
+            own = layout if self._downlink is None else ModelLayout(self._model)
+            step = self.server_learning_rate
+            step = step(self._round) if callable(step) else step
+            moved = own.values - step * update.cpu().numpy()
             moved = moved.astype(layout.dtype, copy=False)
         metrics["update-norm"] = vector_norm(result.vector)
         if result.weights is not None:
@@ -434,8 +599,8 @@ class RobustStrategy(FedAvg):
         LOG.warning("round %s keeps the model: %s", self._round, reason)
         metrics["diverged"] = 1
         self.load_state_dict(state)
-        assert self._sent is not None
-        return self._sent
+        assert self._model is not None
+        return self._model
 
     def describe(self, result: Aggregate, metrics: MetricRecord) -> None:
         """Add the rule's own diagnostics of a round to ``metrics``; nothing by default."""
@@ -488,15 +653,11 @@ class RobustStrategy(FedAvg):
     ) -> list[Message]:
         """Sample nodes once enough are there, the same ones for the same seed and node ids."""
         needed = max(self.min_available_nodes, minimum)
-        while len(nodes := sorted(grid.get_node_ids())) < needed:
-            LOG.info("waiting for nodes: %s connected, %s needed", len(nodes), needed)
-            time.sleep(1)
-        count = min(len(nodes), max(floor_share(fraction, len(nodes)), minimum))
-        draw = random.Random(f"{self.seed}-{server_round}-{message_type}")
-        chosen = sorted(draw.sample(nodes, count))
-        LOG.info("%s: sampled %s nodes (out of %s)", message_type, count, len(nodes))
+        chosen = self._roster.sample(grid, server_round, message_type, fraction, minimum, needed)
         record.config_records[self.configrecord_key]["server-round"] = server_round
-        return list(self._construct_messages(record, chosen, message_type))
+        messages = list(self._construct_messages(record, chosen, message_type))
+        self._roster.sent(messages)
+        return messages
 
 
 def resolve_device(device: str) -> torch.device:

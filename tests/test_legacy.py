@@ -596,3 +596,9 @@ def test_a_configuration_of_the_user_goes_along() -> None:
     assert ins.config["server-round"] == 2
     assert isinstance(ins.config["round-seed"], int)
     assert all(other.config == ins.config for _, other in others)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "bench_after", "too_few_nodes"])
+def test_options_of_rounds_that_flower_runs_are_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name}: not for the older API"):
+        legacy.GMD(**{name: 1})

@@ -1239,6 +1239,8 @@ def test_the_state_holds_tensors_and_numbers_only() -> None:
         for key, value in strategy.state_dict().items():
             if key == "client-memory":
                 assert all(isinstance(v, Tensor) for v in value.values())
+            elif key == "reputation":
+                assert value == {"against": {}, "until": {}}
             else:
                 assert value is None or isinstance(value, int | Tensor), key
 

@@ -1,0 +1,138 @@
+"""The rounds of a run: Flower's ``Strategy.start`` with checkpoints and an end when nothing moves.
+
+Same calls in the same order as :meth:`flwr.serverapp.strategy.Strategy.start`.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
+
+from fl_bgmd.checkpoints import Checkpoints
+from fl_bgmd.replies import arrays_from_state, arrays_to_state
+
+if TYPE_CHECKING:
+    from .robust import RobustStrategy
+
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+LOG = logging.getLogger("flwr.fl_bgmd")
+
+
+class EmptyRoundsError(RuntimeError):
+    """Too many rounds in a row without enough valid replies; ``result`` holds the run so far."""
+
+    result: Result
+
+
+class MissingNodesError(RuntimeError):
+    """Fewer nodes than needed were connected by the deadline."""
+
+
+def run_rounds(
+    strategy: "RobustStrategy",
+    grid: Grid,
+    arrays: ArrayRecord,
+    *,
+    num_rounds: int,
+    timeout: float,
+    train_config: ConfigRecord,
+    evaluate_config: ConfigRecord,
+    evaluate_fn: EvaluateFn | None,
+    checkpoints: Checkpoints | None,
+) -> Result:
+    """Run the rounds from the newest checkpoint, or from the first, to ``num_rounds``."""
+    result = Result()
+    identity = _identity(strategy, arrays)
+    first = 1
+    if checkpoints is not None and (found := checkpoints.load(identity)) is not None:
+        done, state = found
+        arrays = arrays_from_state(state["arrays"])
+        result = _to_result(state["history"], arrays)
+        strategy.load_state_dict(state["strategy"])
+        if hasattr(grid, "load_state_dict"):
+            grid.load_state_dict(state["grid"])
+        first = done + 1
+        LOG.info("resumed from the checkpoint of round %s in %s", done, checkpoints.folder)
+    elif evaluate_fn is not None:
+        _keep(result.evaluate_metrics_serverapp, 0, evaluate_fn(0, arrays))
+
+    started = time.monotonic()
+    for number in range(first, num_rounds + 1):
+        LOG.info("")
+        LOG.info("[ROUND %s/%s]", number, num_rounds)
+        messages = strategy.configure_train(number, arrays, train_config, grid)
+        replies = grid.send_and_receive(messages, timeout=timeout)
+        try:
+            moved, metrics = strategy.aggregate_train(number, replies)
+        except EmptyRoundsError as error:
+            error.result = result
+            raise
+        if moved is not None:
+            arrays = result.arrays = moved
+        _keep(result.train_metrics_clientapp, number, metrics)
+        messages = strategy.configure_evaluate(number, arrays, evaluate_config, grid)
+        replies = grid.send_and_receive(messages, timeout=timeout)
+        metrics = strategy.aggregate_evaluate(number, replies)
+        _keep(result.evaluate_metrics_clientapp, number, metrics)
+        if evaluate_fn is not None:
+            _keep(result.evaluate_metrics_serverapp, number, evaluate_fn(number, arrays))
+        if checkpoints is not None and (number % checkpoints.every == 0 or number == num_rounds):
+            state = {
+                "arrays": arrays_to_state(arrays),
+                "history": _from_result(result),
+                "strategy": strategy.state_dict(),
+                "grid": grid.state_dict() if hasattr(grid, "state_dict") else None,
+            }
+            checkpoints.save(number, state, identity)
+    LOG.info("")
+    LOG.info("%s rounds in %.1f s", max(0, num_rounds - first + 1), time.monotonic() - started)
+    return result
+
+
+def _keep(history: dict[int, MetricRecord], number: int, metrics: MetricRecord | None) -> None:
+    """Put a round's metrics into the history and the log."""
+    if metrics is not None:
+        history[number] = metrics
+        LOG.info("\t└──> %s", dict(metrics))
+
+
+def _identity(strategy: "RobustStrategy", arrays: ArrayRecord) -> dict[str, Any]:
+    """Return what a checkpoint must share with the run that uses it: strategy and model."""
+    settings = {
+        f"strategy.{name}": value
+        for name, value in vars(strategy).items()
+        if not name.startswith("_") and isinstance(value, bool | int | float | str | None)
+    }
+    compressor = strategy.compressor
+    return settings | {
+        "strategy": type(strategy).__name__,
+        "strategy.compressor": "none" if compressor is None else compressor.name,
+        "model": {key: f"{array.dtype}{list(array.shape)}" for key, array in arrays.items()},
+    }
+
+
+_HISTORIES = (
+    "train_metrics_clientapp",
+    "evaluate_metrics_clientapp",
+    "evaluate_metrics_serverapp",
+)
+
+
+def _from_result(result: Result) -> dict[str, Any]:
+    return {
+        name: {number: dict(metrics) for number, metrics in getattr(result, name).items()}
+        for name in _HISTORIES
+    }
+
+
+def _to_result(state: dict[str, Any], arrays: ArrayRecord) -> Result:
+    histories = {
+        name: {number: MetricRecord(metrics) for number, metrics in state[name].items()}
+        for name in _HISTORIES
+    }
+    return Result(arrays=arrays, **histories)

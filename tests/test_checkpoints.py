@@ -1,0 +1,340 @@
+"""State that survives: files, resumed runs, runs that are killed again and again."""
+
+import hashlib
+import json
+import logging
+import math
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import Result
+from safetensors import safe_open
+
+from fl_bgmd.checkpoints import CheckpointError, Checkpoints
+from fl_bgmd.strategies import BGMD, GMD, CenteredClipping, RobustFilter, RobustStrategy
+from simulations import backends
+from simulations.config import validate
+from simulations.experiment import RunResult
+from simulations.grid import InProcessGrid
+
+# --------------------------------------------------------------------------------- the files
+
+TREE = {
+    "tensors": {"half": torch.arange(3).half(), "flags": torch.tensor([True, False])},
+    "transposed": torch.arange(6.0).reshape(2, 3).T,
+    "scalar": torch.tensor(3.5, dtype=torch.float64),
+    "empty": torch.empty(0),
+    "bytes": b"\x00\xff",
+    "by-number": {7: [1.5, None, "text", True], -(2**70): {}},
+    "odd": [math.inf, 5e-324, 2**80],
+    "nothing": None,
+}
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def test_a_tree_comes_back_as_it_was(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(4, TREE, {})
+    loaded = checkpoints.load({})
+    assert loaded is not None
+    assert loaded[0] == 4
+    assert same(loaded[1], TREE)
+
+
+def test_an_empty_folder_and_one_that_is_not_there_hold_none(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path).load({}) is None
+    assert Checkpoints(tmp_path / "new").load({}) is None
+
+
+def test_no_pickle_goes_in(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="a function cannot be kept"):
+        Checkpoints(tmp_path).save(1, {"f": same}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_few_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for number in (1, 2, 9, 10, 11):
+        checkpoints.save(number, {"n": number}, {})
+    assert sorted(path.name[:14] for path in tmp_path.iterdir()) == [
+        "round-00000010",
+        "round-00000011",
+    ]
+    assert checkpoints.load({}) == (11, {"n": 11})
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one-bit", "emptied", "grown"])
+def test_a_damaged_checkpoint_is_skipped_with_a_message(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"x": torch.ones(100)}, {})
+    newest = checkpoints.save(2, {"x": torch.ones(100)}, {})
+    data = bytearray(newest.read_bytes())
+    if damage == "one-bit":
+        data[len(data) // 2] ^= 1
+    cut = {"truncated": data[:-1], "one-bit": data, "emptied": b"", "grown": data + b"\0"}[damage]
+    newest.write_bytes(cut)
+    with caplog.at_level(logging.WARNING, logger="flwr.fl_bgmd"):
+        loaded = checkpoints.load({})
+    assert loaded is not None
+    assert loaded[0] == 1
+    assert f"checkpoint {newest} is damaged" in caplog.text
+
+
+def test_names_carry_the_checksum(tmp_path: Path) -> None:
+    path = Checkpoints(tmp_path).save(3, {}, {})
+    assert (
+        path.name == f"round-00000003-{hashlib.sha256(path.read_bytes()).hexdigest()}.safetensors"
+    )
+
+
+def test_another_identity_is_refused_with_the_difference(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, identity={"seed": 1, "model": "a"}).save(1, {}, {"rule": "gmd"})
+    with pytest.raises(CheckpointError) as error:
+        Checkpoints(tmp_path, identity={"seed": 2, "model": "a"}).load({"rule": "cmd"})
+    assert "rule was 'gmd' and is 'cmd'; seed was 1 and is 2" in str(error.value)
+    with pytest.raises(CheckpointError, match="seed was 1 and is 'not set'"):
+        Checkpoints(tmp_path, identity={"model": "a"}).load({"rule": "gmd"})
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
+    with (
+        Checkpoints(tmp_path).locked(),
+        pytest.raises(CheckpointError, match="in use by another run"),
+        Checkpoints(tmp_path).locked(),
+    ):
+        raise AssertionError
+    with Checkpoints(tmp_path).locked():
+        pass
+
+
+def test_what_a_crash_left_unfinished_is_deleted(tmp_path: Path) -> None:
+    left = tmp_path / "round-00000003-abc.unfinished"
+    left.write_bytes(b"half")
+    with Checkpoints(tmp_path).locked():
+        assert not left.exists()
+
+
+@pytest.mark.parametrize("given", [{"keep": 0}, {"every": 0}, {"every": -1}])
+def test_impossible_arguments_are_refused(given: dict[str, int]) -> None:
+    [(name, value)] = given.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}; allowed: 1 or more"):
+        Checkpoints("x", **given)
+    with pytest.raises(ValueError, match="folder is ''"):
+        Checkpoints("")
+
+
+# ------------------------------------------------------------------------------ other people's
+
+
+def train(message: Message, context: Context) -> Message:
+    """Take a step that depends on the model, the round and the client."""
+    number = int(message.content["config"]["server-round"])  # type: ignore[arg-type]
+    draw = np.random.default_rng([number, int(context.node_config["partition-id"])])
+    model = message.content["arrays"]
+    assert isinstance(model, ArrayRecord)
+    arrays = [0.9 * a + draw.standard_normal(a.shape) for a in model.to_numpy_ndarrays()]
+    metrics = MetricRecord({"num-examples": 1})
+    return Message(
+        RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics}), reply_to=message
+    )
+
+
+def start(strategy: RobustStrategy, rounds: int) -> Result:
+    app = ClientApp()
+    app.train()(train)
+    grid = InProcessGrid(app, 5, {})
+    return strategy.start(grid, ArrayRecord([np.zeros((3, 4)), np.ones(2)]), num_rounds=rounds)
+
+
+STRATEGIES: dict[str, tuple[type[RobustStrategy], dict[str, Any]]] = {
+    "bgmd": (BGMD, {"block_fraction": 0.3}),
+    "bgmd-per-client": (BGMD, {"block_fraction": 0.3, "memory": "per-client"}),
+    "gmd": (GMD, {"mixing": "bucketing"}),
+    "robust-filter": (RobustFilter, {}),
+    "centered-clipping": (CenteredClipping, {}),
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_any_strategy_goes_on_where_it_stopped(name: str, tmp_path: Path) -> None:
+    cls, own = STRATEGIES[name]
+    options = {**own, "server_momentum": 0.5, "fraction_train": 0.8, "fraction_evaluate": 0.0}
+    whole = start(cls(**options), 6)
+    start(cls(checkpoints=str(tmp_path), **options), 3)
+    resumed = start(cls(checkpoints=Checkpoints(tmp_path), **options), 6)
+    assert {k: a.data for k, a in whole.arrays.items()} == {
+        k: a.data for k, a in resumed.arrays.items()
+    }
+    assert list(resumed.train_metrics_clientapp) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    first = start(GMD(checkpoints=tmp_path, fraction_evaluate=0.0), 2)
+    calls: list[Any] = []
+    strategy = GMD(checkpoints=tmp_path, fraction_evaluate=0.0)
+    strategy.aggregate = calls.append  # type: ignore[method-assign, assignment]
+    again = start(strategy, 2)
+    assert calls == []
+    assert again.arrays == first.arrays
+    assert again.train_metrics_clientapp == first.train_metrics_clientapp
+
+
+def test_a_checkpoint_of_another_strategy_or_model_is_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"checkpoints": tmp_path, "fraction_evaluate": 0.0}
+    start(BGMD(block_fraction=0.5, **options), 1)
+    with pytest.raises(CheckpointError, match=r"strategy was 'BGMD' and is 'GMD'"):
+        start(GMD(**options), 1)
+    with pytest.raises(CheckpointError, match=r"strategy.block_fraction was 0.5 and is 0.25"):
+        start(BGMD(block_fraction=0.25, **options), 1)
+    grid = InProcessGrid(ClientApp(), 5, {})
+    with pytest.raises(CheckpointError, match="model was"):
+        BGMD(block_fraction=0.5, **options).start(grid, ArrayRecord([np.zeros(3)]), num_rounds=1)
+
+
+# ------------------------------------------------------------------------------ whole experiments
+
+# Every kind of state: memory, momentum and generator of the server, error feedback and old updates
+# in the clients' contexts, counts of the adversary.
+RUN = {
+    "dataset": "mnist",
+    "model": "tiny-cnn",
+    "num-clients": 5,
+    "num-shards": 20,
+    "num-server-rounds": 60,
+    "local-steps": 1,
+    "batch-size": 8,
+    "learning-rate": 0.05,
+    "lr-schedule": "cosine",
+    "evaluate-every": 1000,
+    "server-momentum": 0.5,
+    "strategy": "bgmd",
+    "mixing": "nearest-neighbor",
+    "compressor": "top-k:0.2",
+    "attack": "delayed+ipm",
+    "byzantine-fraction": 0.4,
+    "device": "cpu",
+}
+
+
+def run_in(folder: Path, **given: Any) -> RunResult:
+    config = validate({**RUN, **given, "checkpoint-dir": str(folder)})
+    return backends.run(config, backend="inprocess")
+
+
+def final_state(folder: Path) -> Any:
+    """Return the last checkpoint's content, without wall clocks."""
+    loaded = sorted(folder.glob("round-*.safetensors"))[-1]
+    with safe_open(loaded, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        described = json.loads(file.metadata()["fl-bgmd"])
+
+    def timeless(value: Any) -> Any:
+        if isinstance(value, dict) and "pairs" in value:
+            pairs = value["pairs"]
+            return [[k, timeless(v)] for k, v in pairs if not str(k).endswith("seconds")]
+        if isinstance(value, dict) and "list" in value:
+            return [timeless(item) for item in value["list"]]
+        return value
+
+    return described["round"], timeless(described["state"]), tensors
+
+
+def assert_same_end(a: Path, b: Path) -> None:
+    (round_a, state_a, tensors_a), (round_b, state_b, tensors_b) = final_state(a), final_state(b)
+    assert round_a == round_b
+    assert state_a == state_b
+    assert same(tensors_a, tensors_b)
+
+
+def test_an_experiment_that_is_stopped_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """Stopped by an exception in the middle of a round, with a checkpoint every second round."""
+    given: dict[str, Any] = {"num-server-rounds": 7, "checkpoint-every": 2}
+    whole = run_in(tmp_path / "whole", **given)
+    assert whole.error == ""
+
+    def stop(server_round: int, accuracy: float | None) -> None:
+        if server_round == 5:
+            raise KeyboardInterrupt
+
+    config = validate({**RUN, **given, "checkpoint-dir": str(tmp_path / "stopped")})
+    with pytest.raises(KeyboardInterrupt):
+        backends.run(config, backend="inprocess", on_round=stop)
+    resumed = run_in(tmp_path / "stopped", **given)
+    assert_same_end(tmp_path / "whole", tmp_path / "stopped")
+    assert resumed.played == whole.played
+    assert resumed.accuracies == whole.accuracies
+    assert [entry["round"] for entry in resumed.rounds] == list(range(8))
+
+
+def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"num-server-rounds": 1, "attack": "bit-flip"}
+    assert run_in(tmp_path, **given).status == "finished"
+    failed = run_in(tmp_path, **given, **{"learning-rate": 0.1})
+    assert failed.status == "failed"
+    assert "learning-rate was 0.05 and is 0.1" in failed.error
+    moved = run_in(tmp_path, **given, **{"results-dir": "elsewhere"})
+    assert moved.status == "finished"
+
+
+def life(folder: Path) -> None:
+    torch.set_num_threads(1)
+    result = run_in(folder)
+    assert result.error == ""
+
+
+def newest(folder: Path) -> str:
+    return max((path.name for path in folder.glob("round-*.safetensors")), default="")
+
+
+def test_a_process_that_is_killed_twenty_times_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("forkserver")
+    spawn.set_forkserver_preload(["test_checkpoints"])
+    whole = spawn.Process(target=life, args=(tmp_path / "whole",))
+    whole.start()
+    whole.join(300)
+    assert whole.exitcode == 0
+
+    folder, draw, kills = tmp_path / "killed", random.Random(0), 0
+    for _ in range(200):
+        process = spawn.Process(target=life, args=(folder,))
+        before, deadline = newest(folder), time.monotonic() + 120
+        process.start()
+        # In every other life from the first moment on, in the others once it has come further: no
+        # run would end otherwise.
+        if kills % 2:
+            while process.is_alive() and newest(folder) == before:
+                assert time.monotonic() < deadline, "no checkpoint in two minutes"
+                time.sleep(0.001)
+        if kills < 20:
+            time.sleep(draw.uniform(0, 0.1))
+            if process.is_alive():
+                assert process.pid is not None
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+        process.join(300)
+        if process.exitcode == 0:
+            break
+    assert process.exitcode == 0
+    assert kills == 20
+    assert_same_end(tmp_path / "whole", folder)

@@ -1,0 +1,154 @@
+"""A Ray cluster of two nodes, each with processes of its own: the clients run on both."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ray
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
+from test_ray import free_port
+
+from clients.client_app import handle_train
+from simulations import backends
+from simulations.backends import ClientResources
+from simulations.cli import main
+from simulations.config import Config, ConfigError, validate
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+]
+
+RAY = Path(sys.executable).parent / "ray"
+SMALL: Config = {
+    "dataset": "mnist",
+    "model": "tiny-cnn",
+    "num-server-rounds": 2,
+    "num-clients": 8,
+    "local-steps": 2,
+    "batch-size": 16,
+    "evaluate-every": 2,
+}
+
+
+@dataclass(frozen=True)
+class RecordNode:
+    """A mod that notes on which Ray node a client runs."""
+
+    folder: str
+
+    def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        node = ray.get_runtime_context().get_node_id()
+        (Path(self.folder) / f"{context.node_config['partition-id']}-{node}").touch()
+        time.sleep(0.5)  # long enough that one node cannot take all the messages
+        return call_next(message, context)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """Start a head and a second node with one CPU each; yield the cluster's address."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets need a short path
+    address = f"127.0.0.1:{free_port()}"
+    common = ["--block", "--num-cpus=1", "--disable-usage-stats", "--object-store-memory=100000000"]
+    head = ["--head", f"--port={address.rpartition(':')[2]}", f"--temp-dir={folder}"]
+    nodes = []
+    try:
+        for role in ([*head, "--include-dashboard=false"], [f"--address={address}"]):
+            with (Path(folder) / "start.log").open("a") as log:
+                nodes.append(
+                    subprocess.Popen(
+                        [str(RAY), "start", *role, *common],
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,
+                    )
+                )
+            wait_for_nodes(address, len(nodes), Path(folder) / "start.log")
+        yield address
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+        for node in nodes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                node.wait(timeout=20)
+        for pid in leftovers(folder):
+            os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for_nodes(address: str, count: int, log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ConfigError):
+            if len(backends.cluster_machines(address)) == count:
+                return
+        time.sleep(1)
+    raise AssertionError(f"no {count} Ray nodes at {address}: {log.read_text()}")
+
+
+def leftovers(folder: str) -> list[int]:
+    """Return the pids of processes whose command line names the cluster's folder."""
+    pids = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if folder.encode() in path.read_bytes():
+                pids.append(int(path.parent.name))
+    return pids
+
+
+def test_clients_run_on_both_nodes(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = ClientApp(mods=[RecordNode(str(tmp_path))])
+    watched.train()(handle_train)
+    monkeypatch.setattr(backends, "client_app", watched)
+    config = validate(SMALL | {"ray-address": cluster})
+    result = backends.run(config, resources=ClientResources(ray_address=cluster))
+    assert result.status == "finished", result.error
+    assert result.total("accepted") == 16
+    partitions, nodes = zip(*(path.name.split("-") for path in tmp_path.iterdir()), strict=True)
+    assert set(map(int, partitions)) == set(range(8))
+    ray.init(address=cluster, log_to_driver=False)
+    try:
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    finally:
+        ray.shutdown()
+    assert set(nodes) == alive
+    assert len(alive) == 2
+
+
+def test_cluster_and_in_process_runs_agree(cluster: str) -> None:
+    there = backends.run(validate(SMALL | {"ray-address": cluster}))
+    here = backends.run(validate(SMALL), backend="inprocess")
+    assert there.status == here.status == "finished", there.error
+    assert there.accuracies == here.accuracies
+
+
+def test_more_than_a_machine_of_the_cluster_has_is_refused(cluster: str) -> None:
+    """Two nodes with one CPU each hold no client that wants two."""
+    with pytest.raises(ConfigError, match=r"num-cpus is 2; allowed: 1 to 1, what a machine of the"):
+        ClientResources(num_cpus=2, ray_address=cluster)
+
+
+def test_command_line_refuses_an_address_without_a_cluster(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    nowhere = f"127.0.0.1:{free_port()}"
+    assert main(["run", "--dataset", "mnist", "--ray-address", nowhere]) == 2
+    assert f"ray-address is '{nowhere}'" in capsys.readouterr().err
+
+
+def test_other_forms_of_address_are_refused() -> None:
+    with pytest.raises(ConfigError, match="ray-address is 'auto'; allowed: HOST:PORT"):
+        validate({"ray-address": "auto"})

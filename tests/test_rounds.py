@@ -1,0 +1,279 @@
+"""Runs that nothing stops or bends: empty rounds, missing nodes, late replies, the bench."""
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fl_bgmd.strategies import (
+    BGMD,
+    GMD,
+    EmptyRoundsError,
+    Krum,
+    Mean,
+    MissingNodesError,
+    MultiKrum,
+    RobustStrategy,
+)
+from simulations.grid import InProcessGrid
+
+SIZE = 12
+
+
+def app_with(update: Any) -> ClientApp:
+    """Return a client that moves the model by ``update(round, partition)``."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        number = int(message.content["config"]["server-round"])  # type: ignore[arg-type]
+        partition = int(context.node_config["partition-id"])
+        arrays = message.content["arrays"]
+        assert isinstance(arrays, ArrayRecord)
+        [model] = arrays.to_numpy_ndarrays()
+        metrics = MetricRecord({"num-examples": 1, "partition-id": partition})
+        moved = ArrayRecord([model + update(number, partition)])
+        return Message(RecordDict({"arrays": moved, "metrics": metrics}), reply_to=message)
+
+    return app
+
+
+def honest(number: int, partition: int) -> Any:
+    """Return an update around (1, ..., 1)."""
+    return 1 + 0.3 * np.random.default_rng([number, partition]).standard_normal(SIZE)
+
+
+def start(strategy: RobustStrategy, grid: InProcessGrid, rounds: int) -> Any:
+    return strategy.start(grid, ArrayRecord([np.zeros(SIZE)]), num_rounds=rounds)
+
+
+def nothing_but_nan(first: int, last: int) -> Any:
+    return lambda n, p: np.full(SIZE, np.nan) if first <= n <= last else honest(n, p)
+
+
+# ---------------------------------------------------------------------------------- empty rounds
+
+
+def test_too_many_empty_rounds_end_the_run_and_say_why() -> None:
+    grid = InProcessGrid(app_with(nothing_but_nan(3, 99)), 4, {})
+    with pytest.raises(EmptyRoundsError) as error:
+        start(GMD(max_empty_rounds=3, fraction_evaluate=0.0), grid, 20)
+    assert str(error.value) == (
+        "3 rounds in a row had fewer than 1 valid replies; in round 5: 4 nodes asked, 0 replies "
+        "accepted, rejected: non-finite 4"
+    )
+    result = error.value.result
+    assert list(result.train_metrics_clientapp) == [1, 2, 3, 4]
+    [model] = result.arrays.to_numpy_ndarrays()
+    assert np.isfinite(model).all()
+
+
+def test_a_round_that_moves_starts_the_count_anew() -> None:
+    def update(number: int, partition: int) -> Any:
+        return np.full(SIZE, np.nan) if number % 3 else honest(number, partition)
+
+    grid = InProcessGrid(app_with(update), 4, {})
+    result = start(GMD(max_empty_rounds=3, fraction_evaluate=0.0), grid, 9)
+    assert list(result.train_metrics_clientapp) == list(range(1, 10))
+
+
+# --------------------------------------------------------------------------------- missing nodes
+
+
+def test_too_few_nodes_end_the_run_at_the_deadline() -> None:
+    grid = InProcessGrid(app_with(honest), 3, {})
+    strategy = GMD(min_available_nodes=5, node_wait_timeout=0.05, fraction_evaluate=0.0)
+    with pytest.raises(MissingNodesError, match=r"3 nodes are connected after 0.05 s and 5 are"):
+        start(strategy, grid, 1)
+
+
+def test_or_the_run_goes_on_with_those_that_are_there(caplog: pytest.LogCaptureFixture) -> None:
+    grid = InProcessGrid(app_with(honest), 3, {})
+    strategy = GMD(
+        min_available_nodes=5, node_wait_timeout=0.05, too_few_nodes="go-on", fraction_evaluate=0.0
+    )
+    with caplog.at_level(logging.WARNING, logger="flwr.fl_bgmd"):
+        result = start(strategy, grid, 2)
+    assert [m["accepted"] for m in result.train_metrics_clientapp.values()] == [3, 3]
+    assert "3 nodes are connected after 0.05 s and 5 are needed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_empty_rounds", 0),
+        ("node_wait_timeout", 0.0),
+        ("too_few_nodes", "wait"),
+        ("bench_after", -1),
+        ("bench_rounds", 0),
+    ],
+)
+def test_impossible_values_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value!r}; allowed: "):
+        GMD(**{name: value})
+
+
+# ---------------------------------------------------------------------------------- late replies
+
+
+class SlowGrid(InProcessGrid):
+    """Node 1's replies stay away past each round's deadline."""
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        sent = list(messages)
+        ids = self.push_messages(sent)
+        on_time = {m.metadata.message_id for m in sent if m.metadata.dst_node_id != 1}
+        return self.pull_messages([key for key in ids if key in on_time])
+
+
+def test_late_replies_are_counted_and_enter_no_later_round() -> None:
+    """Node 1 alone would move the model by a thousand."""
+
+    def update(number: int, partition: int) -> Any:
+        return honest(number, partition) if partition else np.full(SIZE, 1000.0)
+
+    strategy = Mean(fraction_evaluate=0.0)
+    result = start(strategy, SlowGrid(app_with(update), 5, {}), 3)
+    rounds = list(result.train_metrics_clientapp.values())
+    assert [m["accepted"] for m in rounds] == [4, 4, 4]
+    assert [m["missing"] for m in rounds] == [1, 1, 1]
+    assert [m.get("late", 0) for m in rounds] == [0, 1, 1]
+    [model] = result.arrays.to_numpy_ndarrays()
+    assert np.abs(model).max() < 10
+
+
+class ReplayingGrid(InProcessGrid):
+    """Hands last round's replies in once more, before this round's."""
+
+    kept: tuple[Message, ...] = ()
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        replies = list(super().send_and_receive(messages, timeout=timeout))
+        if not replies:  # nobody was asked to evaluate
+            return []
+        before, self.kept = self.kept, tuple(replies)
+        return [*before, *replies]
+
+
+def test_replies_to_another_round_are_rejected() -> None:
+    plain = start(Mean(fraction_evaluate=0.0), InProcessGrid(app_with(honest), 3, {}), 3)
+    replayed = start(Mean(fraction_evaluate=0.0), ReplayingGrid(app_with(honest), 3, {}), 3)
+    assert replayed.arrays == plain.arrays
+    rounds = list(replayed.train_metrics_clientapp.values())
+    assert [m.get("rejected-unasked", 0) for m in rounds] == [0, 3, 3]
+
+
+# -------------------------------------------------------------------------------------- the bench
+
+N, HOSTILE = 10, 4
+
+
+def attack(name: str, who: Any) -> Any:
+    """``who(round)`` names the hostile partitions; they send what ``name`` says."""
+
+    def update(number: int, partition: int) -> Any:
+        if partition not in who(number):
+            return honest(number, partition)
+        return {
+            "huge": np.full(SIZE, -1e6),
+            "nan": np.full(SIZE, np.nan),
+            # All on the point that the honest surround: the median's weight is theirs alone.
+            "hub": np.ones(SIZE),
+            "zero": np.zeros(SIZE),
+        }[name]
+
+    return update
+
+
+def fixed(number: int) -> set[int]:
+    return set(range(HOSTILE))
+
+
+def redrawn(number: int) -> set[int]:
+    return set(np.random.default_rng(number).choice(N, HOSTILE, replace=False).tolist())
+
+
+def bench_run(cls: type[RobustStrategy], update: Any, rounds: int) -> Any:
+    strategy = cls(
+        byzantine_fraction=0.4,
+        bench_after=4,
+        bench_rounds=5,
+        fraction_evaluate=0.0,
+        # A block of one coordinate would have one row at its median, with all the weight.
+        **({"block_fraction": 0.5} if cls is BGMD else {}),
+    )
+    return start(strategy, InProcessGrid(app_with(update), N, {}), rounds)
+
+
+@pytest.mark.parametrize("name", ["huge", "nan"])
+@pytest.mark.parametrize("cls", [GMD, BGMD])
+def test_those_who_lie_again_and_again_sit_out(
+    cls: type[RobustStrategy], name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="flwr.fl_bgmd"):
+        result = bench_run(cls, attack(name, fixed), 12)
+    rounds = list(result.train_metrics_clientapp.values())
+    replies = [m["accepted"] + m["rejected"] for m in rounds]
+    # Four bad rounds, five on the bench, and they are back for the next four.
+    assert replies == [N] * 4 + [N - HOSTILE] * 5 + [N] * 3
+    assert [m.get("benched", 0) for m in rounds[3:9]] == [HOSTILE] * 5 + [0]
+    for node in range(1, HOSTILE + 1):
+        assert f"node {node} sits out 5 rounds: in its last 4 its replies" in caplog.text
+    assert f"node {HOSTILE + 1} sits" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["huge", "nan", "hub", "zero"])
+@pytest.mark.parametrize("cls", [GMD, BGMD])
+def test_a_mobile_adversary_gets_nobody_honest_benched(
+    cls: type[RobustStrategy], name: str
+) -> None:
+    """Whoever sits out has been hostile in each of its last four rounds."""
+    who = redrawn
+    result = bench_run(cls, attack(name, who), 60)
+    replies = [m["accepted"] + m["rejected"] for m in list(result.train_metrics_clientapp.values())]
+    guilty = [
+        number
+        for number in range(4, 61)
+        if set.intersection(*(who(n) for n in range(number - 3, number + 1)))
+    ]
+    if not guilty:
+        assert replies == [N] * 60
+    assert sum(N - count for count in replies) <= 5 * len(guilty)
+
+
+@pytest.mark.parametrize("name", ["hub", "zero"])
+@pytest.mark.parametrize("cls", [GMD, BGMD])
+def test_a_fixed_minority_cannot_talk_honest_weights_down(
+    cls: type[RobustStrategy], name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="flwr.fl_bgmd"):
+        bench_run(cls, attack(name, fixed), 30)
+    for node in range(HOSTILE + 1, N + 1):
+        assert f"node {node} sits" not in caplog.text
+
+
+@pytest.mark.parametrize("cls", [Krum, MultiKrum])
+def test_rules_that_leave_out_honest_clients_accuse_nobody(cls: type[RobustStrategy]) -> None:
+    result = bench_run(cls, lambda n, p: honest(n, p), 20)
+    assert all(m["accepted"] == N for m in result.train_metrics_clientapp.values())
+
+
+def test_the_bench_has_room_for_the_assumed_fraction_only() -> None:
+    """Six of ten send NaN: more than four are never out at a time."""
+    result = bench_run(GMD, attack("nan", lambda n: set(range(6))), 20)
+    rounds = result.train_metrics_clientapp.values()
+    assert min(m["accepted"] + m["rejected"] for m in rounds) == N - HOSTILE
+
+
+def test_it_is_off_by_default() -> None:
+    grid = InProcessGrid(app_with(attack("nan", fixed)), N, {})
+    result = start(GMD(fraction_evaluate=0.0), grid, 20)
+    assert all(m["rejected"] == HOSTILE for m in result.train_metrics_clientapp.values())
