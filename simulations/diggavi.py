@@ -27,6 +27,8 @@ OBJECTIVES = ("strongly convex", "non-convex")
 EPSILON_SLACK = 0.05
 """epsilon' of the theorems: any constant above 0 with epsilon <= 1/4 - epsilon'."""
 
+RIDGE = 0.02
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -35,7 +37,8 @@ class Setup:
     Attributes
     ----------
     objective : {"strongly convex", "non-convex"}
-        Least squares, or least squares of a sigmoid of the same linear model.
+        Least squares, or least squares of a sigmoid of the same linear model with a ridge of
+        :data:`RIDGE`: without it a model driven far away would have a gradient of zero.
     workers, examples, dimensions : int
         R, n_r and d.
     spread : float
@@ -104,7 +107,8 @@ class Problem:
         self.strong = float(eigenvalues[0])
         # The second derivative of (sigmoid(u) - y)^2 / 2 is below 1/16 + 0.0963 |s - y|; the
         # labels lie within 0..1 but for their noise.
-        self.smooth = float(eigenvalues[-1]) * (1.0 if self.is_convex else 0.16)
+        self.ridge = 0.0 if self.is_convex else RIDGE
+        self.smooth = float(eigenvalues[-1]) * (1.0 if self.is_convex else 0.16) + self.ridge
         self.optimum = torch.linalg.lstsq(flat, self.labels.flatten()).solution
 
     def _normal(self, *shape: int) -> Tensor:
@@ -119,7 +123,8 @@ class Problem:
             features = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[2]))
             labels = labels.gather(1, chosen)
         slopes = self._slopes(features @ x, labels)
-        return torch.einsum("rn,rnd->rd", slopes, features) / labels.shape[1] + self.shifts
+        data = torch.einsum("rn,rnd->rd", slopes, features) / labels.shape[1]
+        return data + self.shifts + self.ridge * x
 
     def _slopes(self, scores: Tensor, labels: Tensor) -> Tensor:
         if self.is_convex:
@@ -131,7 +136,7 @@ class Problem:
         """Return the smallest sigma and kappa for which Assumptions 1 and 2 hold at ``x``."""
         local = self.gradients(x, None)
         slopes = self._slopes(self.features @ x, self.labels)
-        single = slopes[..., None] * self.features + self.shifts[:, None]
+        single = slopes[..., None] * self.features + self.shifts[:, None] + self.ridge * x
         sigma = (single - local[:, None]).square().sum(2).mean(1).max()
         kappa = (local - local.mean(0)).square().sum(1).max()
         return math.sqrt(float(sigma)), math.sqrt(float(kappa))

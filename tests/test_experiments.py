@@ -337,9 +337,9 @@ def test_gradients_and_constants_by_autograd(objective: str) -> None:
     scores = problem.features @ x
     values = scores if problem.is_convex else torch.sigmoid(scores)
     losses = (values - problem.labels).square() / 2 + (problem.shifts @ x)[:, None]
-    single = torch.stack(
-        [torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in losses.flatten()]
-    )
+    losses = losses + problem.ridge * x.square().sum() / 2
+    rows = [torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in losses.flatten()]
+    single = torch.stack(rows).view(20, 30, 6)
     local = single.mean(1)
     torch.testing.assert_close(problem.gradients(x.detach(), None), local)
     sigma, kappa = problem.constants(x.detach())
