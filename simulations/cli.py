@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -30,7 +30,9 @@ from simulations.config import (
     parse,
     validate,
 )
+from simulations.diggavi import reproduce_diggavi
 from simulations.experiment import RunResult
+from simulations.figures import draw_complexity, draw_speedup, draw_toy
 from simulations.ghosh import count_runs, reproduce
 from simulations.laboratory import (
     Cell,
@@ -54,6 +56,14 @@ from simulations.report import (
 )
 from simulations.reproduce import experiments, plan, read_experiment
 from simulations.reproduce_report import write_report
+
+# What draws each, and how many draws, calls or runs it takes by default.
+FIGURES: dict[str, tuple[Callable[..., Path], int]] = {
+    "fig-toy": (draw_toy, 200),
+    "fig-complexity": (draw_complexity, 5),
+    "fig-speedup": (draw_speedup, 2),
+    "data-diggavi": (reproduce_diggavi, 3),
+}
 
 EXIT_RUN_FAILED, EXIT_BAD_CONFIG, EXIT_NO_DATA = 1, 2, 3
 
@@ -129,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
 
     again = commands.add_parser("reproduce", help="an experiment of the papers", allow_abbrev=False)
     again.set_defaults(command=_reproduce)
-    again.add_argument("name", choices=(*experiments(), "ghosh-regression"))
+    again.add_argument("name", choices=(*experiments(), *FIGURES, "ghosh-regression"))
     again.add_argument("--seeds", type=int, help="default: as many as the paper")
     again.add_argument("--epochs", type=float, help="default: as many as the paper")
     again.add_argument("--jobs", type=int, default=2, help="runs at a time")
@@ -271,6 +281,8 @@ def _reproduce(options: argparse.Namespace) -> int:
             raise ConfigError(f"{name} is {getattr(options, name)}; allowed: 1 or more")
     if options.name in experiments():
         return _reproduce_experiment(options)
+    if options.name in FIGURES:
+        return _reproduce_figure(options)
     folder = options.results_dir.resolve() / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.name}"
     seeds = options.seeds or 20
     with Progress(console=CONSOLE) as progress:
@@ -302,6 +314,18 @@ def _reproduce_experiment(options: argparse.Namespace) -> int:
         CONSOLE.print(f"written: {path}", soft_wrap=True)
     print((options.output or folder).joinpath("table.md").read_text(encoding="utf-8"))
     return _status(lines)
+
+
+def _reproduce_figure(options: argparse.Namespace) -> int:
+    """Draw a figure that is no grid of runs; its numbers in ``table.md`` beside it."""
+    draw, seeds = FIGURES[options.name]
+    folder = options.output or options.results_dir.resolve() / options.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with CONSOLE.status(options.name) as status:
+        table = draw(folder, seeds=options.seeds or seeds, done=status.update)
+    print(table.read_text(encoding="utf-8"))
+    CONSOLE.print(f"written: {folder}", soft_wrap=True)
+    return 0
 
 
 def _attacks(options: argparse.Namespace) -> int:

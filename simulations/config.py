@@ -154,6 +154,7 @@ SETTINGS: dict[str, Setting] = {
         str, "none, qsgd, qsgd:levels", _downlink_holds, "of the model on its way down"
     ),
     "gmd.solver": _choice(SOLVERS, "of the geometric median"),
+    "bgmd.solver": _choice(SOLVERS, "of the geometric median of the block"),
     "bgmd.block-fraction": _number(float, "share of the coordinates in a block", 0, 1, above=True),
     "bgmd.selection": _choice(BLOCK_SELECTIONS, "how the block is chosen"),
     "bgmd.score": _choice(SCORES, "what a coordinate is worth"),

@@ -6,7 +6,6 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -273,7 +272,7 @@ def build_strategy(config: Config) -> RobustStrategy:
         "min_available_nodes": clients,
         "min_train_nodes": max(1, floor_share(float(config["fraction-train"]), clients)),
         "min_evaluate_nodes": max(1, floor_share(float(config["fraction-evaluate"]), clients)),
-        "server_learning_rate": partial(_server_learning_rate, config),
+        "server_learning_rate": _server_learning_rate(config),
         "server_momentum": float(config["server-momentum"]),
         "mixing": config["mixing"],
         "bucket_size": config["bucket-size"],
@@ -299,6 +298,7 @@ def build_strategy(config: Config) -> RobustStrategy:
         "bgmd": (
             BGMD,
             {
+                "solver": config["bgmd.solver"],
                 "block_fraction": config["bgmd.block-fraction"],
                 "selection": config["bgmd.selection"],
                 "score": config["bgmd.score"],
@@ -323,14 +323,15 @@ def build_strategy(config: Config) -> RobustStrategy:
     return strategy(**options, **extra)
 
 
-def _server_learning_rate(config: Config, server_round: int) -> float:
-    return scheduled_learning_rate(
-        float(config["server-learning-rate"]),
-        str(config["server-lr-schedule"]),
-        server_round,
-        int(config["num-server-rounds"]),
-        period=int(config["lr-period"]),
-        decay=float(config["lr-decay"]),
+def _server_learning_rate(config: Config) -> float | Callable[[int], float]:
+    """Return the server's step, or what it is in each round where it has a schedule."""
+    rate, schedule = float(config["server-learning-rate"]), str(config["server-lr-schedule"])
+    if schedule == "constant":
+        return rate
+    num_rounds, period = int(config["num-server-rounds"]), int(config["lr-period"])
+    decay = float(config["lr-decay"])
+    return lambda number: scheduled_learning_rate(
+        rate, schedule, number, num_rounds, period=period, decay=decay
     )
 
 

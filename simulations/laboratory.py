@@ -4,6 +4,8 @@ import json
 import logging
 import math
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -143,14 +145,19 @@ def finished_before(cells: Sequence[Cell], folder: Path) -> dict[str, Line]:
         record = folder / cell.name / "run.json"
         if record.is_file():
             result = RunResult.read(record.parent)
-            if result.status != "failed" and _content(result.config) == _content(cell.config):
+            if result.status != "failed" and _is_same(result.config, cell.config):
                 found[cell.name] = line_of(cell, result)
     return found
 
 
-def _content(config: Config) -> Config:
-    """Return what a run computes, without where it does so."""
-    return {k: v for k, v in config.items() if k not in ("data-dir", "results-dir", "device")}
+def _is_same(stored: Config, wanted: Config) -> bool:
+    """Whether a stored run is what is wanted, wherever it was computed."""
+    try:
+        stored = validate(stored)  # keys that are newer than the run have their defaults
+    except ConfigError:
+        return False
+    places = ("data-dir", "results-dir", "device")
+    return all(stored[key] == wanted[key] for key in wanted if key not in places)
 
 
 def _finished(
@@ -176,6 +183,15 @@ def _prepare_worker(threads: int, log_level: int) -> None:
     torch.set_num_threads(threads)
     threadpool_limits(threads, user_api="blas")  # NumPy's, which knows nothing of torch's
     logging.getLogger("flwr").setLevel(log_level)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker when the grid's process is killed: it would go on computing for nobody."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def line_of(cell: Cell, result: RunResult) -> Line:

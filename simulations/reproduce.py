@@ -137,6 +137,8 @@ def _configure(
         **(settings or {}),
         "seed": seed,
     }
+    if experiment.period_epochs:
+        keys["lr-period"] = 2  # any that is allowed, until the rounds are known
     per_epoch = rounds_per_epoch(validate(keys))
     keys["num-server-rounds"] = max(1, round(epochs * per_epoch))
     keys["evaluate-every"] = max(1, round(per_epoch / experiment.evaluations_per_epoch))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fl_bgmd.aggregators import Aggregate, BlockGeometricMedian, block_geometric_median
 from fl_bgmd.aggregators.block import MEMORY_RULES, SCORES
+from fl_bgmd.aggregators.geometric_median import SOLVERS
 from fl_bgmd.aggregators.rows import vector_norm
 from fl_bgmd.aggregators.sampling import SELECTIONS
 
@@ -31,8 +32,8 @@ class BGMD(RobustStrategy):
         What a coordinate is worth.
     memory : {"robust", "mean", "per-client", "none"}
         What becomes of the coordinates outside the block; ``mean`` is the paper's.
-    tol : float
-        Certified relative accuracy of the block's median. Above 0.
+    tol, solver
+        Of the block's median, certified: see :func:`fl_bgmd.aggregators.geometric_median`.
     **options
         Those of :class:`RobustStrategy`.
     """
@@ -47,6 +48,7 @@ class BGMD(RobustStrategy):
         score: str = "clipped",
         memory: str = "robust",
         tol: float = 1e-6,
+        solver: str = "gram",
         **options: Any,
     ) -> None:
         require("block_fraction", block_fraction, 0 < block_fraction <= 1, "above 0 to 1")
@@ -54,6 +56,7 @@ class BGMD(RobustStrategy):
         require("score", score, score in SCORES, ", ".join(SCORES))
         require("memory", memory, memory in MEMORY_RULES, ", ".join(MEMORY_RULES))
         require("tol", tol, tol > 0, "above 0")
+        require("solver", solver, solver in SOLVERS, ", ".join(SOLVERS))
         self.can_share_coordinates = memory == "none"
         super().__init__(**options)
         if memory == "per-client" and self.mixing == "bucketing":
@@ -66,6 +69,7 @@ class BGMD(RobustStrategy):
         self.score = score
         self.memory_rule = memory
         self.tol = tol
+        self.solver = solver
         self._memory: Tensor | None = None
         self._client_memory: dict[int, Tensor] = {}
 
@@ -80,6 +84,7 @@ class BGMD(RobustStrategy):
             memory_rule=self.memory_rule,
             generator=self.generator,
             tol=self.tol,
+            solver=self.solver,
         )
         if self.memory_rule == "per-client" and result.memory is not None:
             self._client_memory.update(zip(current.nodes, result.memory.unbind(0), strict=True))

@@ -45,6 +45,7 @@ def block_geometric_median(
     memory_rule: str = "robust",
     generator: torch.Generator | None = None,
     tol: float = 1e-6,
+    solver: str = "gram",
 ) -> BlockGeometricMedian:
     """Return the geometric median of a block of coordinates, zero elsewhere, and the next memory.
 
@@ -74,8 +75,8 @@ def block_geometric_median(
         paper's code did.
     generator : torch.Generator, optional
         CPU generator of the block; torch's global one by default.
-    tol : float
-        Of the geometric median of the block, relative.
+    tol, solver
+        Of the geometric median of the block: see :func:`geometric_median`.
 
     Raises
     ------
@@ -111,7 +112,7 @@ def block_geometric_median(
     scores = _column_scores(rows, offset, norms, score, work)
     block = select_block(scores, k, selection=selection, generator=generator)
     chosen = _columns(rows, offset, block, dtype)
-    median = geometric_median(chosen, tol=tol)
+    median = geometric_median(chosen, tol=tol, solver=solver)
     chosen_norms = row_norms(chosen)
     del chosen
 

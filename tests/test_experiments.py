@@ -1,0 +1,376 @@
+"""The papers' experiments: what is planned, that sweeps go on, what the tables say."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from clients.training import scheduled_learning_rate, to_input
+from fl_bgmd.strategies import Mean
+from simulations import reproduce
+from simulations.cli import FIGURES, main
+from simulations.config import ConfigError, validate
+from simulations.diggavi import Problem, Setup, run_setup, slope, theorem_gamma
+from simulations.experiment import RunResult
+from simulations.figures import draw_complexity, draw_speedup, draw_toy, toy_points
+from simulations.grid import InProcessGrid
+from simulations.laboratory import finished_before
+from simulations.reproduce import Experiment, experiments, plan, read_experiment
+from simulations.reproduce_report import table_of
+
+TINY = """
+title = "Tiny"
+source = "nobody, Table 0"
+epochs = 100
+seeds = 9
+curves = ["update-norm"]
+
+[config]
+dataset = "mnist"
+model = "tiny-cnn"
+partition = "iid"
+num-clients = 5
+batch-size = 400
+local-steps = 1
+learning-rate = 1.0
+momentum = 0.0
+server-learning-rate = 0.1
+server-lr-schedule = "cosine"
+mixing = "none"
+
+[rows]
+SGD = { strategy = "mean" }
+GmD = { strategy = "gmd" }
+
+[columns]
+clean = {}
+additive-40 = { attack = "gaussian", byzantine-fraction = 0.4 }
+
+[published]
+clean = { SGD = "99.99 ± 0.01" }
+"""
+
+
+# ------------------------------------------------------------------------------- schedules
+
+
+@pytest.mark.parametrize(
+    ("schedule", "settings", "reference"),
+    [
+        (
+            "cosine",
+            {},
+            lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=12),
+        ),
+        (
+            "cosine-restarts",
+            {"period": 5},
+            lambda opt: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(opt, T_0=5),
+        ),
+        (
+            "exponential",
+            {"period": 3, "decay": 0.9},
+            lambda opt: torch.optim.lr_scheduler.StepLR(opt, 3, 0.9),
+        ),
+        ("constant", {}, lambda opt: torch.optim.lr_scheduler.ConstantLR(opt, 1.0)),
+    ],
+)
+def test_schedules_are_those_of_torch(schedule, settings, reference) -> None:  # type: ignore[no-untyped-def]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    scheduler = reference(optimizer)
+    for server_round in range(1, 13):
+        expected = optimizer.param_groups[0]["lr"]
+        found = scheduled_learning_rate(0.3, schedule, server_round, 12, **settings)
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_the_server_takes_the_steps_of_torch_s_sgd() -> None:
+    """One gradient a round, a scheduled step and momentum on the server: SGD, nothing else."""
+    targets = [torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.0, 4.0, -1.0])]
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        weights = message.content["arrays"].to_torch_state_dict()["w"]
+        gradient = weights - targets[int(context.node_config["partition-id"])]
+        arrays = ArrayRecord({"w": weights - gradient})
+        content = {"arrays": arrays, "metrics": MetricRecord({"num-examples": 1})}
+        return Message(RecordDict(content), reply_to=message)
+
+    strategy = Mean(
+        server_learning_rate=lambda number: scheduled_learning_rate(0.3, "cosine", number, 8),
+        server_momentum=0.9,
+        fraction_evaluate=0.0,
+    )
+    start = ArrayRecord({"w": torch.ones(3)})
+    result = strategy.start(grid=InProcessGrid(app, 2, {}), initial_arrays=start, num_rounds=8)
+
+    weights = torch.ones(3, requires_grad=True)
+    optimizer = torch.optim.SGD([weights], lr=0.3, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8)
+    for _ in range(8):
+        weights.grad = sum(weights.detach() - target for target in targets) / 2  # type: ignore[assignment]
+        optimizer.step()
+        scheduler.step()
+    torch.testing.assert_close(result.arrays.to_torch_state_dict()["w"], weights.detach())
+
+
+def test_restarts_need_a_cycle() -> None:
+    with pytest.raises(ConfigError, match=r"lr-period is 1 with cosine-restarts; allowed: 2"):
+        validate({"server-lr-schedule": "cosine-restarts"})
+
+
+def test_grey_images_are_channels_last_too() -> None:
+    # A channel of one makes both layouts the same bytes; only the strides tell a convolution.
+    moved = to_input(torch.zeros(2, 1, 28, 28), torch.device("cpu"))
+    assert moved.stride() == (784, 1, 28, 1)
+
+
+# ------------------------------------------------------------------------------- the files
+
+
+@pytest.mark.parametrize("name", experiments())
+def test_every_run_of_every_experiment_can_be_configured(name: str) -> None:
+    experiment = read_experiment(name)
+    cells = plan(experiment, epochs=experiment.epochs, seeds=2)
+    assert len(cells) == 2 * len(experiment.rows) * len(experiment.columns)
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert {cell.seed for cell in cells[: len(cells) // 2]} == {0}
+    for cell in cells:
+        # The papers' setting: one mini-batch gradient for each client and round.
+        assert cell.config["local-steps"] == 1
+        assert cell.config["learning-rate"] == 1.0
+        assert cell.config["byzantine-selection"] == (
+            "fixed" if name.endswith("authors-code") else "per-round"
+        )
+
+
+def test_the_set_ups_are_the_paper_s() -> None:
+    for name, rounds, clients, batch, period in (
+        ("table2-fashion-mnist", 1465, 32, 64, 29),
+        ("table3-mnist", 4688, 10, 64, 1),
+        ("table4-cifar10", 7812, 10, 128, 1953),
+    ):
+        experiment = read_experiment(name)
+        config = plan(experiment, epochs=experiment.epochs, seeds=1)[0].config
+        assert config["num-server-rounds"] == rounds
+        assert (config["num-clients"], config["batch-size"]) == (clients, batch)
+        assert config["lr-period"] == period
+        assert config["weight-decay"] == 1e-4
+
+
+def test_figures_of_the_paper_are_numbers_or_dashes() -> None:
+    for name in experiments():
+        for entries in read_experiment(name).published.values():
+            for text in entries.values():
+                assert text == "-" or 0 < float(text.split(" ± ")[0]) < 100, text
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
+    monkeypatch.setattr(reproduce, "FOLDER", tmp_path)
+    (tmp_path / "tiny.toml").write_text(TINY, encoding="utf-8")
+    return read_experiment("tiny")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds = 9", "", "key 'seeds' is missing"),
+        ("seeds = 9", "seeds = 9\nepoch = 1", "key 'epoch' is unknown"),
+        ('SGD = "99.99', 'SDG = "99.99', "published 'clean', 'SDG' is not run"),
+        ('strategy = "gmd"', 'strategy = "gdm"', "strategy is 'gdm'"),
+    ],
+)
+def test_a_wrong_file_is_refused(
+    tiny: Experiment, tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY.replace(old, new), encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        plan(read_experiment("tiny"), epochs=1, seeds=1)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "seeds", "message"),
+    [(0.0, 1, "epochs is 0"), (math.nan, 1, "epochs is nan"), (1.0, 0, "seeds is 0")],
+)
+def test_lengths_out_of_range_are_refused(
+    tiny: Experiment, epochs: float, seeds: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(tiny, epochs=epochs, seeds=seeds)
+
+
+# -------------------------------------------------------------------------------- sweeps
+
+
+def reproduce_tiny(folder: Path, *more: str) -> int:
+    command = ["reproduce", "tiny", "--epochs=0.1", "--jobs=1", f"--results-dir={folder}", *more]
+    return main(command)
+
+
+def test_a_sweep_goes_on_where_it_was_interrupted(
+    tiny: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results"
+    assert reproduce_tiny(results, "--seeds=1") == 0
+    printed = capsys.readouterr().out
+    folder = results / "tiny-0.1-epochs"
+    records = sorted(folder.glob("*/*/*/run.json"))
+    assert len(records) == 4
+    written = {path: path.stat().st_mtime_ns for path in records}
+    assert "99.99 ± 0.01" in printed
+    assert "1 seed" in printed
+    for name in ("accuracy-rounds.png", "accuracy-seconds.png", "update-norm-rounds.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    record = json.loads(records[0].read_text())
+    assert record["config"]["num-server-rounds"] == 3
+    assert {"torch", "flwr", "cores"} <= record["environment"].keys()
+
+    # One run is lost, another was stopped while it was written.
+    lost, stopped = records[1], records[2]
+    before = {path: RunResult.read(path.parent).accuracies for path in (lost, stopped)}
+    lost.unlink()
+    stopped.rename(stopped.with_suffix(".json.part"))
+    assert reproduce_tiny(results, "--seeds=1", f"--output={tmp_path / 'out'}") == 0
+    again = {path for path in records if path.stat().st_mtime_ns != written[path]}
+    assert again == {lost, stopped}
+    assert {path: RunResult.read(path.parent).accuracies for path in again} == before
+    assert len((tmp_path / "out" / "cells.jsonl").read_text().splitlines()) == 4
+
+
+def test_only_runs_with_the_same_configuration_count_as_finished(
+    tiny: Experiment, tmp_path: Path
+) -> None:
+    cells = plan(tiny, epochs=0.1, seeds=1)
+    cell = cells[0]
+    folder = RunResult(cell.config, [{"round": 3, "accuracy": 0.5}]).write(tmp_path / cell.name)
+    assert set(finished_before(cells, tmp_path)) == {cell.name}
+    elsewhere = plan(tiny, epochs=0.1, seeds=1, settings={"device": "cpu"})
+    assert set(finished_before(elsewhere, tmp_path)) == {cell.name}
+    assert not finished_before(plan(tiny, epochs=0.2, seeds=1), tmp_path)
+    # A run from before a key existed counts with the key's default.
+    older = {key: value for key, value in cell.config.items() if key != "lr-decay"}
+    RunResult(older, [{"round": 3, "accuracy": 0.5}]).write(folder)
+    assert set(finished_before(cells, tmp_path)) == {cell.name}
+    RunResult(cell.config, status="failed", error="x").write(folder)
+    assert not finished_before(cells, tmp_path)
+
+
+def test_the_table_says_what_it_stands_on(tiny: Experiment) -> None:
+    config = plan(tiny, epochs=2, seeds=1)[0].config
+
+    def run(accuracy: float, status: str = "finished") -> RunResult:
+        return RunResult(config, [{"round": 60, "accuracy": accuracy}], status)
+
+    runs = {
+        ("SGD", "clean"): [run(0.9), run(0.92)],
+        ("SGD", "additive-40"): [run(0.1, "diverged")] * 2,
+        ("GmD", "clean"): [run(0.8)],
+    }
+    lines = table_of(tiny, runs, missing=3).splitlines()
+    assert "after 2 epochs" in lines[0]
+    assert "1 or 2 seeds; 3 runs are missing" in lines[0]
+    assert "full protocol is 100 epochs and 9 seeds" in lines[0]
+    assert lines[2] == "| | SGD | *SGD, paper* | GmD |"
+    assert lines[4] == "| clean | 91.00 ± 1.41 | *99.99 ± 0.01* | 80.00 |"
+    assert lines[5] == "| additive-40 | 10.00 ± 0.00 (diverged) |  | not run |"
+
+
+# -------------------------------------------------------------------------------- figures
+
+
+def test_toy_points_are_corrupted_as_said() -> None:
+    clean, nobody = toy_points(0.0, "noise", 3, 100)
+    noisy, hostile = toy_points(0.3, "noise", 3, 100)
+    shifted, _ = toy_points(0.3, "shifted", 3, 100)
+    assert not nobody.any()
+    assert int(hostile.sum()) == 30
+    assert torch.equal(clean[~hostile], noisy[~hostile])
+    torch.testing.assert_close(
+        shifted[hostile] - clean[hostile], torch.full((30, 2), 10.0).double()
+    )
+    assert 5 < float((noisy - clean)[hostile].std()) < 15
+
+
+def test_figures_are_drawn(tmp_path: Path) -> None:
+    seen: list[str] = []
+    table = draw_toy(tmp_path / "toy", seeds=3, done=seen.append).read_text()
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| shifted")]
+    mean_error, _, gm_error = (float(cell.strip(" |")) for cell in rows[-1][2:])
+    assert gm_error < 0.5 * mean_error
+    table = draw_complexity(
+        tmp_path / "cost", seeds=1, done=seen.append, sizes=(100, 1000), counts=(4, 8)
+    ).read_text()
+    assert "| GmD, Weiszfeld |" in table
+    table = draw_speedup(
+        tmp_path / "speed", seeds=1, done=seen.append, rounds=3, model="tiny-cnn", clients=5
+    ).read_text()
+    assert "| GmD, Gram / BGmD, Gram |" in table
+    assert len(seen) == 8 + 4 + 5
+    assert len(list(tmp_path.glob("*/*.png"))) == 3
+
+
+def test_every_name_can_be_reproduced() -> None:
+    assert {"table2-fashion-mnist", "table3-mnist", "table4-cifar10", "fig-memory"} <= {
+        *experiments()
+    }
+    assert not set(FIGURES) & set(experiments())
+
+
+# ---------------------------------------------------------------------- Data and Diggavi
+
+SMALL = Setup(workers=20, examples=30, dimensions=6, hostile=4, batch_size=5, iterations=120)
+
+
+@pytest.mark.parametrize("objective", ["strongly convex", "non-convex"])
+def test_gradients_and_constants_by_autograd(objective: str) -> None:
+    problem = Problem(replace(SMALL, objective=objective, spread=0.7), seed=1)
+    x = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    scores = problem.features @ x
+    values = scores if problem.is_convex else torch.sigmoid(scores)
+    losses = (values - problem.labels).square() / 2 + (problem.shifts @ x)[:, None]
+    losses = losses + problem.ridge * x.square().sum() / 2
+    rows = [torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in losses.flatten()]
+    single = torch.stack(rows).view(20, 30, 6)
+    local = single.mean(1)
+    torch.testing.assert_close(problem.gradients(x.detach(), None), local)
+    sigma, kappa = problem.constants(x.detach())
+    assert sigma**2 == pytest.approx(float((single - local[:, None]).square().sum(2).mean(1).max()))
+    assert kappa == pytest.approx(float((local - local.mean(0)).norm(dim=1).max()))
+    # What makes the workers differ leaves the common objective alone.
+    torch.testing.assert_close(problem.shifts.sum(0), torch.zeros(6).double(), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("objective", ["strongly convex", "non-convex"])
+@pytest.mark.parametrize("kept", [0, 3])
+def test_the_error_that_is_left_grows_with_kappa_and_stays_below_the_bound(
+    objective: str, kept: int
+) -> None:
+    setup = replace(SMALL, objective=objective, kept=kept, batch_size=30, iterations=200)
+    outcomes = [run_setup(replace(setup, spread=spread), seed=0) for spread in (0.0, 2.0)]
+    assert outcomes[1].kappa > outcomes[0].kappa
+    assert outcomes[1].error > outcomes[0].error
+    assert all(outcome.error < outcome.bound for outcome in outcomes)
+
+
+def test_what_the_filter_sees_does_no_harm_and_ruins_averaging() -> None:
+    loud = replace(SMALL, deviations=20.0)
+    assert run_setup(loud, 0).error < 0.01 * run_setup(replace(loud, rule="mean"), 0).error
+
+
+def test_gamma_by_hand() -> None:
+    # eps + eps' = 0.25, (1 - 0.25) R = 15, sigma^2 / b = 0.8, sigma_0^2 = 24 * 16 * 1.4 + 16 * 9
+    expected = 9 * 0.8 / 15 + 9 * 9 + 9 * (24 * 0.8 / 0.05 * (1 + 6 / 15) + 16 * 9) * 0.25
+    assert theorem_gamma(SMALL, sigma=2.0, kappa=3.0) == pytest.approx(expected)
+
+
+def test_slope_is_that_of_a_power() -> None:
+    assert slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
