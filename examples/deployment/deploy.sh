@@ -109,7 +109,6 @@ register() {
 # Fills `command` with what runs a service.
 prepare() {
   local service=$1
-  mkdir -p "$(home_of "$service")" "$DEPLOYMENT/work" "$DEPLOYMENT/log" "$DEPLOYMENT/run"
   command=(env "FLWR_HOME=$(home_of "$service")")
   if [ "$service" = superlink ]; then
     pin_cpus
@@ -131,6 +130,7 @@ prepare() {
   else
     fail "service is '$service'; allowed: superlink, supernode-I"
   fi
+  mkdir -p "$(home_of "$service")" "$DEPLOYMENT/work" "$DEPLOYMENT/log" "$DEPLOYMENT/run"
 }
 
 pin_cpus() { [ -z "${CPUS:-}" ] || command+=(taskset --cpu-list "$CPUS"); }
