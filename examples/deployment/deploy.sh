@@ -197,15 +197,18 @@ start() {
   done
 }
 
+# The service itself is asked first; then what it left, which would take its time to notice.
 stop() {
-  local service=$1 pids waited=0
+  local service=$1 pid pids left waited=0
   pids=$(pids_of "$service" | xargs)
   [ -n "$pids" ] || return 0
-  # Only the service itself is asked: its children watch it and follow.
-  kill -TERM "$(cat "$DEPLOYMENT/run/$service.pid")" 2>/dev/null || true
-  while [ -n "$(pids_of "$service")" ]; do
+  pid=$(cat "$DEPLOYMENT/run/$service.pid" 2>/dev/null || true)
+  [ -z "$pid" ] || kill -TERM "$pid" 2>/dev/null || true
+  while left=$(pids_of "$service" | xargs) && [ -n "$left" ]; do
     if [ $waited -ge 40 ]; then
-      pids_of "$service" | xargs --no-run-if-empty kill -KILL 2>/dev/null || true
+      kill -KILL $left 2>/dev/null || true
+    elif [[ " $left " != *" $pid "* ]]; then
+      kill -TERM $left 2>/dev/null || true
     fi
     sleep 0.5
     waited=$((waited + 1))
@@ -229,7 +232,7 @@ status() {
   done
 }
 
-verb=${1:-help}
+verb=${1:-help} all=()
 [ $# -eq 0 ] || shift
 case $verb in
   certificates) make_certificates "$@" ;;
@@ -244,8 +247,8 @@ case $verb in
     ;;
   status) status ;;
   stop)
-    [ $# -gt 0 ] || set -- $(services)
-    for service in "$@"; do stop "$service"; done
+    [ $# -gt 0 ] || mapfile -t all < <(services)
+    for service in "$@" "${all[@]}"; do stop "$service"; done
     ;;
   flwr) operator "$@" ;;
   help | --help | -h) usage ;;
