@@ -1,5 +1,6 @@
 """The ClientApp: load the partition, train, evaluate; lie when the attack says so."""
 
+from copy import deepcopy
 from functools import lru_cache
 
 import numpy as np
@@ -52,6 +53,8 @@ def handle_train(message: Message, context: Context) -> Message:
             str(config["lr-schedule"]),
             number,
             int(config["num-server-rounds"]),
+            period=int(config["lr-period"]),
+            decay=float(config["lr-decay"]),
         ),
         momentum=float(config["momentum"]),
         weight_decay=float(config["weight-decay"]),
@@ -124,14 +127,19 @@ def _partitions(
     )
 
 
+@lru_cache(maxsize=4)
+def _skeleton(name: str, dataset: Dataset) -> nn.Module:
+    """Build a model without weights, once per process: no client draws any that it replaces."""
+    with torch.device("meta"):
+        return build(name, input_shape=dataset.input_shape, num_classes=dataset.num_classes)
+
+
 def _prepare(message: Message, context: Context) -> tuple[Dataset, nn.Module, torch.device]:
     """Load what both phases need: the data (once per process), the model as received, a device."""
     config = context.run_config
     dataset = load(str(config["dataset"]), str(config["data-dir"]) or None)
-    model = build(
-        str(config["model"]), input_shape=dataset.input_shape, num_classes=dataset.num_classes
-    )
+    model = deepcopy(_skeleton(str(config["model"]), dataset))
     arrays = message.content["arrays"]
     assert isinstance(arrays, ArrayRecord)
-    model.load_state_dict(arrays.to_torch_state_dict())
+    model.load_state_dict(arrays.to_torch_state_dict(), assign=True)
     return dataset, model, resolve_device(str(config["device"]))

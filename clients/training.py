@@ -16,7 +16,7 @@ Corrupt = Callable[
     [NDArray[np.uint8], NDArray[np.int64]], tuple[NDArray[np.uint8], NDArray[np.int64]]
 ]
 
-LR_SCHEDULES = ("constant", "cosine", "exponential")
+LR_SCHEDULES = ("constant", "cosine", "cosine-restarts", "exponential")
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,30 @@ class LocalTraining:
 
 
 def scheduled_learning_rate(
-    learning_rate: float, schedule: str, server_round: int, num_rounds: int
+    learning_rate: float,
+    schedule: str,
+    server_round: int,
+    num_rounds: int,
+    *,
+    period: int = 1,
+    decay: float = 0.99,
 ) -> float:
-    """Return the learning rate of a round: ``cosine`` falls to 0, ``exponential`` by 1 % a round.
+    """Return the learning rate of a round.
+
+    ``cosine`` falls to 0 over the run, ``cosine-restarts`` over each ``period`` rounds (Loshchilov
+    and Hutter, SGDR, Equation 5), ``exponential`` by the factor ``decay`` every ``period`` rounds.
 
     Raises ``ValueError`` for an unknown schedule.
     """
+    step = server_round - 1
     if schedule == "constant":
         return learning_rate
     if schedule == "cosine":
-        return learning_rate * (1 + math.cos(math.pi * (server_round - 1) / num_rounds)) / 2
+        return learning_rate * (1 + math.cos(math.pi * step / num_rounds)) / 2
+    if schedule == "cosine-restarts":
+        return learning_rate * (1 + math.cos(math.pi * (step % period) / period)) / 2
     if schedule == "exponential":
-        return learning_rate * 0.99 ** (server_round - 1)
+        return learning_rate * decay ** (step // period)
     raise ValueError(f"lr-schedule is {schedule!r}; allowed: {', '.join(LR_SCHEDULES)}")
 
 
@@ -73,7 +85,11 @@ def train(
     ``seed`` fixes the order of the examples and all that the model draws (dropout). ``corrupt``
     changes each batch of raw images and labels before anything else is done to it.
     """
-    torch.manual_seed(seed)
+    # Not torch.manual_seed: without a GPU it queues a seeding of every CUDA device for later,
+    # with a stack trace, at each call.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
     model.to(device).train()
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -138,7 +154,7 @@ def evaluate(
     dataset: Dataset,
     indices: NDArray[np.int64] | None,
     device: torch.device,
-    batch_size: int = 1000,
+    batch_size: int = 200,
 ) -> Evaluation:
     """Evaluate ``model`` on the test examples at ``indices``, all for None."""
     model.to(device).eval()
@@ -159,7 +175,8 @@ def evaluate(
 
 def to_input(images: Tensor, device: torch.device) -> Tensor:
     """Move images to the device, channels last: convolutions are a third faster that way."""
-    return images.to(device).contiguous(memory_format=torch.channels_last)
+    # Not .contiguous(), which leaves the strides of grey images: both layouts are the same bytes.
+    return images.to(device).to(memory_format=torch.channels_last)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
 from fl_bgmd.attacks import ATTACKS, AttackPlan, View
+from fl_bgmd.broadcast import unpack_model
 from fl_bgmd.compression import RandK, build_compressor, for_shapes
 from fl_bgmd.replies import PACKED_KEY, PACKED_RECORD, ModelLayout
 
@@ -127,7 +128,8 @@ class CompressionMod:
     The reply's arrays give way to one array of bytes (:data:`fl_bgmd.replies.PACKED_KEY`) and the
     model's buffers as they are; nothing else in the app changes. A strategy with ``compressor=``
     asks for it in each round's configuration; under any other strategy, and for replies that are
-    no model, the mod does nothing.
+    no model, the mod does nothing. It also unpacks models of strategies with
+    ``downlink_compressor=``, which clients without it do not understand: put it first.
 
     Put before :class:`ByzantineMod` (``mods=[CompressionMod(), ByzantineMod()]``) hostile clients
     adhere to the protocol (Option I of Ghosh et al.): what they send is compressed. Put after it,
@@ -148,7 +150,8 @@ class CompressionMod:
     error_feedback: bool | None = None
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        """Run the client, then pack its update."""
+        """Unpack the model, run the client, pack its update."""
+        unpack_model(message.content)
         reply = call_next(message, context)
         is_train = message.metadata.message_type.split(".")[0] == MessageType.TRAIN
         asked = asked_for(message)
@@ -173,7 +176,7 @@ class CompressionMod:
         feedback = feedback and compressor.delta(len(update)) > 0
         if feedback:
             update = update + _error_memory(context, update)
-        data = compressor.encode(update)
+        data = compressor.encode(update, _generator(message, context))
         if feedback:
             lost = update - compressor.decode(data, len(update))
             context.state[_ERROR] = ArrayRecord({"error": Array(lost.numpy())})
@@ -192,6 +195,16 @@ def asked_for(message: Message) -> ConfigRecord:
         if "compressor" in config:
             return config
     return ConfigRecord()
+
+
+def _generator(message: Message, context: Context) -> torch.Generator | None:
+    """Return what this client's rounding of this round is drawn from, the same in each re-run."""
+    configs = message.content.config_records.values()
+    seeds = [int(cast(int, c["round-seed"])) for c in configs if "round-seed" in c]
+    if not seeds or "partition-id" not in context.node_config:
+        return None
+    draw = np.random.SeedSequence([*seeds, int(context.node_config["partition-id"])])
+    return torch.Generator().manual_seed(int(draw.generate_state(1)[0]))
 
 
 def _error_memory(context: Context, update: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ PACKED_KEY = "fl-bgmd.packed"
 PACKED_RECORD = "compression"
 """ConfigRecord of a packed reply: the compressor and, where asked for, the update's norm."""
 
+_NPY = "numpy.ndarray"
 _MAX_HEADER_BYTES = 4096
 _MAX_DETAIL = 300
 _BUFFER_SUFFIXES = ("running_mean", "running_var")
@@ -483,12 +484,13 @@ def view_array(array: Array, spec: ArraySpec) -> NDArray[np.generic]:
     The .npy header is parsed without unpickling and must agree with ``spec`` and with the number
     of bytes that follow. Raises :class:`InvalidReplyError` otherwise.
     """
-    if tuple(array.shape) != spec.shape:
+    # An empty dtype declares nothing, neither does its shape: the header below decides.
+    if array.dtype and tuple(array.shape) != spec.shape:
         shown = repr(tuple(array.shape))[:80]
         raise InvalidReplyError(
             Rejection.SHAPE, f"array {spec.key!r} declares shape {shown}; sent: {spec.shape}"
         )
-    if array.stype != "numpy.ndarray":
+    if array.stype != _NPY:
         raise InvalidReplyError(
             Rejection.ENCODING, f"array {spec.key!r} is serialised as {array.stype[:80]!r}"
         )
@@ -511,6 +513,19 @@ def view_array(array: Array, spec: ArraySpec) -> NDArray[np.generic]:
         )
     values = np.frombuffer(array.data, dtype=dtype, count=spec.size, offset=start)
     return values.reshape(spec.shape, order="F" if fortran_order else "C")
+
+
+def declared_array(data: bytes, stype: str = _NPY) -> Array:
+    """Return untrusted bytes as an ``Array`` that declares what their own header says.
+
+    For Flower's older API, whose tensors declare neither shape nor dtype. Where the header cannot
+    be read both are left empty, and :func:`screen` rejects the array for its encoding.
+    """
+    try:
+        shape, _, dtype, _ = _read_npy_header(data, "")
+    except InvalidReplyError:
+        return Array("", (), stype, data)
+    return Array(dtype.name, shape, stype, data)
 
 
 def _read_npy_header(

@@ -1,5 +1,7 @@
 """Re-exports ``strategies/`` in the source tree; in the wheel that folder takes this place."""
 
+import sys
+
 from strategies import (
     BGMD,
     CMD,
@@ -20,8 +22,13 @@ from strategies import (
     RobustFilter,
     RobustStrategy,
     TrimmedMean,
+    legacy,
     resolve_device,
 )
+
+# As os does for os.path: `from fl_bgmd.strategies.legacy import BGMD` finds the one module, here
+# where this is no package.
+sys.modules[f"{__name__}.legacy"] = legacy
 
 __all__ = [
     "BGMD",

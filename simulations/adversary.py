@@ -17,6 +17,7 @@ from flwr.supercore.run import Run
 from torch import Tensor
 
 from fl_bgmd.attacks import ATTACKS, AttackPlan, View
+from fl_bgmd.broadcast import received_model
 from fl_bgmd.compression import Compressor, build_compressor
 from fl_bgmd.mods import (
     ATTACK_RECORD,
@@ -73,8 +74,7 @@ class AdversarialGrid(Grid):
             return self._inner.send_and_receive(sent, timeout=timeout)
         # Copies of what is needed: a grid may take the messages apart.
         number = server_round(sent[0])
-        [arrays] = sent[0].content.array_records.values()
-        layout = ModelLayout(arrays)
+        layout = ModelLayout(received_model(sent[0].content))
         replies = list(self._inner.send_and_receive(sent, timeout=timeout))
         asked = asked_for(sent[0]).get("compressor")
         compressor = None if asked is None else build_compressor(str(asked))

@@ -37,6 +37,7 @@ from simulations.laboratory import (
     Line,
     accuracy_table,
     columns,
+    finished_before,
     plan_grid,
     read_cells,
     run_grid,
@@ -51,6 +52,8 @@ from simulations.report import (
     write_grid,
     write_markdown,
 )
+from simulations.reproduce import experiments, plan, read_experiment
+from simulations.reproduce_report import write_report
 
 EXIT_RUN_FAILED, EXIT_BAD_CONFIG, EXIT_NO_DATA = 1, 2, 3
 
@@ -126,10 +129,13 @@ def _parser() -> argparse.ArgumentParser:
 
     again = commands.add_parser("reproduce", help="an experiment of the papers", allow_abbrev=False)
     again.set_defaults(command=_reproduce)
-    again.add_argument("name", choices=("ghosh-regression",))
-    again.add_argument("--seeds", type=int, default=20)
+    again.add_argument("name", choices=(*experiments(), "ghosh-regression"))
+    again.add_argument("--seeds", type=int, help="default: as many as the paper")
+    again.add_argument("--epochs", type=float, help="default: as many as the paper")
     again.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    again.add_argument("--device", default="auto", help="of clients and server")
     again.add_argument("--results-dir", type=Path, default=Path("results"))
+    again.add_argument("--output", type=Path, help="folder of table and plots; default: results")
 
     attacks = commands.add_parser("attacks", help="list the attacks, draw what they do to images")
     attacks.set_defaults(command=_attacks)
@@ -200,27 +206,7 @@ def _run_grid(options: argparse.Namespace, cells: list[Cell]) -> int:
     config = cells[0].config
     load(str(config["dataset"]), str(config["data-dir"]) or None, progress=CONSOLE.print)
     folder = _results_folder(config, "compare")
-    with Progress(
-        TextColumn("{task.description:<44}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=CONSOLE,
-    ) as progress:
-        task = progress.add_task(f"{options.jobs} at a time", total=len(cells))
-
-        def done(cell: Cell, result: RunResult) -> None:
-            progress.update(task, advance=1, description=f"{cell.name} {result.final_accuracy:.1%}")
-
-        lines = run_grid(
-            cells,
-            backend=options.backend,
-            resources=_resources(options, config),
-            jobs=options.jobs,
-            folder=folder,
-            done=done,
-        )
+    lines = _run_cells(cells, folder, options.jobs, options.backend, _resources(options, config))
     fraction = max(float(cell.config["byzantine-fraction"]) for cell in cells)
     title = (
         f"{config['dataset']}, {config['model']}, {config['num-clients']} clients "
@@ -229,6 +215,30 @@ def _run_grid(options: argparse.Namespace, cells: list[Cell]) -> int:
     )
     CONSOLE.print(f"written: {folder / 'cells.jsonl'}", soft_wrap=True)
     return _show_grid(lines, folder, title)
+
+
+def _run_cells(
+    cells: list[Cell], folder: Path, jobs: int, backend: str, resources: ClientResources
+) -> list[Line]:
+    """Run a grid with a progress bar."""
+    with Progress(
+        TextColumn("{task.description:<44}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=CONSOLE,
+    ) as progress:
+        task = progress.add_task(
+            f"{jobs} at a time", total=len(cells), completed=len(finished_before(cells, folder))
+        )
+
+        def done(cell: Cell, result: RunResult) -> None:
+            progress.update(task, advance=1, description=f"{cell.name} {result.final_accuracy:.1%}")
+
+        return run_grid(
+            cells, backend=backend, resources=resources, jobs=jobs, folder=folder, done=done
+        )
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -243,6 +253,11 @@ def _show_grid(lines: list[Line], folder: Path, title: str) -> int:
     TABLES.print(grid_table(attacks, rows))
     for path in (write_grid(attacks, rows, folder), plot_grid(attacks, rows, title, folder)):
         CONSOLE.print(f"written: {path}", soft_wrap=True)
+    return _status(lines)
+
+
+def _status(lines: list[Line]) -> int:
+    """Name the runs that failed; return the exit status."""
     failed = [line for line in lines if line["status"] == "failed"]
     for line in failed:
         name = f"{line['strategy']}, {line['attack']}, seed {line['seed']}"
@@ -252,20 +267,41 @@ def _show_grid(lines: list[Line], folder: Path, title: str) -> int:
 
 def _reproduce(options: argparse.Namespace) -> int:
     for name in ("seeds", "jobs"):
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ConfigError(f"{name} is {getattr(options, name)}; allowed: 1 or more")
+    if options.name in experiments():
+        return _reproduce_experiment(options)
     folder = options.results_dir.resolve() / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.name}"
+    seeds = options.seeds or 20
     with Progress(console=CONSOLE) as progress:
-        task = progress.add_task(options.name, total=count_runs(options.seeds))
+        task = progress.add_task(options.name, total=count_runs(seeds))
         reproduce(
             folder,
-            seeds=options.seeds,
+            seeds=seeds,
             jobs=options.jobs,
             done=lambda: progress.update(task, advance=1),
         )
     CONSOLE.print((folder / "table.md").read_text(encoding="utf-8"))
     CONSOLE.print(f"written: {folder}", soft_wrap=True)
     return 0
+
+
+def _reproduce_experiment(options: argparse.Namespace) -> int:
+    """Run what is still missing of an experiment and report all of it; return the exit status."""
+    experiment = read_experiment(options.name)
+    epochs = experiment.epochs if options.epochs is None else options.epochs
+    cells = plan(
+        experiment,
+        epochs=epochs,
+        seeds=options.seeds or experiment.seeds,
+        settings={"device": options.device},
+    )
+    folder = options.results_dir.resolve() / f"{options.name}-{epochs:g}-epochs"
+    lines = _run_cells(cells, folder, options.jobs, "inprocess", ClientResources())
+    for path in write_report(experiment, cells, folder, options.output or folder):
+        CONSOLE.print(f"written: {path}", soft_wrap=True)
+    print((options.output or folder).joinpath("table.md").read_text(encoding="utf-8"))
+    return _status(lines)
 
 
 def _attacks(options: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from fl_bgmd.aggregators.geometric_median import SOLVERS
 from fl_bgmd.aggregators.sampling import SELECTIONS as BLOCK_SELECTIONS
 from fl_bgmd.attacks import ATTACKS, PRESETS, attack_names
 from fl_bgmd.attacks import SELECTIONS as BYZANTINE_SELECTIONS
+from fl_bgmd.broadcast import build_downlink
 from fl_bgmd.compression import COMPRESSORS, build_compressor
 from fl_bgmd.data import DATASETS, SCHEMES
 from fl_bgmd.models import MODELS
@@ -93,6 +94,14 @@ def _device_holds(value: Value) -> bool:
     return True
 
 
+def _downlink_holds(value: Value) -> bool:
+    try:
+        build_downlink(str(value))
+    except ValueError:
+        return False
+    return True
+
+
 def _compressor_holds(value: Value) -> bool:
     try:
         build_compressor(str(value))
@@ -113,6 +122,9 @@ SETTINGS: dict[str, Setting] = {
     "momentum": _number(float, "of the clients' SGD", 0, 1, below=True),
     "weight-decay": _number(float, "of the clients' SGD"),
     "lr-schedule": _choice(LR_SCHEDULES, "of the clients' learning rate over the rounds"),
+    "server-lr-schedule": _choice(LR_SCHEDULES, "of the server's step over the rounds"),
+    "lr-period": _number(int, "rounds of a cycle of cosine-restarts, of a step of exponential", 1),
+    "lr-decay": _number(float, "factor of each step of exponential", 0, 1, above=True),
     "server-learning-rate": _number(float, "step of the server along the update", 0, above=True),
     "server-momentum": _number(float, "of the server", 0, 1, below=True),
     "dataset": _choice(DATASETS, "real data"),
@@ -138,6 +150,9 @@ SETTINGS: dict[str, Setting] = {
         "of the clients' updates",
     ),
     "error-feedback": _choice(("on", "off"), "whether clients keep what compression lost"),
+    "downlink-compressor": Setting(
+        str, "none, qsgd, qsgd:levels", _downlink_holds, "of the model on its way down"
+    ),
     "gmd.solver": _choice(SOLVERS, "of the geometric median"),
     "bgmd.block-fraction": _number(float, "share of the coordinates in a block", 0, 1, above=True),
     "bgmd.selection": _choice(BLOCK_SELECTIONS, "how the block is chosen"),
@@ -289,6 +304,11 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(
             f"weighting is {config['weighting']!r} with strategy {config['strategy']!r}; "
             "allowed: uniform (examples: mean, gmd)"
+        )
+    restarts = "cosine-restarts" in (config["lr-schedule"], config["server-lr-schedule"])
+    if restarts and int(config["lr-period"]) < 2:
+        raise ConfigError(
+            f"lr-period is {config['lr-period']} with cosine-restarts; allowed: 2 or more"
         )
     if config["model"] == "linear":
         raise ConfigError(

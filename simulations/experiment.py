@@ -1,12 +1,14 @@
 """One federated run: build everything from a configuration, run the rounds, keep the history."""
 
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import flwr
 import numpy as np
@@ -15,7 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
-from clients.training import evaluate
+from clients.training import evaluate, scheduled_learning_rate
 from fl_bgmd import __version__
 from fl_bgmd.attacks import AttackPlan
 from fl_bgmd.checkpoints import Checkpoints
@@ -124,8 +126,25 @@ class RunResult:
             "config": self.config,
             "environment": environment(),
         }
-        (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        # Last and at once: a folder with it is a whole run.
+        draft = folder / "run.json.part"
+        draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        draft.replace(folder / "run.json")
         return folder
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read what :meth:`write` wrote. Raises ``OSError`` where that is missing."""
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+        return cls(
+            record["config"],
+            [json.loads(line) for line in lines if line],
+            record["status"],
+            record["error"],
+            record["seconds"],
+            record["played"],
+        )
 
 
 def environment() -> dict[str, Any]:
@@ -136,6 +155,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     }
@@ -253,7 +273,7 @@ def build_strategy(config: Config) -> RobustStrategy:
         "min_available_nodes": clients,
         "min_train_nodes": max(1, floor_share(float(config["fraction-train"]), clients)),
         "min_evaluate_nodes": max(1, floor_share(float(config["fraction-evaluate"]), clients)),
-        "server_learning_rate": float(config["server-learning-rate"]),
+        "server_learning_rate": partial(_server_learning_rate, config),
         "server_momentum": float(config["server-momentum"]),
         "mixing": config["mixing"],
         "bucket_size": config["bucket-size"],
@@ -268,6 +288,7 @@ def build_strategy(config: Config) -> RobustStrategy:
         "weighting": config["weighting"],
         "compressor": config["compressor"],
         "error_feedback": config["error-feedback"] == "on",
+        "downlink_compressor": config["downlink-compressor"],
         "shared_coordinates": config["shared-coordinates"] == "on",
         "seed": config["seed"],
         "device": config["device"],
@@ -300,6 +321,17 @@ def build_strategy(config: Config) -> RobustStrategy:
     }
     strategy, extra = own[str(config["strategy"])]
     return strategy(**options, **extra)
+
+
+def _server_learning_rate(config: Config, server_round: int) -> float:
+    return scheduled_learning_rate(
+        float(config["server-learning-rate"]),
+        str(config["server-lr-schedule"]),
+        server_round,
+        int(config["num-server-rounds"]),
+        period=int(config["lr-period"]),
+        decay=float(config["lr-decay"]),
+    )
 
 
 def _diverged(result: RunResult) -> bool:

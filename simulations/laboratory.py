@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from fl_bgmd.attacks import ATTACKS, attack_names
 from simulations.backends import ClientResources, run
@@ -107,8 +108,10 @@ def run_grid(
 ) -> list[Line]:
     """Run all cells, ``jobs`` at a time, and write each into its folder and ``cells.jsonl``.
 
-    ``done`` is called after each. More than one job runs in-process grids in processes of their
-    own, with the cores shared out among them. Lines come in the order of ``cells``.
+    Cells that ``folder`` already holds, finished with the same configuration, are not run again:
+    an interrupted grid goes on. ``done`` is called after each that was run. More than one job
+    runs in-process grids in processes of their own, with the cores shared out among them. Lines
+    come in the order of ``cells``.
 
     Raises
     ------
@@ -117,16 +120,37 @@ def run_grid(
     """
     if jobs < 1 or (jobs > 1 and backend != "inprocess"):
         raise ConfigError(f"jobs is {jobs} with backend {backend}; allowed: 1, more with inprocess")
-    written: dict[str, Line] = {}
     folder.mkdir(parents=True, exist_ok=True)
+    written = finished_before(cells, folder)
+    waiting = [cell for cell in cells if cell.name not in written]
     with (folder / "cells.jsonl").open("w", encoding="utf-8") as lines:
-        for cell, result in _finished(cells, backend, resources, jobs):
+        for line in written.values():
+            lines.write(json.dumps(line) + "\n")
+        lines.flush()
+        for cell, result in _finished(waiting, backend, resources, jobs):
             result.write(folder / cell.name)
             written[cell.name] = line_of(cell, result)
             lines.write(json.dumps(written[cell.name]) + "\n")
             lines.flush()
             done(cell, result)
     return [written[cell.name] for cell in cells]
+
+
+def finished_before(cells: Sequence[Cell], folder: Path) -> dict[str, Line]:
+    """Return the lines of the cells that ``folder`` holds as they are wanted, by their names."""
+    found = {}
+    for cell in cells:
+        record = folder / cell.name / "run.json"
+        if record.is_file():
+            result = RunResult.read(record.parent)
+            if result.status != "failed" and _content(result.config) == _content(cell.config):
+                found[cell.name] = line_of(cell, result)
+    return found
+
+
+def _content(config: Config) -> Config:
+    """Return what a run computes, without where it does so."""
+    return {k: v for k, v in config.items() if k not in ("data-dir", "results-dir", "device")}
 
 
 def _finished(
@@ -150,6 +174,7 @@ def _finished(
 
 def _prepare_worker(threads: int, log_level: int) -> None:
     torch.set_num_threads(threads)
+    threadpool_limits(threads, user_api="blas")  # NumPy's, which knows nothing of torch's
     logging.getLogger("flwr").setLevel(log_level)
 
 

@@ -7,8 +7,9 @@ from .gmd import GMD
 from .krum import Krum, MultiKrum
 from .mean import Mean
 from .norm_threshold import NORMS, NormThreshold
-from .robust import MIXINGS, TOO_FEW_NODES, WEIGHTINGS, RobustStrategy, resolve_device
+from .robust import MIXINGS, WEIGHTINGS, RobustStrategy, resolve_device
 from .robust_filter import RobustFilter
+from .roster import TOO_FEW_NODES
 from .rounds import EmptyRoundsError, MissingNodesError
 
 __all__ = [

@@ -2,11 +2,10 @@
 
 import logging
 import math
-import random
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from flwr.app import (
     ConfigRecord,
     Message,
     MessageType,
-    Metadata,
     MetricRecord,
     RecordDict,
 )
@@ -30,6 +28,7 @@ from torch import Tensor
 from fl_bgmd.aggregators import Aggregate, GeometricMedian
 from fl_bgmd.aggregators.mixing import bucketing_matrix, mix, nearest_neighbor_matrix
 from fl_bgmd.aggregators.rows import vector_norm
+from fl_bgmd.broadcast import MODEL_RECORD, build_downlink, pack_model
 from fl_bgmd.checkpoints import Checkpoints
 from fl_bgmd.compression import RandK, build_compressor
 from fl_bgmd.replies import (
@@ -40,14 +39,13 @@ from fl_bgmd.replies import (
     partition_id,
     screen,
 )
-from fl_bgmd.shares import floor_share
 
 from .reputation import Reputation
-from .rounds import EmptyRoundsError, EvaluateFn, MissingNodesError, run_rounds
+from .roster import TOO_FEW_NODES, Roster
+from .rounds import EmptyRoundsError, EvaluateFn, run_rounds
 
 MIXINGS = ("none", "nearest-neighbor", "bucketing")
 WEIGHTINGS = ("uniform", "examples")
-TOO_FEW_NODES = ("fail", "go-on")
 
 LOG = logging.getLogger("flwr.fl_bgmd")
 
@@ -83,8 +81,9 @@ class RobustStrategy(FedAvg):
 
     Parameters
     ----------
-    server_learning_rate : float
-        The new model is ``global - server_learning_rate * update``. Above 0.
+    server_learning_rate : float or callable
+        The new model is ``global - server_learning_rate * update``. Above 0; or a function from
+        the round, from 1 up, to it, which may return 0.
     server_momentum : float
         ``v <- server_momentum * v + update`` and ``v`` takes the update's place. 0 to below 1.
     mixing : {"none", "nearest-neighbor", "bucketing"}
@@ -129,6 +128,10 @@ class RobustStrategy(FedAvg):
         its seed travels down, k values travel up, and the rule works in R^k (Algorithm 2 of Data
         and Diggavi, with ``compressor="scaled-rand-k:..."``). Not for strategies whose state
         belongs to coordinates.
+    downlink_compressor : str
+        ``qsgd`` or ``qsgd:levels``: the model goes down rounded to so many levels, and the updates
+        are those of the rounded model; the server keeps its own. Every client then needs
+        :class:`fl_bgmd.mods.CompressionMod`.
     seed : int
         Of the sampling of nodes and coordinates.
     device : str
@@ -154,7 +157,7 @@ class RobustStrategy(FedAvg):
     def __init__(
         self,
         *,
-        server_learning_rate: float = 1.0,
+        server_learning_rate: float | Callable[[int], float] = 1.0,
         server_momentum: float = 0.0,
         mixing: str = "none",
         byzantine_fraction: float = 0.25,
@@ -170,6 +173,7 @@ class RobustStrategy(FedAvg):
         compressor: str = "none",
         error_feedback: bool = True,
         shared_coordinates: bool = False,
+        downlink_compressor: str = "none",
         seed: int = 0,
         device: str = "auto",
         **fedavg_options: Any,
@@ -177,7 +181,7 @@ class RobustStrategy(FedAvg):
         require(
             "server_learning_rate",
             server_learning_rate,
-            0 < server_learning_rate < math.inf,
+            callable(server_learning_rate) or 0 < server_learning_rate < math.inf,
             "above 0",
         )
         require("server_momentum", server_momentum, 0 <= server_momentum < 1, "0 to below 1")
@@ -223,6 +227,7 @@ class RobustStrategy(FedAvg):
             checkpoints = Checkpoints(checkpoints)
         self._checkpoints = checkpoints
         self._reputation = Reputation(bench_after, bench_rounds)
+        self._roster = Roster(seed, node_wait_timeout, too_few_nodes, self._reputation)
         self.bench_after = bench_after
         self.bench_rounds = bench_rounds
         self.compressor = None if compressor == "none" else build_compressor(compressor)
@@ -239,17 +244,18 @@ class RobustStrategy(FedAvg):
             )
         self.shared_coordinates = shared_coordinates
         self._coordinates: np.ndarray[Any, np.dtype[np.int64]] | None = None
+        self.downlink_compressor = downlink_compressor
+        self._downlink = build_downlink(downlink_compressor)
         self.seed = seed
         self.device = resolve_device(device)
         self.generator = torch.Generator().manual_seed(seed)
         self._velocity: Tensor | None = None
         self._round = 0
         self._layout: ModelLayout | None = None
-        self._sent: ArrayRecord | None = None
-        self._asked: list[Metadata] = []
-        self._unanswered: set[str] = set()
-        self._late = 0
+        self._model: ArrayRecord | None = None
+        self._sent_bytes = 0
         self._empty_rounds = 0
+        self._num_sent = 0
 
     @abstractmethod
     def aggregate(self, current: Round) -> Aggregate:
@@ -299,14 +305,43 @@ class RobustStrategy(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Sample nodes and send them the model, the round and the round's seed."""
-        self._count_late(grid)
-        self._sent = arrays
+        self._roster.discard_late(grid)
+        self.open_round(server_round, arrays, config)
+        if self.fraction_train == 0.0:
+            return []
+        content, received = self._broadcast(arrays, config, int(cast(int, config["round-seed"])))
+        if received is not arrays:
+            self._layout = ModelLayout(received)
+        [sent] = content.array_records.values()
+        self._sent_bytes = sum(len(array.data) for array in sent.values())
+        messages = self._sample_and_send(
+            MessageType.TRAIN,
+            server_round,
+            content,
+            grid,
+            self.fraction_train,
+            self.min_train_nodes,
+        )
+        self._num_sent = len(messages)
+        return messages
+
+    def expect(self, count: int) -> None:
+        """Take note of how many messages went out, where :meth:`configure_train` did not send."""
+        self._num_sent = count
+
+    def open_round(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord
+    ) -> ModelLayout:
+        """Keep the model that goes out; write what clients need to know into ``config``.
+
+        Returns its layout. Raises ``ValueError`` for a model that holds a NaN or an infinity.
+        """
+        self._model = arrays
+        self._sent_bytes = sum(len(array.data) for array in arrays.values())
         self._layout = ModelLayout(arrays)
         buffers_finite = np.isfinite(self._layout.buffer_values).all()
         if not (np.isfinite(self._layout.values).all() and buffers_finite):
             raise ValueError("arrays of the global model hold a NaN or an infinity")
-        if self.fraction_train == 0.0:
-            return []
         config["round-seed"] = int(
             np.random.SeedSequence([self.seed, server_round]).generate_state(1)[0]
         )
@@ -318,14 +353,7 @@ class RobustStrategy(FedAvg):
             chosen = config["compression-seed"] = config["round-seed"]
             self.compressor = replace(self.compressor, seed=int(cast(int, chosen)))
             self._coordinates = self.compressor.shared_coordinates(self._layout.num_directions)
-        return self._sample_and_send(
-            MessageType.TRAIN,
-            server_round,
-            RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config}),
-            grid,
-            self.fraction_train,
-            self.min_train_nodes,
-        )
+        return self._layout
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -333,10 +361,11 @@ class RobustStrategy(FedAvg):
         """Sample nodes and send them the model to evaluate."""
         if self.fraction_evaluate == 0.0:
             return []
+        seed = int(np.random.SeedSequence([self.seed, server_round, 1]).generate_state(1)[0])
         return self._sample_and_send(
             MessageType.EVALUATE,
             server_round,
-            RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config}),
+            self._broadcast(arrays, config, seed)[0],
             grid,
             self.fraction_evaluate,
             self.min_evaluate_nodes,
@@ -350,7 +379,7 @@ class RobustStrategy(FedAvg):
         Raises ``RuntimeError`` when called before :meth:`configure_train`, which keeps the model
         that the updates refer to.
         """
-        if self._layout is None or self._sent is None:
+        if self._layout is None or self._model is None:
             raise RuntimeError("aggregate_train was called before configure_train")
         started = time.perf_counter()
         self._round = server_round
@@ -380,27 +409,21 @@ class RobustStrategy(FedAvg):
                 contents.append(message.content)
         count = len(accepted)
         LOG.info("aggregate_train: accepted %s replies, rejected %s", count, rejected.total())
-        # The error reply that Flower makes up for a dead node does not name it.
-        silent = {sent.dst_node_id for sent in self._asked}
-        silent -= {message.metadata.src_node_id for message in messages}
-        for node in sorted(silent):
-            LOG.warning("round %s: no reply from node %s", server_round, node)
+        self._roster.answered(server_round, messages)
 
         metrics = self._metrics("train", accepted, contents)
         metrics["accepted"] = count
         metrics["rejected"] = rejected.total()
         for reason, number in sorted(rejected.items()):
             metrics[f"rejected-{reason}"] = number
-        answered = {message.metadata.reply_to_message_id for message in messages}
-        self._unanswered |= {sent.message_id for sent in self._asked} - answered - {""}
-        metrics["missing"] = max(0, len(self._asked) - len(messages))
-        if self._late:
-            metrics["late"] = self._late
+        metrics["missing"] = max(0, self._num_sent - len(messages))
+        if self._roster.late:
+            metrics["late"] = self._roster.late
         metrics["bytes-up"] = bytes_up
         if rejected:
             metrics["bytes-rejected"] = bytes_rejected
-        metrics["bytes-down"] = len(self._asked) * sum(len(a.data) for a in self._sent.values())
-        arrays = self._sent
+        metrics["bytes-down"] = self._num_sent * self._sent_bytes
+        arrays = self._model
         if count < self.min_valid_replies:
             self._keep_for_want_of_replies(count, rejected)
         else:
@@ -409,7 +432,13 @@ class RobustStrategy(FedAvg):
                 rows[:count].to(self.device), self._weights(accepted), nodes, _norms(accepted)
             )
             arrays = self._step(layout, current, buffers[:count], metrics)
-        self._judge(suspects, nodes, metrics)
+        weights = metrics.get("client-weights") if self.weights_tell else None
+        weight_of = dict(zip(nodes, weights, strict=True)) if isinstance(weights, list) else {}
+        benched = self._roster.judge(
+            server_round, suspects, weight_of, nodes, self.byzantine_fraction
+        )
+        if benched:
+            metrics["benched"] = benched
         metrics["aggregation-seconds"] = time.perf_counter() - started
         return arrays, metrics
 
@@ -455,16 +484,17 @@ class RobustStrategy(FedAvg):
 
     # ---------------------------------------------------------------------------- details
 
-    def _count_late(self, grid: Grid) -> None:
-        """Take in what has come too late for its round: it is counted and thrown away."""
-        self._late = 0
-        if not self._unanswered:
-            return
-        for reply in grid.pull_messages(sorted(self._unanswered)):
-            self._unanswered.discard(reply.metadata.reply_to_message_id)
-            if not reply.has_error():
-                self._late += 1
-                LOG.warning("node %s replied too late: discarded", reply.metadata.src_node_id)
+    def _broadcast(
+        self, arrays: ArrayRecord, config: ConfigRecord, seed: int
+    ) -> tuple[RecordDict, ArrayRecord]:
+        """Return what goes to the clients, and the model that they make of it."""
+        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+        if self._downlink is None:
+            return content, arrays
+        packed, received = pack_model(arrays, self._downlink, seed)
+        content[self.arrayrecord_key] = packed["arrays"]
+        content[MODEL_RECORD] = packed[MODEL_RECORD]
+        return content, received
 
     def _keep_for_want_of_replies(self, count: int, rejected: Counter[str]) -> None:
         """Log that the round keeps the model; end the run if that has gone on for too long."""
@@ -479,30 +509,9 @@ class RobustStrategy(FedAvg):
             reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(rejected.items()))
             raise EmptyRoundsError(
                 f"{self._empty_rounds} rounds in a row had fewer than {self.min_valid_replies} "
-                f"valid replies; in round {self._round}: {len(self._asked)} nodes asked, {count} "
+                f"valid replies; in round {self._round}: {self._num_sent} nodes asked, {count} "
                 f"replies accepted, rejected: {reasons or 'none'}"
             )
-
-    def _judge(self, suspects: list[int], nodes: list[int], metrics: MetricRecord) -> None:
-        """Hold the round against the nodes that did badly; log who goes to the bench and why."""
-        asked = [sent.dst_node_id for sent in self._asked]
-        weights = metrics.get("client-weights") if self.weights_tell else None
-        for node, rounds in self._reputation.judge(
-            self._round,
-            [node for node in suspects if node in asked],
-            dict(zip(nodes, weights, strict=True)) if isinstance(weights, list) else {},
-            nodes,
-            floor_share(self.byzantine_fraction, len(asked)),
-        ):
-            LOG.warning(
-                "node %s sits out %s rounds: in its last %s its replies were rejected or had less "
-                "than a tenth of the median weight",
-                node,
-                self.bench_rounds,
-                rounds,
-            )
-        if benched := self._reputation.benched(self._round + 1):
-            metrics["benched"] = len(benched)
 
     def _screen_all(
         self,
@@ -514,8 +523,6 @@ class RobustStrategy(FedAvg):
         """Screen each reply, accepted ones into consecutive rows; log each rejection once."""
         filled = 0
         seen: set[int] = set()
-        # A grid of somebody's own may not number its messages.
-        asked = {sent.message_id: sent.dst_node_id for sent in self._asked}
         for message in messages:
             node = message.metadata.src_node_id
             screened = screen(
@@ -527,7 +534,7 @@ class RobustStrategy(FedAvg):
                 # Flower's own combiners, and those written like them, read it from every reply.
                 needs_examples=self.weighting == "examples" or not all(self._own_metrics.values()),
                 seen_nodes=seen,
-                asked=None if "" in asked or not asked else asked,
+                asked=self._roster.asked,
                 compressor=self.compressor,
                 coordinates=self._coordinates,
             )
@@ -566,7 +573,11 @@ class RobustStrategy(FedAvg):
                 if self._velocity is not None:
                     update = update + self.server_momentum * self._velocity.to(update)
                 self._velocity = update
-            moved = layout.values - self.server_learning_rate * update.cpu().numpy()
+            assert self._model is not None
+            own = layout if self._downlink is None else ModelLayout(self._model)
+            step = self.server_learning_rate
+            step = step(self._round) if callable(step) else step
+            moved = own.values - step * update.cpu().numpy()
             moved = moved.astype(layout.dtype, copy=False)
         metrics["update-norm"] = vector_norm(result.vector)
         if result.weights is not None:
@@ -588,8 +599,8 @@ class RobustStrategy(FedAvg):
         LOG.warning("round %s keeps the model: %s", self._round, reason)
         metrics["diverged"] = 1
         self.load_state_dict(state)
-        assert self._sent is not None
-        return self._sent
+        assert self._model is not None
+        return self._model
 
     def describe(self, result: Aggregate, metrics: MetricRecord) -> None:
         """Add the rule's own diagnostics of a round to ``metrics``; nothing by default."""
@@ -641,38 +652,12 @@ class RobustStrategy(FedAvg):
         minimum: int,
     ) -> list[Message]:
         """Sample nodes once enough are there, the same ones for the same seed and node ids."""
-        nodes = self._wait_for_nodes(grid, max(self.min_available_nodes, minimum))
-        count = max(floor_share(fraction, len(nodes)), minimum)
-        benched = self._reputation.benched(server_round)
-        nodes = [node for node in nodes if node not in benched]
-        count = min(len(nodes), count)
-        draw = random.Random(f"{self.seed}-{server_round}-{message_type}")
-        chosen = sorted(draw.sample(nodes, count))
-        LOG.info("%s: sampled %s nodes (out of %s)", message_type, count, len(nodes))
+        needed = max(self.min_available_nodes, minimum)
+        chosen = self._roster.sample(grid, server_round, message_type, fraction, minimum, needed)
         record.config_records[self.configrecord_key]["server-round"] = server_round
         messages = list(self._construct_messages(record, chosen, message_type))
-        self._asked = [message.metadata for message in messages]
+        self._roster.sent(messages)
         return messages
-
-    def _wait_for_nodes(self, grid: Grid, needed: int) -> list[int]:
-        """Return the connected nodes' ids, ascending, once ``needed`` are there or time is up."""
-        deadline = time.monotonic() + self.node_wait_timeout
-        while len(nodes := sorted(grid.get_node_ids())) < needed:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                found = (
-                    f"{len(nodes)} nodes are connected after {self.node_wait_timeout:g} s and "
-                    f"{needed} are needed"
-                )
-                if self.too_few_nodes == "fail":
-                    raise MissingNodesError(
-                        f"{found} (min_available_nodes, node_wait_timeout, too_few_nodes)"
-                    )
-                LOG.warning("%s: the round goes on with those", found)
-                break
-            LOG.info("waiting for nodes: %s connected, %s needed", len(nodes), needed)
-            time.sleep(min(1.0, left))
-        return nodes
 
 
 def resolve_device(device: str) -> torch.device:

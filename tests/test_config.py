@@ -63,6 +63,7 @@ BAD: dict[str, list[Any]] = {
     "bgmd.memory": ["median", ""],
     "compressor": ["zip", "", "top-k:0", "top-k:2", "qsgd:0", "none:1", "low-rank:x"],
     "error-feedback": ["yes", ""],
+    "downlink-compressor": ["top-k:0.1", "qsgd:0", ""],
     "shared-coordinates": ["yes", ""],
     "norm-threshold.order": [0.5, -1.0, NAN],
     "norm-threshold.norms": ["claimed", ""],

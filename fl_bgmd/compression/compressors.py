@@ -40,8 +40,11 @@ class Compressor(Protocol):
     def name(self) -> str:
         """The kebab-case name and parameters, as :func:`build_compressor` takes them."""
 
-    def encode(self, vector: Tensor) -> bytes:
-        """Return the message that stands for ``vector``, (d,) floating point, finite."""
+    def encode(self, vector: Tensor, generator: torch.Generator | None = None) -> bytes:
+        """Return the message that stands for ``vector``, (d,) floating point, finite.
+
+        ``generator`` is what random compressors draw from, torch's own by default.
+        """
 
     def decode(self, data: bytes, size: int) -> Tensor:
         """Return what a message of a vector of length ``size`` stands for, (size,) float32."""
@@ -67,7 +70,7 @@ class NoCompression:
 
     name = "none"
 
-    def encode(self, vector: Tensor) -> bytes:
+    def encode(self, vector: Tensor, generator: torch.Generator | None = None) -> bytes:
         """Return the values."""
         return _floats(vector).tobytes()
 
@@ -104,7 +107,7 @@ class TopK:
         """Return ``top-k:fraction``."""
         return f"top-k:{self.fraction:g}"
 
-    def encode(self, vector: Tensor) -> bytes:
+    def encode(self, vector: Tensor, generator: torch.Generator | None = None) -> bytes:
         """Return values and indices."""
         sizes = vector.detach().abs()
         sizes = sizes if sizes.dtype == torch.float64 else sizes.float()  # NumPy has no bfloat16
@@ -168,11 +171,11 @@ class RandK:
             raise ValueError("seed is None; allowed: the server's")
         return self.coordinates(size, self.seed)
 
-    def encode(self, vector: Tensor) -> bytes:
+    def encode(self, vector: Tensor, generator: torch.Generator | None = None) -> bytes:
         """Return the values, after the seed unless the server chose it."""
         seed, head = self.seed, b""
         if seed is None:
-            seed = int(torch.randint(2**62, (1,)))
+            seed = int(torch.randint(2**62, (1,), generator=generator))
             head = struct.pack("<Q", seed)
         values = vector[torch.from_numpy(self.coordinates(len(vector), seed))]
         if self.scaled:
@@ -237,7 +240,7 @@ class QSGD:
     def _width(self, size: int) -> int:
         return min(size, self.bucket) if self.bucket else size
 
-    def encode(self, vector: Tensor) -> bytes:
+    def encode(self, vector: Tensor, generator: torch.Generator | None = None) -> bytes:
         """Return the norms and the levels."""
         size = len(vector)
         width = self._width(size)
@@ -248,7 +251,11 @@ class QSGD:
         # Norms are rounded to what travels, the values to levels of that.
         norms = norms.to(torch.float32)
         steps = torch.where(norms > 0, self.levels / norms.double(), 0.0).to(torch.float32)
-        codes = buckets.mul_(steps[:, None]).add_(torch.rand(buckets.shape)).floor_()
+        codes = (
+            buckets.mul_(steps[:, None])
+            .add_(torch.rand(buckets.shape, generator=generator))
+            .floor_()
+        )
         codes = codes.clamp_(-self.levels, self.levels).add_(self.levels).flatten()[:size]
         planes = pack_planes(codes.to(torch.int32).numpy().astype(np.uint16), self._bits)
         return bytes(norms.numpy().astype(_FLOAT)) + bytes(planes)
@@ -300,7 +307,7 @@ class Sign:
         """Return ``l1-sign`` or ``sign``."""
         return "l1-sign" if self.scaled else "sign"
 
-    def encode(self, vector: Tensor) -> bytes:
+    def encode(self, vector: Tensor, generator: torch.Generator | None = None) -> bytes:
         """Return the scale and the signs."""
         head = b""
         if self.scaled:
@@ -368,7 +375,7 @@ class LowRank:
             raise ValueError(f"shapes hold another number of values than {size}")
         return layers
 
-    def encode(self, vector: Tensor) -> bytes:
+    def encode(self, vector: Tensor, generator: torch.Generator | None = None) -> bytes:
         """Return directions and coefficients of every layer."""
         parts: list[Tensor] = []
         offset = 0

@@ -1,0 +1,1 @@
+"""An app of Flower's older API: a network on handwritten digits with PyTorch."""

@@ -1,0 +1,1 @@
+"""Federated training of a CNN on MNIST with PyTorch."""

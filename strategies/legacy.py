@@ -1,0 +1,392 @@
+"""The strategies for apps of Flower's older API: ``client_fn``, ``server_fn``, ``NumPyClient``.
+
+``from fl_bgmd.strategies.legacy import BGMD`` takes the place of
+``from flwr.server.strategy import FedAvg``. Sampling and configuration stay those of the older
+``FedAvg``; what clients send becomes the messages that :class:`~fl_bgmd.strategies.RobustStrategy`
+screens and aggregates.
+"""
+
+import inspect
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar, cast
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common import (
+    EvaluateRes,
+    FitIns,
+    FitRes,
+    Metadata,
+    Metrics,
+    MetricsAggregationFn,
+    Parameters,
+    Scalar,
+)
+from flwr.server.client_manager import ClientManager
+from flwr.server.client_proxy import ClientProxy
+from flwr.server.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg as MessageFedAvg
+
+from fl_bgmd.replies import PACKED_KEY, ModelLayout, declared_array, median_metrics
+
+from . import bgmd, clipping, cmd, gmd, krum, mean, norm_threshold, robust_filter
+from .robust import RobustStrategy
+
+__all__ = [
+    "BGMD",
+    "CMD",
+    "GMD",
+    "QBGMD",
+    "CenteredClipping",
+    "FedBGMD",
+    "Krum",
+    "LegacyStrategy",
+    "Mean",
+    "MultiKrum",
+    "NormThreshold",
+    "RobustFilter",
+    "TrimmedMean",
+]
+
+LOG = logging.getLogger("flwr.fl_bgmd")
+
+_EXAMPLES = "num-examples"
+_LOSS = "fl-bgmd.loss"
+_AS_SENT = "as-sent"
+_FAILED = 2
+
+AnyRes = TypeVar("AnyRes", FitRes, EvaluateRes)
+
+_OWN_ROUNDS = frozenset(
+    (
+        "bench_after",
+        "bench_rounds",
+        "checkpoints",
+        "downlink_compressor",
+        "node_wait_timeout",
+        "too_few_nodes",
+    )
+)
+"""Options of the strategies' own rounds: those of the older API are Flower's."""
+
+_OPTIONS = frozenset(inspect.signature(FedAvg).parameters)
+_MESSAGE_OPTIONS = frozenset(inspect.signature(MessageFedAvg).parameters) - _OPTIONS
+
+
+class LegacyStrategy(FedAvg):
+    """Base of all: a :class:`~fl_bgmd.strategies.RobustStrategy` as an older ``Strategy``.
+
+    A subclass names its rule in ``rule_type``. Replies that the screening rejects, and clients
+    that failed, cost the run nothing.
+
+    Parameters
+    ----------
+    parameter_names : sequence of str, optional
+        Names of the model's arrays in the order in which clients send them, for example
+        ``list(model.state_dict())``. The older API sends none, and without them the statistics of
+        batch normalisation (``running_mean``, ``running_var``) are aggregated like weights.
+    **options
+        All of :class:`flwr.server.strategy.FedAvg`'s (``inplace`` means nothing here) and the
+        rule's own. ``fit_metrics_aggregation_fn`` and ``evaluate_metrics_aggregation_fn`` see
+        accepted replies only; without them metrics are combined by their median.
+
+    Attributes
+    ----------
+    rule : RobustStrategy
+        The strategy that does the work. Its ``state_dict()`` holds what the next round needs.
+
+    Raises
+    ------
+    TypeError
+        For an option that neither has.
+    ValueError
+        For a value that the rule refuses.
+    """
+
+    rule_type: ClassVar[type[RobustStrategy]]
+
+    def __init__(self, *, parameter_names: Sequence[str] | None = None, **options: Any) -> None:
+        if foreign := sorted(_MESSAGE_OPTIONS.intersection(options)):
+            raise TypeError(
+                f"{', '.join(foreign)}: options of Flower's message API; allowed here: "
+                f"{', '.join(sorted(_OPTIONS))} and those of the rule"
+            )
+        if foreign := sorted(_OWN_ROUNDS.intersection(options)):
+            raise TypeError(
+                f"{', '.join(foreign)}: not for the older API, whose rounds are Flower's"
+            )
+        super().__init__(**{name: options.pop(name) for name in _OPTIONS & options.keys()})
+        self.parameter_names = None if parameter_names is None else list(parameter_names)
+        self._combined: Metrics = {}
+        self._layout: ModelLayout | None = None
+        self.rule = self.rule_type(
+            train_metrics_aggr_fn=self._combiner(self.fit_metrics_aggregation_fn),
+            evaluate_metrics_aggr_fn=self._combiner(self.evaluate_metrics_aggregation_fn),
+            **options,
+        )
+
+    def __repr__(self) -> str:
+        """Name the strategy."""
+        return f"{type(self).__name__}(accept_failures={self.accept_failures})"
+
+    def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
+        """Return ``initial_parameters``; without them Flower asks one client, whoever it is."""
+        parameters = super().initialize_parameters(client_manager)
+        if parameters is None:
+            LOG.warning(
+                "initial_parameters is not set: the initial model comes from one random client, "
+                "which may be hostile"
+            )
+        return parameters
+
+    def configure_fit(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, FitIns]]:
+        """Sample clients and send them the model, the round and the round's seed."""
+        pairs = super().configure_fit(server_round, parameters, client_manager)
+        asked = ConfigRecord({"server-round": server_round})
+        self._layout = self.rule.open_round(server_round, self._model(parameters), asked)
+        self.rule.expect(len(pairs))
+        added = cast(dict[str, Scalar], dict(asked))
+        return [(proxy, FitIns(ins.parameters, {**ins.config, **added})) for proxy, ins in pairs]
+
+    def aggregate_fit(
+        self,
+        server_round: int,
+        results: list[tuple[ClientProxy, FitRes]],
+        failures: list[tuple[ClientProxy, FitRes] | BaseException],
+    ) -> tuple[Parameters | None, dict[str, Scalar]]:
+        """Screen the replies, apply the rule; return the new model and the diagnostics.
+
+        Diagnostics that are lists (``client-weights``) have no place in the older API.
+        """
+        if failures and not self.accept_failures:
+            return None, {}
+        replies = [_reply(proxy, res, self._trained) for proxy, res in results]
+        self._combined = {}
+        arrays, metrics = self.rule.aggregate_train(server_round, replies + _errors(failures))
+        assert arrays is not None
+        tensors = [array.data for array in arrays.values()]
+        return Parameters(tensors, "numpy.ndarray"), _scalars(metrics) | self._combined
+
+    def aggregate_evaluate(
+        self,
+        server_round: int,
+        results: list[tuple[ClientProxy, EvaluateRes]],
+        failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
+    ) -> tuple[float | None, dict[str, Scalar]]:
+        """Combine losses and metrics by their medians."""
+        if failures and not self.accept_failures:
+            return None, {}
+        replies = [_reply(proxy, res, _evaluated) for proxy, res in results]
+        self._combined = {}
+        metrics = _scalars(self.rule.aggregate_evaluate(server_round, replies + _errors(failures)))
+        loss = metrics.pop(_LOSS, None)
+        return None if loss is None else float(loss), metrics | self._combined
+
+    def _model(self, parameters: Parameters) -> ArrayRecord:
+        """Return the model that goes out as named arrays."""
+        names = self.parameter_names
+        if names is None:
+            names = [str(i) for i in range(len(parameters.tensors))]
+        if len(names) != len(parameters.tensors):
+            raise ValueError(
+                f"parameter_names has {len(names)} names; the model has "
+                f"{len(parameters.tensors)} arrays"
+            )
+        arrays = [declared_array(data, parameters.tensor_type) for data in parameters.tensors]
+        return ArrayRecord(dict(zip(names, arrays, strict=True)))
+
+    def _trained(self, res: FitRes) -> RecordDict:
+        """Return a reply to training as the content of a message."""
+        arrays = [
+            declared_array(data, res.parameters.tensor_type) for data in res.parameters.tensors
+        ]
+        unknown = [f"array {i}" for i in range(len(arrays))]
+        names = [*self._names(arrays), *unknown]
+        return _content(res, arrays=dict(zip(names, arrays, strict=False)))
+
+    def _names(self, arrays: list[Array]) -> list[str]:
+        """Return the names of the arrays in a reply: the model's, or those of a packed update."""
+        assert self._layout is not None
+        packed = [PACKED_KEY, *(spec.key for spec in self._layout.buffers)]
+        is_packed = (
+            self.rule.compressor is not None
+            and len(arrays) == len(packed)
+            and arrays[0].dtype == "uint8"
+        )
+        return packed if is_packed else self._layout.keys
+
+    def _combiner(
+        self, combine: MetricsAggregationFn | None
+    ) -> Callable[[list[RecordDict], str], MetricRecord] | None:
+        """Return a function of the older API as one of the message API."""
+        if combine is None:
+            return None
+
+        def combined(contents: list[RecordDict], _: str) -> MetricRecord:
+            numbers = [content.metric_records["metrics"] for content in contents]
+            self._combined = dict(
+                combine(
+                    [
+                        (int(cast(float, found[_EXAMPLES])), _as_sent(content))
+                        for found, content in zip(numbers, contents, strict=True)
+                    ]
+                )
+            )
+            return median_metrics({_LOSS: found[_LOSS]} for found in numbers if _LOSS in found)
+
+        return combined
+
+
+def _content(
+    res: FitRes | EvaluateRes, arrays: dict[str, Array] | None = None, loss: float | None = None
+) -> RecordDict:
+    """Return what a client sent as records; metrics that are no numbers for its owner only."""
+    numbers: dict[str, Any] = {
+        key: int(value) if isinstance(value, bool) else value
+        for key, value in res.metrics.items()
+        if isinstance(value, int | float)
+    }
+    numbers[_EXAMPLES] = res.num_examples
+    if loss is not None:
+        numbers[_LOSS] = loss
+    content = RecordDict(
+        {"metrics": MetricRecord(numbers), _AS_SENT: ConfigRecord(cast(Any, res.metrics))}
+    )
+    if arrays is not None:
+        content["arrays"] = ArrayRecord(arrays)
+    return content
+
+
+def _evaluated(res: EvaluateRes) -> RecordDict:
+    """Return a reply to evaluation as the content of a message."""
+    return _content(res, loss=float(res.loss))
+
+
+def _as_sent(content: RecordDict) -> Metrics:
+    """Return a client's own metrics."""
+    return cast(Metrics, dict(content.config_records[_AS_SENT]))
+
+
+def _reply(proxy: ClientProxy, res: AnyRes, to_content: Callable[[AnyRes], RecordDict]) -> Message:
+    """Return what a client sent as a message; what is no message becomes an error reply."""
+    try:
+        return _message(_node(proxy), content=to_content(res))
+    except Exception as error:  # a client must not be able to end the run
+        return _error(f"{type(error).__name__}: {error}", _node(proxy))
+
+
+def _errors(failures: Sequence[tuple[ClientProxy, Any] | BaseException]) -> list[Message]:
+    """Return an error reply for each failure."""
+    return [
+        _error(f"{type(failure).__name__}: {failure}")
+        if isinstance(failure, BaseException)
+        else _error(f"status {failure[1].status}", _node(failure[0]))
+        for failure in failures
+    ]
+
+
+def _error(reason: str, node: int = 0) -> Message:
+    return _message(node, error=Error(_FAILED, reason))
+
+
+def _message(node: int, **body: RecordDict | Error) -> Message:
+    """Return a message from a node; the older API has no more metadata than that."""
+    metadata = Metadata(
+        run_id=0,
+        message_id="",
+        src_node_id=node,
+        dst_node_id=0,
+        reply_to_message_id="",
+        group_id="",
+        created_at=time.time(),
+        ttl=1.0,
+        message_type="train",
+    )
+    # As Flower builds what arrives: its other forms need a run, and servers outside of one exist.
+    made: Message = Message(metadata=metadata, **body)  # type: ignore[call-overload]
+    return made
+
+
+def _node(proxy: ClientProxy) -> int:
+    """Return a number for a client: its node id, or one made of any other name."""
+    return int(proxy.cid) if proxy.cid.isdecimal() else int.from_bytes(proxy.cid.encode(), "big")
+
+
+def _scalars(metrics: MetricRecord | None) -> Metrics:
+    """Return the metrics that the older API can hold."""
+    return {key: value for key, value in (metrics or {}).items() if isinstance(value, int | float)}
+
+
+class BGMD(LegacyStrategy):
+    """:class:`fl_bgmd.strategies.BGMD` for the older API."""
+
+    rule_type = bgmd.BGMD
+
+
+class CMD(LegacyStrategy):
+    """:class:`fl_bgmd.strategies.CMD` for the older API."""
+
+    rule_type = cmd.CMD
+
+
+class GMD(LegacyStrategy):
+    """:class:`fl_bgmd.strategies.GMD` for the older API."""
+
+    rule_type = gmd.GMD
+
+
+class QBGMD(LegacyStrategy):
+    """:class:`fl_bgmd.strategies.QBGMD` for the older API."""
+
+    rule_type = bgmd.QBGMD
+
+
+class CenteredClipping(LegacyStrategy):
+    """:class:`fl_bgmd.strategies.CenteredClipping` for the older API."""
+
+    rule_type = clipping.CenteredClipping
+
+
+class FedBGMD(LegacyStrategy):
+    """:class:`fl_bgmd.strategies.FedBGMD` for the older API."""
+
+    rule_type = bgmd.FedBGMD
+
+
+class Krum(LegacyStrategy):
+    """:class:`fl_bgmd.strategies.Krum` for the older API."""
+
+    rule_type = krum.Krum
+
+
+class Mean(LegacyStrategy):
+    """:class:`fl_bgmd.strategies.Mean` for the older API."""
+
+    rule_type = mean.Mean
+
+
+class MultiKrum(LegacyStrategy):
+    """:class:`fl_bgmd.strategies.MultiKrum` for the older API."""
+
+    rule_type = krum.MultiKrum
+
+
+class NormThreshold(LegacyStrategy):
+    """:class:`fl_bgmd.strategies.NormThreshold` for the older API."""
+
+    rule_type = norm_threshold.NormThreshold
+
+
+class RobustFilter(LegacyStrategy):
+    """:class:`fl_bgmd.strategies.RobustFilter` for the older API."""
+
+    rule_type = robust_filter.RobustFilter
+
+
+class TrimmedMean(LegacyStrategy):
+    """:class:`fl_bgmd.strategies.TrimmedMean` for the older API."""
+
+    rule_type = cmd.TrimmedMean
