@@ -161,8 +161,9 @@ pids_of() {
 }
 
 # Starts `command`; returns once its log says that it works, fails when it ends or takes too long.
+# Leaves the length that the log had before in `lines`.
 launch() {
-  local service=$1 log=$2 deadline=$3 sign="SuperNode ID" pid lines
+  local service=$1 log=$2 deadline=$3 sign="SuperNode ID" pid
   [ "$service" != superlink ] || sign="Uvicorn running"
   lines=$(wc -l <"$log")
   (cd "$DEPLOYMENT/work" && exec setsid "${command[@]}") >>"$log" 2>&1 </dev/null &
@@ -182,16 +183,17 @@ launch() {
 # A SuperNode that was killed is refused until the SuperLink misses its heartbeats, for a minute;
 # the refusal does not tell it from one that is not registered.
 start() {
-  local service=$1 deadline=$((SECONDS + START_TIMEOUT)) log=$DEPLOYMENT/log/$1.log pids
+  local service=$1 deadline=$((SECONDS + START_TIMEOUT)) log=$DEPLOYMENT/log/$1.log pids lines=0
   pids=$(pids_of "$service" | xargs)
   [ -z "$pids" ] || fail "$service runs already: $pids"
   prepare "$service"
   echo "--- $(date -u +%FT%TZ) start $service" >>"$log"
   until launch "$service" "$log" "$deadline"; do
-    tail -n 20 "$log" | grep "Failed to activate SuperNode" >/dev/null && [ $SECONDS -lt $deadline ] || {
-      tail -n 20 "$log" >&2
+    if [ $SECONDS -ge $deadline ] ||
+      ! tail -n "+$((lines + 1))" "$log" | grep "Failed to activate SuperNode" >/dev/null; then
+      tail -n "+$((lines + 1))" "$log" | tail -n 40 >&2
       fail "$service did not start; log: $log"
-    }
+    fi
     echo "$service: refused: not registered, or still taken for alive; trying again" >&2
     sleep 5
   done
