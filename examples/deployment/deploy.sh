@@ -109,7 +109,6 @@ register() {
 # Fills `command` with what runs a service.
 prepare() {
   local service=$1
-  mkdir -p "$(home_of "$service")" "$DEPLOYMENT/work" "$DEPLOYMENT/log" "$DEPLOYMENT/run"
   command=(env "FLWR_HOME=$(home_of "$service")")
   if [ "$service" = superlink ]; then
     pin_cpus
@@ -131,6 +130,7 @@ prepare() {
   else
     fail "service is '$service'; allowed: superlink, supernode-I"
   fi
+  mkdir -p "$(home_of "$service")" "$DEPLOYMENT/work" "$DEPLOYMENT/log" "$DEPLOYMENT/run"
 }
 
 pin_cpus() { [ -z "${CPUS:-}" ] || command+=(taskset --cpu-list "$CPUS"); }
@@ -161,8 +161,9 @@ pids_of() {
 }
 
 # Starts `command`; returns once its log says that it works, fails when it ends or takes too long.
+# Leaves the length that the log had before in `lines`.
 launch() {
-  local service=$1 log=$2 deadline=$3 sign="SuperNode ID" pid lines
+  local service=$1 log=$2 deadline=$3 sign="SuperNode ID" pid
   [ "$service" != superlink ] || sign="Uvicorn running"
   lines=$(wc -l <"$log")
   (cd "$DEPLOYMENT/work" && exec setsid "${command[@]}") >>"$log" 2>&1 </dev/null &
@@ -182,30 +183,34 @@ launch() {
 # A SuperNode that was killed is refused until the SuperLink misses its heartbeats, for a minute;
 # the refusal does not tell it from one that is not registered.
 start() {
-  local service=$1 deadline=$((SECONDS + START_TIMEOUT)) log=$DEPLOYMENT/log/$1.log pids
+  local service=$1 deadline=$((SECONDS + START_TIMEOUT)) log=$DEPLOYMENT/log/$1.log pids lines=0
   pids=$(pids_of "$service" | xargs)
   [ -z "$pids" ] || fail "$service runs already: $pids"
   prepare "$service"
   echo "--- $(date -u +%FT%TZ) start $service" >>"$log"
   until launch "$service" "$log" "$deadline"; do
-    tail -n 20 "$log" | grep "Failed to activate SuperNode" >/dev/null && [ $SECONDS -lt $deadline ] || {
-      tail -n 20 "$log" >&2
+    if [ $SECONDS -ge $deadline ] ||
+      ! tail -n "+$((lines + 1))" "$log" | grep "Failed to activate SuperNode" >/dev/null; then
+      tail -n "+$((lines + 1))" "$log" | tail -n 40 >&2
       fail "$service did not start; log: $log"
-    }
+    fi
     echo "$service: refused: not registered, or still taken for alive; trying again" >&2
     sleep 5
   done
 }
 
+# The service itself is asked first; then what it left, which would take its time to notice.
 stop() {
-  local service=$1 pids waited=0
+  local service=$1 pid pids left waited=0
   pids=$(pids_of "$service" | xargs)
   [ -n "$pids" ] || return 0
-  # Only the service itself is asked: its children watch it and follow.
-  kill -TERM "$(cat "$DEPLOYMENT/run/$service.pid")" 2>/dev/null || true
-  while [ -n "$(pids_of "$service")" ]; do
+  pid=$(cat "$DEPLOYMENT/run/$service.pid" 2>/dev/null || true)
+  [ -z "$pid" ] || kill -TERM "$pid" 2>/dev/null || true
+  while left=$(pids_of "$service" | xargs) && [ -n "$left" ]; do
     if [ $waited -ge 40 ]; then
-      pids_of "$service" | xargs --no-run-if-empty kill -KILL 2>/dev/null || true
+      kill -KILL $left 2>/dev/null || true
+    elif [[ " $left " != *" $pid "* ]]; then
+      kill -TERM $left 2>/dev/null || true
     fi
     sleep 0.5
     waited=$((waited + 1))
@@ -229,7 +234,7 @@ status() {
   done
 }
 
-verb=${1:-help}
+verb=${1:-help} all=()
 [ $# -eq 0 ] || shift
 case $verb in
   certificates) make_certificates "$@" ;;
@@ -244,8 +249,8 @@ case $verb in
     ;;
   status) status ;;
   stop)
-    [ $# -gt 0 ] || set -- $(services)
-    for service in "$@"; do stop "$service"; done
+    [ $# -gt 0 ] || mapfile -t all < <(services)
+    for service in "$@" "${all[@]}"; do stop "$service"; done
     ;;
   flwr) operator "$@" ;;
   help | --help | -h) usage ;;
