@@ -338,7 +338,9 @@ def _server_learning_rate(config: Config) -> float | Callable[[int], float]:
 def _diverged(result: RunResult) -> bool:
     """Whether the model left the range of its dtype, or no reply to it was finite any more."""
     last = result.rounds[-1]
-    accepted, rejected = int(last.get("accepted", 0)), int(last.get("rejected", 0))
-    lost = accepted == 0 and rejected > 0 and rejected == int(last.get("rejected-non-finite", 0))
+    # A client whose model is NaN says so in its arrays, or in its loss.
+    reasons = ("rejected-non-finite", "rejected-metrics")
+    rejected, not_finite = int(last.get("rejected", 0)), sum(int(last.get(r, 0)) for r in reasons)
+    lost = int(last.get("accepted", 0)) == 0 and rejected > 0 and rejected == not_finite
     loss = float(last.get("loss", 0.0))
     return bool(last.get("diverged", 0)) or lost or not np.isfinite(loss)

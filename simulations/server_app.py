@@ -29,3 +29,5 @@ def main(grid: Grid, context: Context) -> None:
         result.best_accuracy,
         folder,
     )
+    if result.status == "failed":
+        raise RuntimeError(result.error)  # or Flower would list the run as completed
