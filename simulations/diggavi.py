@@ -28,6 +28,8 @@ EPSILON_SLACK = 0.05
 """epsilon' of the theorems: any constant above 0 with epsilon <= 1/4 - epsilon'."""
 
 RIDGE = 0.02
+DIVERGED = 1e6
+"""An error above it is no error that is left: the iterates run away."""
 
 
 @dataclass(frozen=True)
@@ -241,14 +243,18 @@ def _middle(outcomes: Sequence[Outcome], name: str) -> float:
 
 
 def _axis(found: Found, objective: str, sweep: str, rule: str) -> tuple[list[float], list[float]]:
-    """Return what a sweep is drawn against (kappa as measured, b, or epsilon) and the errors."""
+    """Return what a sweep is drawn against (kappa as measured, b, or epsilon) and the errors.
+
+    Points that diverged are left out.
+    """
     setup = SWEEPS[sweep][2]
     x, y = [], []
     for value in SWEEPS[sweep][1]:
         outcomes = found[objective, sweep, rule, value]
         place = {"kappa": _middle(outcomes, "kappa"), "epsilon": value / setup.workers}
-        x.append(place.get(sweep, value))
-        y.append(_middle(outcomes, "error"))
+        if _middle(outcomes, "error") < DIVERGED:
+            x.append(place.get(sweep, value))
+            y.append(_middle(outcomes, "error"))
     return x, y
 
 
@@ -291,7 +297,8 @@ def _write_table(found: Found, folder: Path, seeds: int) -> Path:
                 each = [found[objective, sweep, rule, value] for rule in RULES]
                 cells = [objective, f"{sweep} ({name})", f"{value:g}"]
                 cells += [f"{_middle(each[0], key):.3g}" for key in ("sigma", "kappa")]
-                cells += [f"{_middle(outcomes, 'error'):.3g}" for outcomes in each]
+                errors = [_middle(outcomes, "error") for outcomes in each]
+                cells += [f"{e:.3g}" if e < DIVERGED else "diverged" for e in errors]
                 text.append("| " + " | ".join([*cells, f"{_middle(each[0], 'bound'):.3g}"]) + " |")
             for rule in RULES:
                 x, y = _axis(found, objective, sweep, rule)
@@ -299,9 +306,9 @@ def _write_table(found: Found, folder: Path, seeds: int) -> Path:
                     x, y = x[-3:], y[-3:]
                 elif sweep == "epsilon":
                     x, y = x[1:], y[1:]
-                if all(math.isfinite(value) for value in y):
+                if len(x) > 1:
                     slopes.append(f"| {objective} | {sweep} | {rule} | {slope(x, y):.2f} |")
-    text += ["", f"Means over {seeds} seeds. Slopes in log-log scale:", ""]
+    text += ["", f"Seeds: {seeds}. Slopes in log-log scale:", ""]
     text += ["| objective | error against | rule | slope |", "|---|---|---|---:|", *slopes]
     path = folder / "table.md"
     path.write_text("\n".join(text) + "\n", encoding="utf-8")
