@@ -1,6 +1,7 @@
 """The strategies in apps of Flower's older API: same results, same screening, hostile replies."""
 
 import itertools
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -195,6 +196,7 @@ def test_a_model_that_is_not_finite_is_refused() -> None:
 
 
 def test_without_initial_parameters_the_user_is_warned(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="flwr.fl_bgmd")
     assert GMD().initialize_parameters(manager()) is None
     assert "one random client" in caplog.text
     caplog.clear()
@@ -427,6 +429,8 @@ def test_the_users_functions_see_what_accepted_clients_sent() -> None:
 
 
 def test_a_users_function_that_fails_does_not_end_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="flwr.fl_bgmd")
+
     def combine(metrics: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
         return {"loss": sum(found["no-such-key"] for _, found in metrics)}
 

@@ -245,8 +245,8 @@ def test_keys_cannot_forge_lines_of_the_log(message: Message, layout: ModelLayou
 
 def test_every_reason_is_exercised() -> None:
     reasons = {entry.reason for entry in MALFORMED.values()} | {Rejection.DUPLICATE}
-    # Packed replies have their own tests (test_packed_replies.py).
-    assert reasons == set(Rejection) - {Rejection.PACKED}
+    # Tested in test_packed_replies.py and test_rounds.py.
+    assert reasons == set(Rejection) - {Rejection.PACKED, Rejection.UNASKED}
 
 
 def test_the_trap_would_spring_if_unpickled() -> None:
