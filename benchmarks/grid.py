@@ -1,16 +1,18 @@
 """What a round costs on the in-process grid: against Ray, and against no Flower at all.
 
 ``python -m benchmarks.grid`` prints seconds a round for 1000 clients that send 1000 parameters
-back (echo clients, in process and on Ray), and for 10 clients that compute one LeNet gradient on 64
-examples each, in process and as a plain PyTorch loop over batches of the same size. Of the rounds
-after the first the fastest counts: wall clock against Ray, which has processes of its own, CPU time
-on one thread against the loop. ``--no-ray`` leaves Ray out, which takes a minute.
+back (echo clients, in process and on Ray), for 10 clients that compute one LeNet gradient on 64
+examples each, in process and as a plain PyTorch loop over batches of the same size, and for 32 such
+clients all at once (backend ``vectorized``) and one after the other. Of the rounds after the first
+the fastest counts: CPU time on one thread against the loop, else wall clock. ``--no-ray`` leaves
+Ray out, which takes a minute; ``--device`` is that of the 32 clients.
 """
 
 import argparse
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,12 +24,13 @@ from rich.console import Console
 from rich.table import Table
 
 from clients.client_app import app as client_app
+from clients.client_app import prepare_together
 from clients.training import to_input
 from fl_bgmd.data import load, normalize, partition
 from fl_bgmd.models import build
 from fl_bgmd.strategies import Mean
 from simulations.config import Config, validate
-from simulations.grid import InProcessGrid
+from simulations.grid import InProcessGrid, Prepare
 
 echo = ClientApp()
 
@@ -95,7 +98,14 @@ def echo_on_ray(clients: int, parameters: int, rounds: int) -> float:
     return found[0]
 
 
-def gradients_in_process(clients: int, rounds: int) -> float:
+def gradients_in_process(
+    clients: int,
+    rounds: int,
+    *,
+    device: str = "cpu",
+    prepare: Prepare | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Seconds a round of LeNet gradients through Flower, screening and averaging included."""
     config: Config = validate(
         {
@@ -106,11 +116,12 @@ def gradients_in_process(clients: int, rounds: int) -> float:
             "local-steps": 1,
             "learning-rate": 1.0,
             "momentum": 0.0,
+            "device": device,
         }
     )
     arrays = ArrayRecord(build("lenet").state_dict())
-    grid = InProcessGrid(client_app, clients, config)
-    return seconds_per_round(grid, echo_strategy(clients), arrays, rounds, time.process_time)
+    grid = InProcessGrid(client_app, clients, config, prepare)
+    return seconds_per_round(grid, echo_strategy(clients), arrays, rounds, clock)
 
 
 def gradients_plain(clients: int, rounds: int) -> float:
@@ -146,12 +157,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--no-ray", action="store_true")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
     torch.set_num_threads(1)
     cases: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {
         "10 clients x 64, LeNet gradients: plain loop": (
-            lambda: gradients_in_process(10, options.rounds),
+            lambda: gradients_in_process(10, options.rounds, clock=time.process_time),
             lambda: gradients_plain(10, options.rounds),
+        ),
+        f"32 clients x 64, vectorized, {options.device}: one by one": (
+            partial(
+                gradients_in_process,
+                32,
+                options.rounds,
+                device=options.device,
+                prepare=prepare_together,
+            ),
+            partial(gradients_in_process, 32, options.rounds, device=options.device),
         ),
     }
     if not options.no_ray:

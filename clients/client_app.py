@@ -1,18 +1,22 @@
 """The ClientApp: load the partition, train, evaluate; lie when the attack says so."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import lru_cache
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 from torch import nn
 
+from clients.together import train_together
 from clients.training import (
     Corrupt,
+    Job,
     LocalTraining,
+    Trained,
     evaluate,
     scheduled_learning_rate,
     threads,
@@ -28,14 +32,57 @@ from fl_bgmd.strategies import resolve_device
 app = ClientApp(mods=[CompressionMod(), ByzantineMod()])
 
 
+_prepared: dict[tuple[int, int], tuple[Job, str | None, Trained]] = {}
+"""What :func:`prepare_together` did and no client has fetched yet, by round and partition."""
+
+
 @app.train()
 def handle_train(message: Message, context: Context) -> Message:
     """Train the received model on this client's partition."""
+    prepared = _prepared.pop(_key(message, context), None)
+    if prepared is None:
+        job, attack = _training_job(message, context, _received(message, context))
+        with threads(int(context.run_config["client-threads"])):
+            trained = train(job)
+    else:
+        job, attack, trained = prepared
+    metrics: dict[str, int | float | list[int] | list[float]] = {
+        "num-examples": len(job.indices),
+        "train-loss": trained.loss,
+        "partition-id": int(context.node_config["partition-id"]),
+    }
+    content = RecordDict({"arrays": ArrayRecord(trained.state), "metrics": MetricRecord(metrics)})
+    reply = Message(content, reply_to=message)
+    if attack is not None:
+        mark(reply, attack)
+    return reply
+
+
+def prepare_together(messages: Sequence[tuple[Message, Context]]) -> None:
+    """Train the clients of a one-step round at once, ahead of :func:`handle_train`.
+
+    Messages that carry another model than the first are left to it.
+    """
+    _prepared.clear()
+    asked = [pair for pair in messages if pair[0].metadata.message_type == MessageType.TRAIN]
+    if not asked:
+        return
+    first, config = asked[0][0].content["arrays"], asked[0][1].run_config
+    asked = [pair for pair in asked if pair[0].content["arrays"] is first]
+    model = _received(*asked[0])
+    work = [_training_job(*pair, model) for pair in asked]
+    with threads(int(config["client-threads"])):
+        results = train_together(model, [job for job, _ in work])
+    for pair, (job, attack), trained in zip(asked, work, results, strict=True):
+        _prepared[_key(*pair)] = (job, attack, trained)
+
+
+def _training_job(message: Message, context: Context, model: nn.Module) -> tuple[Job, str | None]:
+    """Return what this client is to do with the model, and the data attack it plays at it."""
     config = context.run_config
-    partition_id = int(context.node_config["partition-id"])
-    number = server_round(message)
+    dataset = _dataset(context)
+    number, partition_id = _key(message, context)
     seed = np.random.SeedSequence([int(config["seed"]), number, partition_id, 1])
-    dataset, model, device = _prepare(message, context)
     indices = _partitions(
         dataset,
         int(context.node_config["num-partitions"]),
@@ -60,28 +107,21 @@ def handle_train(message: Message, context: Context) -> Message:
         weight_decay=float(config["weight-decay"]),
     )
     attack, corrupt = _data_attack(message, context, dataset)
-    with threads(int(config["client-threads"])):
-        loss = train(
-            model, dataset, indices, settings, int(seed.generate_state(1)[0]), device, corrupt
-        )
-    metrics: dict[str, int | float | list[int] | list[float]] = {
-        "num-examples": len(indices),
-        "train-loss": loss,
-        "partition-id": partition_id,
-    }
-    content = RecordDict(
-        {"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord(metrics)}
-    )
-    reply = Message(content, reply_to=message)
-    if attack is not None:
-        mark(reply, attack)
-    return reply
+    device = resolve_device(str(config["device"]))
+    drawn = int(seed.generate_state(1)[0])
+    return Job(model, dataset, indices, settings, drawn, device, corrupt), attack
+
+
+def _key(message: Message, context: Context) -> tuple[int, int]:
+    """Return the round and the partition that a message is about."""
+    return server_round(message), int(context.node_config["partition-id"])
 
 
 @app.evaluate()
 def handle_evaluate(message: Message, context: Context) -> Message:
     """Evaluate the received model on this client's even share of the test examples."""
-    dataset, model, device = _prepare(message, context)
+    dataset, model = _dataset(context), _received(message, context)
+    device = resolve_device(str(context.run_config["device"]))
     partition_id = int(context.node_config["partition-id"])
     shares = np.array_split(
         np.arange(len(dataset.test_labels)), int(context.node_config["num-partitions"])
@@ -134,12 +174,16 @@ def _skeleton(name: str, dataset: Dataset) -> nn.Module:
         return build(name, input_shape=dataset.input_shape, num_classes=dataset.num_classes)
 
 
-def _prepare(message: Message, context: Context) -> tuple[Dataset, nn.Module, torch.device]:
-    """Load what both phases need: the data (once per process), the model as received, a device."""
+def _dataset(context: Context) -> Dataset:
+    """Return the data, loaded once per process."""
     config = context.run_config
-    dataset = load(str(config["dataset"]), str(config["data-dir"]) or None)
-    model = deepcopy(_skeleton(str(config["model"]), dataset))
+    return load(str(config["dataset"]), str(config["data-dir"]) or None)
+
+
+def _received(message: Message, context: Context) -> nn.Module:
+    """Return the model that a message carries."""
+    model = deepcopy(_skeleton(str(context.run_config["model"]), _dataset(context)))
     arrays = message.content["arrays"]
     assert isinstance(arrays, ArrayRecord)
     model.load_state_dict(arrays.to_torch_state_dict(), assign=True)
-    return dataset, model, resolve_device(str(config["device"]))
+    return model

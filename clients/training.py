@@ -16,6 +16,9 @@ Corrupt = Callable[
     [NDArray[np.uint8], NDArray[np.int64]], tuple[NDArray[np.uint8], NDArray[np.int64]]
 ]
 
+State = dict[str, Tensor]
+"""A model's ``state_dict``."""
+
 LR_SCHEDULES = ("constant", "cosine", "cosine-restarts", "exponential")
 
 
@@ -71,26 +74,57 @@ def scheduled_learning_rate(
     raise ValueError(f"lr-schedule is {schedule!r}; allowed: {', '.join(LR_SCHEDULES)}")
 
 
-def train(
-    model: nn.Module,
-    dataset: Dataset,
-    indices: NDArray[np.int64],
-    settings: LocalTraining,
-    seed: int,
-    device: torch.device,
-    corrupt: Corrupt | None = None,
-) -> float:
-    """Train ``model`` in place on the examples at ``indices``; return the mean loss.
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What a client is asked to do in a round.
 
-    ``seed`` fixes the order of the examples and all that the model draws (dropout). ``corrupt``
-    changes each batch of raw images and labels before anything else is done to it.
+    Attributes
+    ----------
+    model : nn.Module
+        As received; trained in place.
+    dataset : Dataset
+        Shared by the clients of a process.
+    indices : (m,) int64
+        The client's examples.
+    settings : LocalTraining
+        How to train.
+    seed : int
+        Fixes the order of the examples and all that the model draws (dropout).
+    device : torch.device
+        Where to train.
+    corrupt : callable, optional
+        Changes each batch of raw images and labels before anything else is done to it.
     """
-    # Not torch.manual_seed: without a GPU it queues a seeding of every CUDA device for later,
-    # with a stack trace, at each call.
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-    model.to(device).train()
+
+    model: nn.Module
+    dataset: Dataset
+    indices: NDArray[np.int64]
+    settings: LocalTraining
+    seed: int
+    device: torch.device
+    corrupt: Corrupt | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What training came to.
+
+    Attributes
+    ----------
+    state : dict of Tensor
+        The trained model's ``state_dict``.
+    loss : float
+        Mean cross-entropy over the steps, each before it was taken.
+    """
+
+    state: State
+    loss: float
+
+
+def train(job: Job) -> Trained:
+    """Train a client's model in place."""
+    seed_torch(job.seed, job.device)
+    model, settings = job.model.to(job.device).train(), job.settings
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=settings.learning_rate,
@@ -98,18 +132,22 @@ def train(
         weight_decay=settings.weight_decay,
     )
     losses: list[Tensor] = []
-    for batch in _batches(indices, settings, np.random.default_rng(seed)):
-        raw, targets = dataset.train_images[batch], dataset.train_labels[batch]
-        if corrupt is not None:
-            raw, targets = corrupt(raw, targets)
-        images = to_input(normalize(raw, dataset), device)
-        labels = torch.from_numpy(targets).to(device)
+    for images, labels in _batches(job):
         optimizer.zero_grad(set_to_none=True)
         loss = nn.functional.cross_entropy(model(images), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.detach())
-    return float(torch.stack(losses).mean())
+    return Trained(model.state_dict(), float(torch.stack(losses).mean()))
+
+
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seed what a model on ``device`` draws from."""
+    # Not torch.manual_seed: without a GPU it queues a seeding of every CUDA device for later,
+    # with a stack trace, at each call.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,20 +228,33 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _batches(
-    indices: NDArray[np.int64], settings: LocalTraining, generator: np.random.Generator
-) -> Iterator[NDArray[np.int64]]:
+def first_batch(job: Job) -> tuple[Tensor, Tensor]:
+    """Return the first mini-batch of a job: images (b, C, H, W) and labels (b,) on its device."""
+    return next(_batches(job))
+
+
+def _batches(job: Job) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield mini-batches: shuffled passes over the partition, cut off after ``steps`` if given."""
-    size = min(settings.batch_size, len(indices))
+    settings, generator = job.settings, np.random.default_rng(job.seed)
+    size = min(settings.batch_size, len(job.indices))
     taken = 0
     while True:
-        order = generator.permutation(indices)
+        order = generator.permutation(job.indices)
         # With a number of steps all batches are full; with epochs every example counts.
         end = len(order) - size + 1 if settings.steps else len(order)
         for start in range(0, end, size):
-            yield order[start : start + size]
+            yield _load(job, order[start : start + size])
             taken += 1
             if taken == settings.steps:
                 return
         if not settings.steps and taken >= settings.epochs * math.ceil(len(order) / size):
             return
+
+
+def _load(job: Job, batch: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """Return the examples at ``batch`` as the model wants them."""
+    raw, targets = job.dataset.train_images[batch], job.dataset.train_labels[batch]
+    if job.corrupt is not None:
+        raw, targets = job.corrupt(raw, targets)
+    images = to_input(normalize(raw, job.dataset), job.device)
+    return images, torch.from_numpy(targets).to(job.device)

@@ -1,4 +1,8 @@
-"""Where a run's clients live: Flower's Ray-backed simulation, or this process."""
+"""Where a run's clients live: Flower's Ray-backed simulation, or this process.
+
+In this process they work one after the other (``inprocess``), or, when each takes one step a round,
+all at once (``vectorized``).
+"""
 
 import os
 import socket
@@ -10,11 +14,12 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from clients.client_app import app as client_app
+from clients.client_app import prepare_together
 from simulations.config import Config, ConfigError
 from simulations.experiment import OnRound, RunResult, run_experiment
 from simulations.grid import InProcessGrid
 
-BACKENDS = ("ray", "inprocess")
+BACKENDS = ("ray", "inprocess", "vectorized")
 
 
 @dataclass(frozen=True)
@@ -137,19 +142,20 @@ def run(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
-    start = _run_on_ray if backend == "ray" else _run_in_process
+    if backend == "vectorized":
+        for key, allowed in (("local-steps", 1), ("downlink-compressor", "none")):
+            if config[key] != allowed:
+                raise ConfigError(
+                    f"{key} is {config[key]!r}; allowed with backend vectorized: {allowed!r}"
+                )
     try:
-        return start(config, resources, on_round)
+        if backend == "ray":
+            return _run_on_ray(config, resources, on_round)
+        prepare = prepare_together if backend == "vectorized" else None
+        grid = InProcessGrid(client_app, int(config["num-clients"]), config, prepare)
+        return run_experiment(grid, config, on_round)
     except Exception as error:
         return RunResult(config, status="failed", error=f"{type(error).__name__}: {error}")
-
-
-def _run_in_process(
-    config: Config, resources: ClientResources, on_round: OnRound | None
-) -> RunResult:
-    return run_experiment(
-        InProcessGrid(client_app, int(config["num-clients"]), config), config, on_round
-    )
 
 
 def _run_on_ray(config: Config, resources: ClientResources, on_round: OnRound | None) -> RunResult:

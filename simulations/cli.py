@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(STRATEGIES)}; mixing is none unless named",
     )
     several.add_argument("--seeds", type=int, default=1, help="runs of each, from --seed on")
-    several.add_argument("--jobs", type=int, default=1, help="runs at a time (inprocess)")
+    several.add_argument("--jobs", type=int, default=1, help="runs at a time (not with ray)")
     several.add_argument(
         "--no-sweep",
         action="store_true",
@@ -144,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--epochs", type=float, help="default: as many as the paper")
     again.add_argument("--jobs", type=int, default=2, help="runs at a time")
     again.add_argument("--device", default="auto", help="of clients and server")
+    again.add_argument("--backend", choices=BACKENDS[1:], default="inprocess", help="of the runs")
     again.add_argument("--no-run", action="store_true", help="report what has run so far")
     again.add_argument("--results-dir", type=Path, default=Path("results"))
     again.add_argument("--output", type=Path, help="folder of table and plots; default: results")
@@ -312,7 +313,7 @@ def _reproduce_experiment(options: argparse.Namespace) -> int:
     folder = options.results_dir.resolve() / f"{options.name}-{epochs:g}-epochs"
     lines: list[Line] = []
     if not options.no_run:
-        lines = _run_cells(cells, folder, options.jobs, "inprocess", ClientResources())
+        lines = _run_cells(cells, folder, options.jobs, options.backend, ClientResources())
     for path in write_report(experiment, cells, folder, options.output or folder):
         CONSOLE.print(f"written: {path}", soft_wrap=True)
     print((options.output or folder).joinpath("table.md").read_text(encoding="utf-8"))

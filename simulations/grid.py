@@ -4,7 +4,7 @@ Bit-for-bit reproducible, and the cheapest way to run the real ServerApp, Client
 strategies: tests and long experiments use it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from itertools import count
 from typing import Any
@@ -26,6 +26,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from fl_bgmd.replies import arrays_from_state, arrays_to_state
 from simulations.config import Config
 
+Prepare = Callable[[Sequence[tuple[Message, Context]]], None]
+
 CLIENT_FAILED = 2
 """Flower's error code for an exception in a ClientApp."""
 
@@ -41,15 +43,25 @@ class InProcessGrid(Grid):
         Nodes ``1 .. num_clients``, partitions ``0 .. num_clients - 1``.
     run_config : dict
         What the clients see as ``context.run_config``.
+    prepare : callable, optional
+        Called with all messages and contexts of a push before the first message is delivered, to
+        do the clients' work together.
     """
 
-    def __init__(self, client_app: ClientApp, num_clients: int, run_config: Config) -> None:
+    def __init__(
+        self,
+        client_app: ClientApp,
+        num_clients: int,
+        run_config: Config,
+        prepare: Prepare | None = None,
+    ) -> None:
         if num_clients < 1:
             raise ValueError(f"num_clients is {num_clients}; allowed: 1 or more")
         # Messages can only be made inside a run: Flower keeps its identity in a global.
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
         self._run = Run.create_empty(run_id=1)
         self._client_app = client_app
+        self._prepare = prepare
         self._message_ids = count(1)
         self._replies: dict[str, Message] = {}
         self._contexts = {
@@ -102,7 +114,9 @@ class InProcessGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Run the clients the messages are for; their replies wait to be pulled."""
-        ids = []
+        ids, messages = [], list(messages)
+        if self._prepare is not None:
+            self._prepare([(m, self._contexts[m.metadata.dst_node_id]) for m in messages])
         for message in messages:
             message_id = str(next(self._message_ids))
             message.metadata.__dict__["_message_id"] = message_id

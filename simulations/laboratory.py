@@ -120,8 +120,8 @@ def run_grid(
     ConfigError
         For ``jobs`` below 1, or above 1 with the Ray backend, which shares out the cores itself.
     """
-    if jobs < 1 or (jobs > 1 and backend != "inprocess"):
-        raise ConfigError(f"jobs is {jobs} with backend {backend}; allowed: 1, more with inprocess")
+    if jobs < 1 or (jobs > 1 and backend == "ray"):
+        raise ConfigError(f"jobs is {jobs} with backend {backend}; allowed: 1, more without Ray")
     folder.mkdir(parents=True, exist_ok=True)
     written = finished_before(cells, folder)
     waiting = [cell for cell in cells if cell.name not in written]

@@ -603,7 +603,7 @@ def test_a_grid_with_an_idle_attack_fails_and_says_so(
 
 def test_more_jobs_than_one_need_the_in_process_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--attack=none,zero", "--byzantine-fraction=0.4", "--jobs=2"]) == 2
-    assert "jobs is 2 with backend ray; allowed: 1, more with inprocess" in capsys.readouterr().err
+    assert "jobs is 2 with backend ray; allowed: 1, more without Ray" in capsys.readouterr().err
 
 
 def test_a_failed_run_makes_its_cell_and_the_worst_unknown() -> None:
