@@ -33,7 +33,7 @@ from simulations.config import (
 from simulations.diggavi import reproduce_diggavi
 from simulations.experiment import RunResult
 from simulations.figures import draw_complexity, draw_speedup, draw_toy
-from simulations.ghosh import count_runs, reproduce
+from simulations.ghosh import GHOSH, reproduce
 from simulations.laboratory import (
     Cell,
     Line,
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
 
     again = commands.add_parser("reproduce", help="an experiment of the papers", allow_abbrev=False)
     again.set_defaults(command=_reproduce)
-    again.add_argument("name", choices=(*experiments(), *FIGURES, "ghosh-regression"))
+    again.add_argument("name", choices=(*experiments(), *FIGURES, *GHOSH))
     again.add_argument("--seeds", type=int, help="default: as many as the paper")
     again.add_argument("--epochs", type=float, help="default: as many as the paper")
     again.add_argument("--jobs", type=int, default=2, help="runs at a time")
@@ -285,17 +285,24 @@ def _reproduce(options: argparse.Namespace) -> int:
         return _reproduce_experiment(options)
     if options.name in FIGURES:
         return _reproduce_figure(options)
-    folder = options.results_dir.resolve() / f"{time.strftime('%Y%m%d-%H%M%S')}-{options.name}"
-    seeds = options.seeds or 20
+    return _reproduce_ghosh(options)
+
+
+def _reproduce_ghosh(options: argparse.Namespace) -> int:
+    """Draw the figures of Ghosh et al."""
+    experiment = GHOSH[options.name]
+    seeds = options.seeds or experiment.seeds
+    folder = options.output or options.results_dir.resolve() / options.name
     with Progress(console=CONSOLE) as progress:
-        task = progress.add_task(options.name, total=count_runs(seeds))
+        task = progress.add_task(options.name, total=len(experiment.runs(seeds)))
         reproduce(
+            experiment,
             folder,
             seeds=seeds,
             jobs=options.jobs,
             done=lambda: progress.update(task, advance=1),
         )
-    CONSOLE.print((folder / "table.md").read_text(encoding="utf-8"))
+    print((folder / "table.md").read_text(encoding="utf-8"))
     CONSOLE.print(f"written: {folder}", soft_wrap=True)
     return 0
 

@@ -1,72 +1,36 @@
-"""The regression experiment of Ghosh et al., Section 8: Figures 1, 2, 3, 6a and 7a.
+"""The experiments of Ghosh et al., Section 8: Figures 1 to 7.
 
-``b = A w*`` with standard normal ``A`` (N x d) and ``w*``, the rows of A shared out equally among m
-workers, ``||w_t - w*||`` against t. All workers' gradients are computed together; compression,
-error feedback, the workers' lies and the threshold are those of the algorithms, worker by worker,
-with this library's rule. What the paper leaves open (step sizes, iterations) is in
-:class:`Setup`.
+Distributed gradient descent with m workers who compress their gradients by l1-sign; some of them
+lie; the server drops the rows of largest norm. All workers' gradients are computed together;
+compression, error feedback, the lies and the threshold are those of the algorithms, worker by
+worker, with this library's rules. What the paper leaves open (step sizes, iterations) is in the two
+problems, :class:`Regression` (Figures 1, 2, 3, 6a, 7a) and :class:`Network` (4, 5, 6b, 7b).
 """
 
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_bgmd.aggregators import mean, norm_threshold
+from fl_bgmd.aggregators import mean, norm_threshold, trimmed_mean
+from simulations.ghosh_problems import Curve, Network, Problem, Regression
 
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Setup:
-    """The problem. N, d, m, the noise and the thresholds are the paper's, the rest is ours."""
+Figures = dict[str, tuple[str, tuple[Curve, ...]]]
 
-    examples: int = 4000
-    dimensions: int = 1000
-    workers: int = 200
-    noise_variance: float = 10.0
-    step: float = 0.2
-    sign_step: float = 0.01
-    iterations: int = 250
+NOISE_VARIANCE = 10.0
 
-
-@dataclass(frozen=True)
-class Curve:
-    """One line of a figure.
-
-    Attributes
-    ----------
-    label : str
-        In the legend.
-    hostile : int
-        Number of Byzantine workers, the first ones.
-    dropped : int
-        Number of workers that the threshold drops: the paper's beta m.
-    compressor : {"l1-sign", "sign"}
-        ``sign`` is signSGD with majority vote (Bernstein et al.), ``l1-sign`` the paper's.
-    feedback : bool
-        Algorithm 2 instead of Algorithm 1.
-    attack : {"gaussian", "ascent"}
-        N(0, 10 I) added to the gradient, or -0.9 times it.
-    """
-
-    label: str
-    hostile: int
-    dropped: int
-    compressor: str = "l1-sign"
-    feedback: bool = False
-    attack: str = "gaussian"
-
-
-FIGURES: dict[str, tuple[str, tuple[Curve, ...]]] = {
+_REGRESSION: Figures = {
     "figure-1": (
         "thresholding against plain averaging",
         (
@@ -80,9 +44,9 @@ FIGURES: dict[str, tuple[str, tuple[Curve, ...]]] = {
         "thresholding against signSGD with majority vote",
         (
             Curve("10 hostile, threshold 12", 10, 12),
-            Curve("10 hostile, majority vote", 10, 0, compressor="sign"),
+            Curve("10 hostile, majority vote", 10, 0, rule="majority"),
             Curve("20 hostile, threshold 22", 20, 22),
-            Curve("20 hostile, majority vote", 20, 0, compressor="sign"),
+            Curve("20 hostile, majority vote", 20, 0, rule="majority"),
         ),
     ),
     "figure-3": (
@@ -108,44 +72,111 @@ FIGURES: dict[str, tuple[str, tuple[Curve, ...]]] = {
 }
 
 
-def run_curve(curve: Curve, seed: int, setup: Setup = Setup()) -> Array:
-    """Return ``||w_t - w*||`` for t = 0 .. iterations, (iterations + 1,)."""
-    draw = torch.Generator().manual_seed(seed)
-    m, share = setup.workers, setup.examples // setup.workers
-    data = torch.randn(m, share, setup.dimensions, generator=draw)
-    target = torch.randn(setup.dimensions, generator=draw)
-    labels = data @ target
-    weights = torch.zeros(setup.dimensions)
-    errors = torch.zeros(m, setup.dimensions)
-    history = [float((weights - target).norm())]
-    aggregate: Callable[[Tensor], Tensor] = partial(_thresholded, dropped=curve.dropped)
-    for _ in range(setup.iterations):
-        gradients = torch.bmm((data @ weights - labels)[:, None, :], data)[:, 0, :] / share
+_NETWORK: Figures = {
+    "figure-4a": (
+        "against the trimmed mean, uncompressed",
+        (
+            Curve("10 hostile, threshold 12", 10, 12),
+            Curve("10 hostile, trimmed mean", 10, 12, rule="trimmed-mean"),
+            Curve("20 hostile, threshold 22", 20, 22),
+            Curve("20 hostile, trimmed mean", 20, 22, rule="trimmed-mean"),
+        ),
+    ),
+    "figure-4b": (
+        "against signSGD with majority vote",
+        (
+            Curve("10 hostile, threshold 12", 10, 12),
+            Curve("10 hostile, majority vote", 10, 0, rule="majority"),
+            Curve("20 hostile, threshold 22", 20, 22),
+            Curve("20 hostile, majority vote", 20, 0, rule="majority"),
+        ),
+    ),
+    "figure-5a": (
+        "labels 9 - y",
+        (
+            Curve("no Byzantine", 0, 0),
+            Curve("10 hostile, threshold 12", 10, 12, attack="label-shift"),
+            Curve("20 hostile, threshold 22", 20, 22, attack="label-shift"),
+        ),
+    ),
+    "figure-5b": (
+        "random labels",
+        (
+            Curve("no Byzantine", 0, 0),
+            Curve("10 hostile, threshold 12", 10, 12, attack="random-labels"),
+            Curve("20 hostile, threshold 22", 20, 22, attack="random-labels"),
+        ),
+    ),
+    "figure-6b": (
+        "many hostile workers, N(0, 10 I)",
+        tuple(Curve(f"{count / 2:.0f} % hostile", count, count + 2) for count in (20, 40, 60, 80)),
+    ),
+    "figure-7b": (
+        "many hostile workers, -0.9 g",
+        tuple(
+            Curve(f"{count / 2:.0f} % hostile", count, count + 2, attack="ascent")
+            for count in (20, 40, 66)
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A problem, the figures drawn of it, and how many seeds they stand on by default."""
+
+    problem: Problem
+    figures: Figures
+    seeds: int
+
+    def runs(self, seeds: int) -> list[tuple[Curve, int]]:
+        """Return what has to be run: curves that appear in two figures run once."""
+        curves = [_unlabelled(c) for _, curves in self.figures.values() for c in curves]
+        return [(curve, seed) for curve in dict.fromkeys(curves) for seed in range(seeds)]
+
+
+GHOSH = {
+    "ghosh-regression": Experiment(Regression(), _REGRESSION, seeds=20),
+    "ghosh-mnist": Experiment(Network(), _NETWORK, seeds=1),
+}
+
+
+def run_curve(curve: Curve, seed: int, problem: Problem) -> Array:
+    """Return what the figure measures for t = 0 .. iterations, (iterations + 1,)."""
+    generator = torch.Generator().manual_seed(seed)
+    task = problem.draw(curve, generator)
+    weights, errors = task.start, torch.zeros(())
+    history = [task.measure(weights)]
+    for _ in range(problem.iterations):
+        gradients = task.gradients(weights)
         lies = gradients[: curve.hostile]
         if curve.attack == "gaussian":
-            lies += setup.noise_variance**0.5 * torch.randn(lies.shape, generator=draw)
-        else:
+            lies += NOISE_VARIANCE**0.5 * torch.randn(lies.shape, generator=generator)
+        elif curve.attack == "ascent":
             lies *= -0.9
-        if curve.compressor == "sign":
-            # Every worker a vote in every coordinate (signSGD with majority vote).
-            step = setup.sign_step * torch.sign(gradients).sum(0).sign()
+        if curve.rule == "majority":
+            step = problem.sign_step * torch.sign(gradients).sum(0).sign()
+        elif curve.rule == "trimmed-mean":
+            trimmed = trimmed_mean(gradients, trim_fraction=curve.dropped / len(gradients))
+            step = problem.step * trimmed.vector
         elif curve.feedback:
             # Algorithm 2 with the step size once: as printed it appears in p and again in the
             # update, where Algorithm 1 and Karimireddy et al. have it once.
-            wanted = setup.step * gradients + errors
+            wanted = problem.step * gradients + errors
             sent = l1_sign(wanted)
             errors = wanted - sent
-            step = aggregate(sent)
+            step = _thresholded(sent, curve.dropped)
         else:
-            step = setup.step * aggregate(l1_sign(gradients))
+            step = problem.step * _thresholded(l1_sign(gradients), curve.dropped)
         weights = weights - step
-        history.append(float((weights - target).norm()))
+        history.append(task.measure(weights))
     return np.array(history)
 
 
 def l1_sign(rows: Tensor) -> Tensor:
     """Compress every row: what :class:`fl_bgmd.compression.Sign` decodes to, row by row."""
-    scale = rows.abs().double().mean(1, keepdim=True).float()
+    total = torch.linalg.vector_norm(rows, ord=1, dim=1, keepdim=True, dtype=torch.float64)
+    scale = (total / rows.shape[1]).float()
     return torch.where(rows >= 0, scale, -scale)
 
 
@@ -157,57 +188,79 @@ def _thresholded(rows: Tensor, dropped: int) -> Tensor:
 
 
 def reproduce(
-    folder: Path,
-    *,
-    seeds: int,
-    jobs: int,
-    done: Callable[[], None],
-    setup: Setup = Setup(),
+    experiment: Experiment, folder: Path, *, seeds: int, jobs: int, done: Callable[[], None]
 ) -> dict[str, dict[str, Array]]:
     """Run all figures' curves for ``seeds`` seeds; write ``curves.jsonl``, a PNG each, a table.
 
-    ``done`` is called after each of the :func:`count_runs` runs. Returns the curves of each
-    figure by label, (seeds, iterations + 1).
+    Runs that ``curves.jsonl`` already holds are not run again. ``done`` is called after each run.
+    Returns the curves of each figure by label, (seeds, iterations + 1).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    curves = _distinct()
-    found: dict[Curve, list[Array]] = {curve: [] for curve in curves}
-    tasks = [(curve, seed) for curve in curves for seed in range(seeds)]
-    with (folder / "curves.jsonl").open("w", encoding="utf-8") as lines:
-        for (curve, seed), history in _run_all(tasks, jobs, setup):
-            found[curve].append(history)
-            line = {**curve.__dict__, "seed": seed, "distance": history.tolist()}
+    path, wanted = folder / "curves.jsonl", experiment.runs(seeds)
+    found = _read(path) if path.exists() else {}
+    problem = experiment.problem
+    missing = []
+    for run in wanted:
+        if _key(*run, problem) in found:
+            done()
+        else:
+            missing.append(run)
+    with path.open("a", encoding="utf-8") as lines:
+        lines.write("\n" if found else "")  # after a line that was cut off
+        for run, history in _run_all(missing, jobs, problem):
+            found[_key(*run, problem)] = history
+            line = {**_identity(*run, problem), "history": history.tolist()}
             lines.write(json.dumps(line) + "\n")
+            lines.flush()
             done()
     results = {
-        figure: {curve.label: np.stack(found[_anonymous(curve)]) for curve in wanted}
-        for figure, (_, wanted) in FIGURES.items()
+        figure: {
+            curve.label: np.stack(
+                [found[_key(_unlabelled(curve), seed, problem)] for seed in range(seeds)]
+            )
+            for curve in curves
+        }
+        for figure, (_, curves) in experiment.figures.items()
     }
     for figure, by_label in results.items():
-        _plot(figure, by_label, folder)
+        title = f"Ghosh et al., {figure.replace('-', ' ')}: {experiment.figures[figure][0]}"
+        _plot(folder / f"{figure}.png", title, problem.axis, by_label)
     _write_table(results, folder)
     return results
 
 
-def count_runs(seeds: int) -> int:
-    """Return how many runs the figures take: curves that appear twice run once."""
-    return len(_distinct()) * seeds
+def _unlabelled(curve: Curve) -> Curve:
+    return replace(curve, label="")
 
 
-def _anonymous(curve: Curve) -> Curve:
-    return Curve("", **{k: v for k, v in curve.__dict__.items() if k != "label"})
+def _identity(curve: Curve, seed: int, problem: Problem) -> dict[str, Any]:
+    """Return what a run's curve depends on."""
+    return {"curve": asdict(curve), "seed": seed, "problem": asdict(problem)}
 
 
-def _distinct() -> list[Curve]:
-    return list(dict.fromkeys(_anonymous(c) for _, curves in FIGURES.values() for c in curves))
+def _key(curve: Curve, seed: int, problem: Problem) -> str:
+    return json.dumps(_identity(curve, seed, problem), sort_keys=True)
+
+
+def _read(path: Path) -> dict[str, Array]:
+    """Return the curves of earlier runs; a line that was cut off is left out."""
+    found = {}
+    for text in filter(None, path.read_text(encoding="utf-8").splitlines()):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        history = line.pop("history")
+        found[json.dumps(line, sort_keys=True)] = np.array(history)
+    return found
 
 
 def _run_all(
-    tasks: Sequence[tuple[Curve, int]], jobs: int, setup: Setup
+    runs: Sequence[tuple[Curve, int]], jobs: int, problem: Problem
 ) -> Iterator[tuple[tuple[Curve, int], Array]]:
-    if jobs == 1:
-        for task in tasks:
-            yield task, run_curve(*task, setup)
+    if jobs == 1 or not runs:
+        for run in runs:
+            yield run, run_curve(*run, problem)
         return
     with ProcessPoolExecutor(
         jobs,
@@ -215,11 +268,11 @@ def _run_all(
         initializer=torch.set_num_threads,
         initargs=(max(1, torch.get_num_threads() // jobs),),
     ) as pool:
-        curves, seeds = zip(*tasks, strict=True)
-        yield from zip(tasks, pool.map(run_curve, curves, seeds, [setup] * len(tasks)), strict=True)
+        curves, seeds = zip(*runs, strict=True)
+        yield from zip(runs, pool.map(run_curve, curves, seeds, [problem] * len(runs)), strict=True)
 
 
-def _plot(figure: str, by_label: dict[str, Array], folder: Path) -> None:
+def _plot(path: Path, title: str, axis: str, by_label: dict[str, Array]) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -238,15 +291,15 @@ def _plot(figure: str, by_label: dict[str, Array], folder: Path) -> None:
         )
     seeds = len(next(iter(by_label.values())))
     axes.set(
-        title=f"Ghosh et al., {figure.replace('-', ' ')}: {FIGURES[figure][0]} ({seeds} seeds)",
+        title=f"{title} ({seeds} seed{'s' if seeds > 1 else ''})",
         xlabel="iteration",
-        ylabel="||w - w*||",
+        ylabel=axis,
         yscale="log",
     )
     axes.title.set_fontsize(10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    canvas.savefig(folder / f"{figure}.png", dpi=140)
+    canvas.savefig(path, dpi=140)
     plt.close(canvas)
 
 

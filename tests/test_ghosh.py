@@ -1,6 +1,5 @@
-"""The regression experiment of Ghosh et al., at a tenth of its size."""
+"""The experiments of Ghosh et al., at a fraction of their size."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +8,10 @@ import torch
 
 from fl_bgmd.compression import Sign
 from simulations.cli import main
-from simulations.ghosh import FIGURES, Curve, Setup, count_runs, l1_sign, reproduce, run_curve
+from simulations.ghosh import GHOSH, Experiment, l1_sign, reproduce, run_curve
+from simulations.ghosh_problems import Curve, Network, Regression
 
-SMALL = Setup(examples=1000, dimensions=60, iterations=80)
+SMALL = Regression(examples=1000, dimensions=60, iterations=80)
 
 
 def final(curve: Curve) -> float:
@@ -29,7 +29,7 @@ def test_thresholding_beats_averaging_by_orders_of_magnitude() -> None:
 
 
 def test_thresholding_beats_the_majority_vote() -> None:
-    assert final(Curve("", 20, 22)) < final(Curve("", 20, 0, compressor="sign"))
+    assert final(Curve("", 20, 22)) < final(Curve("", 20, 0, rule="majority"))
 
 
 def test_error_feedback_is_faster() -> None:
@@ -53,22 +53,67 @@ def test_a_seed_fixes_a_curve() -> None:
     assert first[0] != other[0]
 
 
-def test_figures_and_table_are_written(tmp_path: Path) -> None:
+def test_figures_and_table_are_written_and_a_sweep_goes_on(tmp_path: Path) -> None:
     calls: list[int] = []
-    setup = Setup(examples=400, dimensions=10, iterations=3)
-    results = reproduce(tmp_path, seeds=2, jobs=1, done=lambda: calls.append(1), setup=setup)
-    assert len(calls) == count_runs(2) == 2 * 15
-    assert set(results) == set(FIGURES)
-    for figure, (_, curves) in FIGURES.items():
+    figures = GHOSH["ghosh-regression"].figures
+    experiment = Experiment(Regression(examples=400, dimensions=10, iterations=3), figures, seeds=2)
+    path = tmp_path / "curves.jsonl"
+    reproduce(experiment, tmp_path, seeds=1, jobs=1, done=lambda: calls.append(1))
+    first = path.read_text()
+    path.write_text(first + first.splitlines()[0][:50])
+    results = reproduce(experiment, tmp_path, seeds=2, jobs=1, done=lambda: calls.append(1))
+    assert len(experiment.runs(2)) == 2 * 15
+    assert len(calls) == 15 + 30
+    assert path.read_text().startswith(first)
+    assert len(path.read_text().splitlines()) == 30 + 1
+    assert set(results) == set(figures)
+    for figure, (_, curves) in figures.items():
         assert [*results[figure]] == [curve.label for curve in curves]
         assert all(histories.shape == (2, 4) for histories in results[figure].values())
         assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
     # The same run stands behind the curves that two figures share.
     shared = results["figure-1"]["20 hostile, threshold 22"]
     assert np.array_equal(shared, results["figure-6a"]["10 % hostile"])
-    lines = [json.loads(line) for line in (tmp_path / "curves.jsonl").read_text().splitlines()]
-    assert len(lines) == count_runs(2)
     assert "| figure-6a | 40 % hostile |" in (tmp_path / "table.md").read_text()
+
+
+def network(curve: Curve, seed: int = 0) -> list[float]:
+    return run_curve(curve, seed, Network(workers=20, iterations=12, batch=20)).tolist()
+
+
+def test_a_network_learns_under_each_lie_behind_the_threshold() -> None:
+    for attack in ("gaussian", "ascent", "label-shift", "random-labels"):
+        history = network(Curve("", 4, 5, attack=attack))
+        assert history[0] == pytest.approx(2.3, abs=0.1)
+        assert history[-1] < 0.6 * history[0], attack
+    assert network(Curve("", 4, 0))[-1] > 2.3
+
+
+def test_hostile_labels_are_of_their_attack() -> None:
+    problem = Network(workers=20)
+    tasks = {
+        attack: problem.draw(Curve("", 5, 6, attack=attack), torch.Generator().manual_seed(1))
+        for attack in ("gaussian", "label-shift", "random-labels")
+    }
+    true = tasks["gaussian"]._labels
+    shares = tasks["gaussian"]._shares
+    for attack, task in tasks.items():
+        assert torch.equal(task._labels[shares[5:]], true[shares[5:]]), attack
+    assert torch.equal(tasks["label-shift"]._labels[shares[:5]], 9 - true[shares[:5]])
+    kept = (tasks["random-labels"]._labels == true)[shares[:5]].float().mean()
+    assert kept == pytest.approx(0.1, abs=0.01)
+    assert sorted(shares.flatten().tolist()) == [*range(60000)]
+
+
+def test_gradients_are_those_of_one_worker_after_the_other() -> None:
+    task = Network(workers=3, batch=20000).draw(Curve("", 0, 0), torch.Generator().manual_seed(1))
+    rows = task.gradients(task.start)
+    model = task._model
+    for row, share in zip(rows, task._shares, strict=True):
+        loss = torch.nn.functional.cross_entropy(model(task._images[share]), task._labels[share])
+        alone = torch.autograd.grad(loss, [*model.parameters()])
+        flat = torch.cat([part.flatten() for part in alone])
+        assert float((row - flat).norm()) < 1e-4 * float(flat.norm())
 
 
 def test_numbers_out_of_range_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
