@@ -1,7 +1,6 @@
 """The ClientApp: load the partition, train, evaluate; lie when the attack says so."""
 
 from collections.abc import Sequence
-from copy import deepcopy
 from functools import lru_cache
 
 import numpy as np
@@ -169,7 +168,7 @@ def _partitions(
 
 @lru_cache(maxsize=4)
 def _skeleton(name: str, dataset: Dataset) -> nn.Module:
-    """Build a model without weights, once per process: no client draws any that it replaces."""
+    """Build a model without weights, once per process: every message brings all of them."""
     with torch.device("meta"):
         return build(name, input_shape=dataset.input_shape, num_classes=dataset.num_classes)
 
@@ -182,7 +181,7 @@ def _dataset(context: Context) -> Dataset:
 
 def _received(message: Message, context: Context) -> nn.Module:
     """Return the model that a message carries."""
-    model = deepcopy(_skeleton(str(context.run_config["model"]), _dataset(context)))
+    model = _skeleton(str(context.run_config["model"]), _dataset(context))
     arrays = message.content["arrays"]
     assert isinstance(arrays, ArrayRecord)
     model.load_state_dict(arrays.to_torch_state_dict(), assign=True)

@@ -158,7 +158,7 @@ def run_curve(curve: Curve, seed: int, problem: Problem) -> Array:
             step = problem.sign_step * torch.sign(gradients).sum(0).sign()
         elif curve.rule == "trimmed-mean":
             trimmed = trimmed_mean(gradients, trim_fraction=curve.dropped / len(gradients))
-            step = problem.step * trimmed.vector
+            step = problem.plain_step * trimmed.vector
         elif curve.feedback:
             # Algorithm 2 with the step size once: as printed it appears in p and again in the
             # update, where Algorithm 1 and Karimireddy et al. have it once.

@@ -52,6 +52,7 @@ class Regression:
     dimensions: int = 1000
     workers: int = 200
     step: float = 0.2
+    plain_step: float = 0.2
     sign_step: float = 0.01
     iterations: int = 250
     axis: str = "||w - w*||"
@@ -85,14 +86,16 @@ class RegressionTask:
 class Network:
     """MNIST, 784-1000-10 with ReLU, 60,000 examples dealt out to the workers.
 
-    Dataset, model and m are the paper's. Ours: mini-batches, the step sizes, the iterations, and
-    that the training loss is that of every 30th example.
+    Dataset, model and m are the paper's. Ours: mini-batches, the step sizes (of l1-sign, of the
+    uncompressed gradients, of the signs), the iterations, and that the training loss is that of
+    every 30th example.
     """
 
     workers: int = 200
     batch: int = 30
-    step: float = 0.5
-    sign_step: float = 0.001
+    step: float = 1.0
+    plain_step: float = 0.25
+    sign_step: float = 0.0005
     iterations: int = 60
     axis: str = "training loss"
 

@@ -77,18 +77,21 @@ def on_cores(function: Callable[[slice], Result], size: int, *, few: bool = Fals
     then stays on that thread: many small steps on many threads each cost more than they save.
     ``few`` says that the work is too little for that: one slice, on this thread.
     """
-    workers = 1 if few else min(torch.get_num_threads(), size)
 
     def quietly(part: slice) -> Result:
         with np.errstate(all="ignore"):
             return function(part)
 
-    if workers == 1:
+    if few or size == 0:
         return [quietly(slice(0, size))]
+    workers = min(torch.get_num_threads(), size)
     edges = [size * i // workers for i in range(workers + 1)]
     parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
-    with blas_on_one_thread(), ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(quietly, parts))
+    with blas_on_one_thread():
+        if workers == 1:
+            return [quietly(parts[0])]
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(quietly, parts))
 
 
 @contextmanager
