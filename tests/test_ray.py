@@ -10,9 +10,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Result
+from flwr.simulation import run_simulation
 
+from fl_bgmd.strategies import Mean
 from simulations.backends import ClientResources, run
 from simulations.config import Config, ConfigError, validate
 
@@ -161,3 +168,48 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes], seconds: float = 
                 return
         time.sleep(0.2)
     raise AssertionError(f"nothing listens on port {port}")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_client_slower_than_the_deadline_is_counted_and_stays_out() -> None:
+    """In round 2 client 0 sleeps past the deadline; its model of thousands comes in a later round."""
+    app, server = ClientApp(), ServerApp()
+    results: list[Result] = []
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        number = int(message.content["config"]["server-round"])
+        [sent] = message.content.array_records.values()
+        step = 0.01
+        if context.node_config["partition-id"] == 0 and number == 2:
+            time.sleep(30)
+            step = 1000.0
+        elif number > 2:
+            time.sleep(3)  # there must be rounds left when the late reply comes
+        model = ArrayRecord({key: Array(value.numpy() + step) for key, value in sent.items()})
+        content = {"arrays": model, "metrics": MetricRecord({"num-examples": 1})}
+        return Message(RecordDict(content), reply_to=message)
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = Mean(fraction_evaluate=0.0, min_available_nodes=3)
+        arrays = ArrayRecord({"w": Array(np.zeros(5, np.float32))})
+        results.append(strategy.start(grid, arrays, num_rounds=6, timeout=20))
+
+    run_simulation(
+        server,
+        app,
+        num_supernodes=3,
+        backend_config={
+            "client_resources": {"num_cpus": 1.0, "num_gpus": 0.0},
+            "init_args": {"log_to_driver": False, "include_dashboard": False},
+        },
+    )
+    [result] = results
+    rounds = list(result.train_metrics_clientapp.values())
+    assert [m["missing"] for m in rounds] == [0, 1, 0, 0, 0, 0]
+    assert [m["accepted"] for m in rounds] == [3, 2, 3, 3, 3, 3]
+    assert sum(m.get("late", 0) for m in rounds) == 1
+    [model] = result.arrays.to_numpy_ndarrays()
+    np.testing.assert_allclose(model, 0.06, rtol=1e-5)
