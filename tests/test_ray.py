@@ -173,7 +173,7 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes], seconds: float = 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_a_client_slower_than_the_deadline_is_counted_and_stays_out() -> None:
-    """In round 2 client 0 sleeps past the deadline; its model of thousands comes in a later round."""
+    """In round 2 client 0 sleeps past the deadline; its model of thousands comes later."""
     app, server = ClientApp(), ServerApp()
     results: list[Result] = []
 
