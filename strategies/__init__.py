@@ -1,13 +1,14 @@
 """Flower strategies that hold up when clients lie. Import them from ``fl_bgmd.strategies``."""
 
 from .bgmd import BGMD, QBGMD, FedBGMD
+from .checks import resolve_device
 from .clipping import CenteredClipping
 from .cmd import CMD, TrimmedMean
 from .gmd import GMD
 from .krum import Krum, MultiKrum
 from .mean import Mean
 from .norm_threshold import NORMS, NormThreshold
-from .robust import MIXINGS, WEIGHTINGS, RobustStrategy, resolve_device
+from .robust import MIXINGS, WEIGHTINGS, RobustStrategy
 from .robust_filter import RobustFilter
 from .roster import TOO_FEW_NODES
 from .rounds import EmptyRoundsError, MissingNodesError

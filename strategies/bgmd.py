@@ -12,7 +12,9 @@ from fl_bgmd.aggregators.geometric_median import SOLVERS
 from fl_bgmd.aggregators.rows import vector_norm
 from fl_bgmd.aggregators.sampling import SELECTIONS
 
-from .robust import RobustStrategy, Round, require
+from .checks import require
+from .intake import Round
+from .robust import RobustStrategy
 
 
 class BGMD(RobustStrategy):

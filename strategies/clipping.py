@@ -6,7 +6,9 @@ from torch import Tensor
 
 from fl_bgmd.aggregators import Aggregate, centered_clipping
 
-from .robust import RobustStrategy, Round, require
+from .checks import require
+from .intake import Round
+from .robust import RobustStrategy
 
 
 class CenteredClipping(RobustStrategy):

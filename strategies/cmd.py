@@ -4,7 +4,9 @@ from typing import Any
 
 from fl_bgmd.aggregators import Aggregate, coordinate_median, trimmed_mean
 
-from .robust import RobustStrategy, Round, require
+from .checks import require
+from .intake import Round
+from .robust import RobustStrategy
 
 
 class CMD(RobustStrategy):

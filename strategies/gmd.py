@@ -5,7 +5,9 @@ from typing import Any
 from fl_bgmd.aggregators import Aggregate, geometric_median
 from fl_bgmd.aggregators.geometric_median import SOLVERS
 
-from .robust import RobustStrategy, Round, require
+from .checks import require
+from .intake import Round
+from .robust import RobustStrategy
 
 
 class GMD(RobustStrategy):

@@ -4,7 +4,9 @@ from typing import Any
 
 from fl_bgmd.aggregators import Aggregate, multi_krum
 
-from .robust import RobustStrategy, Round, require
+from .checks import require
+from .intake import Round
+from .robust import RobustStrategy
 
 
 class MultiKrum(RobustStrategy):

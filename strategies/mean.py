@@ -2,7 +2,8 @@
 
 from fl_bgmd.aggregators import Aggregate, mean
 
-from .robust import RobustStrategy, Round
+from .intake import Round
+from .robust import RobustStrategy
 
 
 class Mean(RobustStrategy):

@@ -6,7 +6,9 @@ from flwr.app import MetricRecord
 
 from fl_bgmd.aggregators import Aggregate, FilteredAggregate, norm_threshold
 
-from .robust import RobustStrategy, Round, require
+from .checks import require
+from .intake import Round
+from .robust import RobustStrategy
 
 NORMS = ("computed", "reported")
 

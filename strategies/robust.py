@@ -1,13 +1,12 @@
 """What all strategies share: screening, the update matrix, mixing, momentum, metrics."""
 
-import logging
 import math
 import time
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,45 +30,16 @@ from fl_bgmd.aggregators.rows import vector_norm
 from fl_bgmd.broadcast import MODEL_RECORD, build_downlink, pack_model
 from fl_bgmd.checkpoints import Checkpoints
 from fl_bgmd.compression import RandK, build_compressor
-from fl_bgmd.replies import (
-    BUFFER_DTYPE,
-    ModelLayout,
-    Screened,
-    median_metrics,
-    partition_id,
-    screen,
-)
+from fl_bgmd.replies import ModelLayout, median_metrics
 
+from .checks import require, resolve_device
+from .intake import LOG, Intake, Round, in_order, take_in
 from .reputation import Reputation
 from .roster import TOO_FEW_NODES, Roster
 from .rounds import EmptyRoundsError, EvaluateFn, run_rounds
 
 MIXINGS = ("none", "nearest-neighbor", "bucketing")
 WEIGHTINGS = ("uniform", "examples")
-
-LOG = logging.getLogger("flwr.fl_bgmd")
-
-
-@dataclass(frozen=True)
-class Round:
-    """The accepted replies of a round, in a reproducible order.
-
-    Attributes
-    ----------
-    updates : Tensor
-        (n, d): row i is ``global - local_i``. The strategy owns it and may overwrite it.
-    weights : Tensor or None
-        float64 (n,) under ``weighting="examples"``.
-    nodes : list of int
-        The node id behind each row; after mixing, that of the row's own client.
-    norms : Tensor or None
-        float64 (n,): the norms of the uncompressed updates where all clients report them.
-    """
-
-    updates: Tensor
-    weights: Tensor | None
-    nodes: list[int]
-    norms: Tensor | None = None
 
 
 class RobustStrategy(FedAvg):
@@ -385,57 +355,37 @@ class RobustStrategy(FedAvg):
         self._round = server_round
         if self.fraction_train == 0.0:
             return None, None
-        messages = _in_order(replies)
-        layout = self._layout
-        width = layout.num_directions if self._coordinates is None else len(self._coordinates)
-        rows = torch.empty(len(messages), width, dtype=torch.from_numpy(layout.values).dtype)
-        buffers = np.empty((len(messages), layout.num_buffers), dtype=BUFFER_DTYPE)
-        accepted: list[Screened] = []
-        nodes: list[int] = []
-        contents: list[RecordDict] = []
-        rejected: Counter[str] = Counter()
-        suspects: list[int] = []
-        bytes_up = bytes_rejected = 0
-        for message, screened in self._screen_all(messages, layout, rows, buffers):
-            if screened.reason is not None:
-                rejected[screened.reason.value] += 1
-                suspects.append(message.metadata.src_node_id)
-                bytes_rejected += _array_bytes(message)
-                continue
-            bytes_up += _array_bytes(message)
-            accepted.append(screened)
-            nodes.append(message.metadata.src_node_id)
-            if not self._own_metrics["train_metrics_aggr_fn"]:
-                contents.append(message.content)
-        count = len(accepted)
-        LOG.info("aggregate_train: accepted %s replies, rejected %s", count, rejected.total())
+        messages, layout = in_order(replies), self._layout
+        intake = take_in(
+            messages,
+            layout,
+            width=layout.num_directions if self._coordinates is None else len(self._coordinates),
+            keep_contents=not self._own_metrics["train_metrics_aggr_fn"],
+            **self._screening(),
+        )
+        count = len(intake.accepted)
+        LOG.info(
+            "aggregate_train: accepted %s replies, rejected %s", count, intake.rejected.total()
+        )
         self._roster.answered(server_round, messages)
-
-        metrics = self._metrics("train", accepted, contents)
-        metrics["accepted"] = count
-        metrics["rejected"] = rejected.total()
-        for reason, number in sorted(rejected.items()):
-            metrics[f"rejected-{reason}"] = number
+        metrics = self._metrics("train", intake)
+        intake.describe(metrics)
         metrics["missing"] = max(0, self._num_sent - len(messages))
         if self._roster.late:
             metrics["late"] = self._roster.late
-        metrics["bytes-up"] = bytes_up
-        if rejected:
-            metrics["bytes-rejected"] = bytes_rejected
         metrics["bytes-down"] = self._num_sent * self._sent_bytes
         arrays = self._model
         if count < self.min_valid_replies:
-            self._keep_for_want_of_replies(count, rejected)
+            self._keep_for_want_of_replies(count, intake.rejected)
         else:
             self._empty_rounds = 0
-            current = Round(
-                rows[:count].to(self.device), self._weights(accepted), nodes, _norms(accepted)
-            )
-            arrays = self._step(layout, current, buffers[:count], metrics)
+            current = intake.round(self.weighting, self.device)
+            arrays = self._step(layout, current, intake.buffers[:count], metrics)
+        nodes = intake.nodes
         weights = metrics.get("client-weights") if self.weights_tell else None
         weight_of = dict(zip(nodes, weights, strict=True)) if isinstance(weights, list) else {}
         benched = self._roster.judge(
-            server_round, suspects, weight_of, nodes, self.byzantine_fraction
+            server_round, intake.suspects, weight_of, nodes, self.byzantine_fraction
         )
         if benched:
             metrics["benched"] = benched
@@ -446,13 +396,9 @@ class RobustStrategy(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Combine the clients' evaluation metrics by their median."""
-        messages = _in_order(replies)
-        pairs = list(self._screen_all(messages, None, None, None))
-        accepted = [screened for _, screened in pairs if screened.reason is None]
-        contents = [message.content for message, screened in pairs if screened.reason is None]
-        if not accepted:
-            return None
-        return self._metrics("evaluate", accepted, contents)
+        keep = not self._own_metrics["evaluate_metrics_aggr_fn"]
+        intake = take_in(in_order(replies), None, keep_contents=keep, **self._screening())
+        return self._metrics("evaluate", intake) if intake.accepted else None
 
     # ------------------------------------------------------------------------------ state
 
@@ -513,41 +459,16 @@ class RobustStrategy(FedAvg):
                 f"replies accepted, rejected: {reasons or 'none'}"
             )
 
-    def _screen_all(
-        self,
-        messages: list[Message],
-        layout: ModelLayout | None,
-        rows: Tensor | None,
-        buffers: np.ndarray[Any, Any] | None,
-    ) -> Iterable[tuple[Message, Screened]]:
-        """Screen each reply, accepted ones into consecutive rows; log each rejection once."""
-        filled = 0
-        seen: set[int] = set()
-        for message in messages:
-            node = message.metadata.src_node_id
-            screened = screen(
-                message,
-                layout,
-                None if rows is None else rows[filled].numpy(),
-                None if buffers is None else buffers[filled],
-                examples_key=self.weighted_by_key,
-                # Flower's own combiners, and those written like them, read it from every reply.
-                needs_examples=self.weighting == "examples" or not all(self._own_metrics.values()),
-                seen_nodes=seen,
-                asked=self._roster.asked,
-                compressor=self.compressor,
-                coordinates=self._coordinates,
-            )
-            if screened.reason is None:
-                filled += 1
-            else:
-                LOG.warning(
-                    "rejected the reply of node %s (%s): %s",
-                    node,
-                    screened.reason.value,
-                    screened.detail,
-                )
-            yield message, screened
+    def _screening(self) -> dict[str, Any]:
+        """Return what :func:`fl_bgmd.replies.screen` needs to know beside the reply."""
+        return {
+            "examples_key": self.weighted_by_key,
+            # Flower's own combiners, and those written like them, read it from every reply.
+            "needs_examples": self.weighting == "examples" or not all(self._own_metrics.values()),
+            "asked": self._roster.asked,
+            "compressor": self.compressor,
+            "coordinates": self._coordinates,
+        }
 
     def _step(
         self,
@@ -621,26 +542,16 @@ class RobustStrategy(FedAvg):
             weights = torch.from_numpy(matrix) @ weights
         return Round(mixed, weights, current.nodes), matrix  # reported norms are not the rows'
 
-    def _weights(self, accepted: list[Screened]) -> Tensor | None:
-        """Numbers of examples, capped at their median so that no client can own the model."""
-        if self.weighting == "uniform":
-            return None
-        examples = np.asarray([screened.num_examples for screened in accepted])
-        capped = np.minimum(examples, np.median(examples))
-        return torch.from_numpy(capped if capped.any() else np.ones_like(capped))
-
-    def _metrics(
-        self, phase: str, accepted: list[Screened], contents: list[RecordDict]
-    ) -> MetricRecord:
+    def _metrics(self, phase: str, intake: Intake) -> MetricRecord:
         """Combine the clients' metrics: by the user's function if given, else by medians."""
-        if self._own_metrics[f"{phase}_metrics_aggr_fn"] or not contents:
-            return median_metrics(screened.metrics for screened in accepted)
-        combine = self.train_metrics_aggr_fn if phase == "train" else self.evaluate_metrics_aggr_fn
-        try:
-            return combine(contents, self.weighted_by_key)
-        except Exception as error:  # it reads what clients sent: it must not end the run
-            LOG.warning("%s_metrics_aggr_fn failed (%s): medians are used", phase, error)
-            return median_metrics(screened.metrics for screened in accepted)
+        own = self._own_metrics[f"{phase}_metrics_aggr_fn"]
+        if not own and intake.contents:
+            given = self.train_metrics_aggr_fn, self.evaluate_metrics_aggr_fn
+            try:
+                return given[phase == "evaluate"](intake.contents, self.weighted_by_key)
+            except Exception as error:  # it reads what clients sent: it must not end the run
+                LOG.warning("%s_metrics_aggr_fn failed (%s): medians are used", phase, error)
+        return median_metrics(screened.metrics for screened in intake.accepted)
 
     def _sample_and_send(
         self,
@@ -658,51 +569,3 @@ class RobustStrategy(FedAvg):
         messages = list(self._construct_messages(record, chosen, message_type))
         self._roster.sent(messages)
         return messages
-
-
-def resolve_device(device: str) -> torch.device:
-    """Return the torch device that ``device`` names; ``auto`` is CUDA where there is one.
-
-    Raises ``ValueError`` for a name torch does not know or a CUDA device that is not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}; allowed: auto, cpu, cuda, cuda:N") from error
-    if resolved.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {device!r}; allowed: auto, cpu, cuda, cuda:N")
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {device!r}; this machine has {torch.cuda.device_count()}")
-    return resolved
-
-
-def _norms(accepted: list[Screened]) -> Tensor | None:
-    """Return the norms that the clients report, None unless all do."""
-    norms = [screened.norm for screened in accepted]
-    return None if None in norms else torch.tensor(norms, dtype=torch.float64)
-
-
-def _array_bytes(message: Message) -> int:
-    """Return how many bytes of arrays a reply holds."""
-    if not message.has_content():
-        return 0
-    records = message.content.array_records.values()
-    return sum(len(array.data) for record in records for array in record.values())
-
-
-def _in_order(replies: Iterable[Message]) -> list[Message]:
-    """Sort replies by partition id where they name one, then by node: arrival order is chance."""
-
-    def key(message: Message) -> tuple[bool, int, int]:
-        partition = partition_id(message)
-        return partition is None, partition or 0, message.metadata.src_node_id
-
-    return sorted(replies, key=key)
-
-
-def require(name: str, value: object, holds: bool, allowed: str) -> None:
-    """Raise ``ValueError`` naming the argument, its value and what is allowed unless ``holds``."""
-    if not holds:
-        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")

@@ -8,7 +8,9 @@ from flwr.app import MetricRecord
 from fl_bgmd.aggregators import Aggregate, SpectralFilter, spectral_filter
 from fl_bgmd.aggregators.spectral import METHODS, PROVEN_FRACTION
 
-from .robust import LOG, RobustStrategy, Round, require
+from .checks import require
+from .intake import LOG, Round
+from .robust import RobustStrategy
 
 
 class RobustFilter(RobustStrategy):

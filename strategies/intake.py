@@ -1,0 +1,176 @@
+"""What came in: replies in a reproducible order, screened one by one, the good ones as rows."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fl_bgmd.replies import BUFFER_DTYPE, ModelLayout, Screened, partition_id, screen
+
+LOG = logging.getLogger("flwr.fl_bgmd")
+
+
+@dataclass(frozen=True)
+class Round:
+    """The accepted replies of a round, in a reproducible order: what a rule works on.
+
+    Attributes
+    ----------
+    updates : Tensor
+        (n, d): row i is ``global - local_i``. The strategy owns it and may overwrite it.
+    weights : Tensor or None
+        float64 (n,) under ``weighting="examples"``.
+    nodes : list of int
+        The node id behind each row; after mixing, that of the row's own client.
+    norms : Tensor or None
+        float64 (n,): the norms of the uncompressed updates where all clients report them.
+    """
+
+    updates: Tensor
+    weights: Tensor | None
+    nodes: list[int]
+    norms: Tensor | None = None
+
+
+@dataclass
+class Intake:
+    """The replies of a phase after screening.
+
+    Attributes
+    ----------
+    rows : Tensor
+        (n, width): row i is the update of the i-th accepted reply. Of width 0 for evaluation.
+    buffers : (n, num_buffers)
+        The buffers of the accepted models.
+    accepted : list of Screened
+        What is known of each accepted reply.
+    nodes : list of int
+        Who sent them.
+    contents : list of RecordDict
+        The accepted replies themselves, where they were to be kept.
+    suspects : list of int
+        Who sent the rejected ones.
+    rejected : Counter
+        How many were rejected, by reason.
+    bytes_up, bytes_rejected : int
+        Bytes of arrays in accepted and in rejected replies.
+    """
+
+    rows: Tensor
+    buffers: NDArray[Any]
+    accepted: list[Screened] = field(default_factory=list)
+    nodes: list[int] = field(default_factory=list)
+    contents: list[RecordDict] = field(default_factory=list)
+    suspects: list[int] = field(default_factory=list)
+    rejected: Counter[str] = field(default_factory=Counter)
+    bytes_up: int = 0
+    bytes_rejected: int = 0
+
+    def round(self, weighting: str, device: torch.device) -> Round:
+        """Return the accepted replies for the rule."""
+        count = len(self.accepted)
+        norms = [screened.norm for screened in self.accepted]
+        return Round(
+            self.rows[:count].to(device),
+            self._capped_examples() if weighting == "examples" else None,
+            self.nodes,
+            None if None in norms else torch.tensor(norms, dtype=torch.float64),
+        )
+
+    def describe(self, metrics: MetricRecord) -> None:
+        """Write the counts into a round's metrics."""
+        metrics["accepted"] = len(self.accepted)
+        metrics["rejected"] = self.rejected.total()
+        for reason, number in sorted(self.rejected.items()):
+            metrics[f"rejected-{reason}"] = number
+        metrics["bytes-up"] = self.bytes_up
+        if self.rejected:
+            metrics["bytes-rejected"] = self.bytes_rejected
+
+    def _capped_examples(self) -> Tensor:
+        """Numbers of examples, capped at their median so that no client can own the model."""
+        examples = np.asarray([screened.num_examples for screened in self.accepted])
+        capped = np.minimum(examples, np.median(examples))
+        return torch.from_numpy(capped if capped.any() else np.ones_like(capped))
+
+
+def take_in(
+    messages: list[Message],
+    layout: ModelLayout | None,
+    *,
+    width: int = 0,
+    keep_contents: bool,
+    **screening: Any,
+) -> Intake:
+    """Screen each reply alone, accepted ones into consecutive rows; log each rejection once.
+
+    Parameters
+    ----------
+    messages : list of Message
+        See :func:`in_order`.
+    layout : ModelLayout or None
+        Of the model that went out; None for evaluation, which brings none back.
+    width : int
+        Number of directions in a row.
+    keep_contents : bool
+        Whether the accepted replies are needed after this.
+    **screening
+        Of :func:`fl_bgmd.replies.screen`.
+    """
+    if layout is None:
+        intake = Intake(torch.empty(len(messages), 0), np.empty((len(messages), 0)))
+    else:
+        dtype = torch.from_numpy(layout.values).dtype
+        intake = Intake(
+            torch.empty(len(messages), width, dtype=dtype),
+            np.empty((len(messages), layout.num_buffers), dtype=BUFFER_DTYPE),
+        )
+    seen: set[int] = set()
+    for message in messages:
+        node, filled = message.metadata.src_node_id, len(intake.accepted)
+        screened = screen(
+            message,
+            layout,
+            None if layout is None else intake.rows[filled].numpy(),
+            None if layout is None else intake.buffers[filled],
+            seen_nodes=seen,
+            **screening,
+        )
+        if screened.reason is None:
+            intake.accepted.append(screened)
+            intake.nodes.append(node)
+            intake.bytes_up += _array_bytes(message)
+            if keep_contents:
+                intake.contents.append(message.content)
+        else:
+            reason = screened.reason.value
+            intake.rejected[reason] += 1
+            intake.suspects.append(node)
+            intake.bytes_rejected += _array_bytes(message)
+            LOG.warning("rejected the reply of node %s (%s): %s", node, reason, screened.detail)
+    return intake
+
+
+def in_order(replies: Iterable[Message]) -> list[Message]:
+    """Sort replies by partition id where they name one, then by node: arrival order is chance."""
+
+    def key(message: Message) -> tuple[bool, int, int]:
+        partition = partition_id(message)
+        return partition is None, partition or 0, message.metadata.src_node_id
+
+    return sorted(replies, key=key)
+
+
+def _array_bytes(message: Message) -> int:
+    """Return how many bytes of arrays a reply holds."""
+    if not message.has_content():
+        return 0
+    records = message.content.array_records.values()
+    return sum(len(array.data) for record in records for array in record.values())
