@@ -31,6 +31,7 @@ benchmark: $(READY) ## Time the rules against a plain sum and against the peers
 	$(BIN)/python -m benchmarks.aggregators
 	$(BIN)/python -m benchmarks.aggregate_train
 	$(BIN)/python -m benchmarks.compression
+	$(BIN)/python -m benchmarks.grid
 
 LAB_RULES := gmd bgmd cmd trimmed-mean norm-threshold robust-filter multi-krum centered-clipping
 laboratory: $(READY) ## Every strategy against every attack on MNIST (hours): the tables of docs/attacks.md
