@@ -37,8 +37,9 @@ class ByzantineMod:
     Attributes
     ----------
     attack : str, optional
-        A name of :data:`fl_bgmd.attacks.ATTACKS`, several joined by ``+`` (dealt out to the
-        hostile clients in turns), or ``none``. Run config: ``attack``.
+        A name of :data:`fl_bgmd.attacks.ATTACKS` or ``package.module:NAME`` of your own, several
+        joined by ``+`` (dealt out to the hostile clients in turns), or ``none``. Run config:
+        ``attack``.
     strength : float, optional
         The attack's knob; 0 means the preset's value. Run config: ``attack.scale``.
     preset : str, optional

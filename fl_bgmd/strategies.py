@@ -21,6 +21,7 @@ from strategies import (
     NormThreshold,
     RobustFilter,
     RobustStrategy,
+    Round,
     TrimmedMean,
     legacy,
     resolve_device,
@@ -49,6 +50,7 @@ __all__ = [
     "NormThreshold",
     "RobustFilter",
     "RobustStrategy",
+    "Round",
     "TrimmedMean",
     "resolve_device",
 ]

@@ -16,14 +16,22 @@ from clients.training import LR_SCHEDULES
 from fl_bgmd.aggregators.block import MEMORY_RULES, SCORES
 from fl_bgmd.aggregators.geometric_median import SOLVERS
 from fl_bgmd.aggregators.sampling import SELECTIONS as BLOCK_SELECTIONS
-from fl_bgmd.attacks import ATTACKS, PRESETS, attack_names
+from fl_bgmd.attacks import ATTACKS, PRESETS, attack_names, is_attack
 from fl_bgmd.attacks import SELECTIONS as BYZANTINE_SELECTIONS
 from fl_bgmd.broadcast import build_downlink
 from fl_bgmd.compression import COMPRESSORS, build_compressor
 from fl_bgmd.data import DATASETS, SCHEMES
 from fl_bgmd.models import MODELS
+from fl_bgmd.plugins import is_path, load_object
 from fl_bgmd.shares import floor_share
-from fl_bgmd.strategies import MIXINGS, NORMS, TOO_FEW_NODES, WEIGHTINGS, resolve_device
+from fl_bgmd.strategies import (
+    MIXINGS,
+    NORMS,
+    TOO_FEW_NODES,
+    WEIGHTINGS,
+    RobustStrategy,
+    resolve_device,
+)
 
 Value = bool | int | float | str
 Config = dict[str, Value]
@@ -55,6 +63,19 @@ class Setting:
     allowed: str
     holds: Callable[[Value], bool]
     help: str
+
+
+def own_strategy(name: str) -> type[RobustStrategy] | None:
+    """Return the class that ``package.module:CLASS`` names, None for a name of another form.
+
+    Raises ``ValueError`` for what cannot be imported or is no :class:`RobustStrategy`.
+    """
+    if not is_path(name):
+        return None
+    found = load_object(name)
+    if not (isinstance(found, type) and issubclass(found, RobustStrategy)):
+        raise ValueError(f"{name} is no subclass of RobustStrategy")
+    return found
 
 
 def _number(
@@ -133,7 +154,12 @@ SETTINGS: dict[str, Setting] = {
     "partition": _choice(SCHEMES, "how the training examples are spread over the clients"),
     "num-shards": _number(int, "of partition shards; a multiple of num-clients", 1),
     "alpha": _number(float, "of partition dirichlet", 0, 1e6, above=True),
-    "strategy": _choice(STRATEGIES, "the server's rule"),
+    "strategy": Setting(
+        str,
+        f"{', '.join(STRATEGIES)}, or package.module:CLASS",
+        lambda value: value in STRATEGIES or own_strategy(str(value)) is not None,
+        "the server's rule",
+    ),
     "mixing": _choice(MIXINGS, "pre-aggregation"),
     "bucket-size": _number(int, "of mixing bucketing", 1),
     "assumed-byzantine-fraction": _number(
@@ -167,8 +193,8 @@ SETTINGS: dict[str, Setting] = {
     "centered-clipping.radius": _number(float, "of the clipping; 0: the median distance"),
     "attack": Setting(
         str,
-        f"{', '.join(ATTACK_NAMES)}, or several joined by +",
-        lambda value: value == "none" or all(n in ATTACKS for n in attack_names(str(value))),
+        f"{', '.join(ATTACK_NAMES)}, package.module:ATTACK, or several joined by +",
+        lambda value: value == "none" or all(is_attack(n) for n in attack_names(str(value))),
         "what hostile clients do",
     ),
     "attack.scale": _number(float, "strength of the attack; 0: the preset's"),
@@ -247,9 +273,13 @@ def _check(key: str, value: Value, setting: Setting) -> Value:
     is_number = isinstance(value, int) and not isinstance(value, bool)
     if setting.kind is float and is_number and setting.holds(value):
         value = float(value)
-    if not isinstance(value, setting.kind) or isinstance(value, bool) or not setting.holds(value):
-        raise ConfigError(f"{key} is {value!r}; allowed: {setting.allowed}")
-    return value
+    why = ""
+    try:
+        if isinstance(value, setting.kind) and not isinstance(value, bool) and setting.holds(value):
+            return value
+    except ValueError as error:
+        why = f" ({error})"
+    raise ConfigError(f"{key} is {value!r}{why}; allowed: {setting.allowed}")
 
 
 def _check_combinations(config: Config) -> None:

@@ -39,7 +39,7 @@ from fl_bgmd.strategies import (
     resolve_device,
 )
 from simulations.adversary import AdversarialGrid
-from simulations.config import Config
+from simulations.config import Config, own_strategy
 
 OnRound = Callable[[int, float | None], None]
 
@@ -292,6 +292,9 @@ def build_strategy(config: Config) -> RobustStrategy:
         "seed": config["seed"],
         "device": config["device"],
     }
+    theirs = own_strategy(str(config["strategy"]))
+    if theirs is not None:
+        return theirs(**options)
     own: dict[str, tuple[type[RobustStrategy], dict[str, Any]]] = {
         "mean": (Mean, {}),
         "gmd": (GMD, {"solver": config["gmd.solver"]}),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_limits
 
-from fl_bgmd.attacks import ATTACKS, attack_names
+from fl_bgmd.attacks import ATTACKS, attack_names, is_attack
 from simulations.backends import ClientResources, run
 from simulations.config import Config, ConfigError, Value, validate
 from simulations.experiment import RunResult
@@ -94,7 +94,7 @@ def columns(text: str) -> list[str]:
 
 def _strengths(attack: str, given: Mapping[str, Value], sweep: bool) -> tuple[float, ...]:
     names = attack_names(attack)
-    if not sweep or given.get("attack.scale") or len(names) != 1 or names[0] not in ATTACKS:
+    if not sweep or given.get("attack.scale") or len(names) != 1 or not is_attack(names[0]):
         return (0.0,)
     return ATTACKS[names[0]].sweep
 

@@ -5,6 +5,7 @@ from .checks import resolve_device
 from .clipping import CenteredClipping
 from .cmd import CMD, TrimmedMean
 from .gmd import GMD
+from .intake import Round
 from .krum import Krum, MultiKrum
 from .mean import Mean
 from .norm_threshold import NORMS, NormThreshold
@@ -32,6 +33,7 @@ __all__ = [
     "NormThreshold",
     "RobustFilter",
     "RobustStrategy",
+    "Round",
     "TrimmedMean",
     "resolve_device",
 ]

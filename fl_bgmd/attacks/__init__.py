@@ -4,7 +4,7 @@ from .base import PRESETS, Attack, View
 from .collusion import alie, alie_deviations, ipm, memory_poison, mimic, min_max, min_sum
 from .data import backdoor, blur, image_noise, impulse, label_shift, random_labels
 from .plan import AttackPlan, attack_names
-from .registry import ATTACKS
+from .registry import ATTACKS, is_attack
 from .roles import SELECTIONS, byzantine_clients, byzantine_roles
 from .updates import (
     ascent,
@@ -45,6 +45,7 @@ __all__ = [
     "impulse",
     "inf",
     "ipm",
+    "is_attack",
     "label_shift",
     "memory_poison",
     "mimic",

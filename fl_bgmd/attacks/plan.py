@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .base import PRESETS
-from .registry import ATTACKS
+from .registry import ATTACKS, is_attack
 from .roles import byzantine_roles
 
 
@@ -18,7 +18,8 @@ class AttackPlan:
     Attributes
     ----------
     attacks : tuple of str
-        Names of :data:`ATTACKS`; several are dealt out to the hostile clients in turns.
+        Names of :data:`ATTACKS`, or ``package.module:NAME`` of your own; several are dealt out to
+        the hostile clients in turns.
     strength : float
         The attacks' knob; 0 means the preset's value.
     preset : {"paper", "authors-code"}
@@ -49,7 +50,7 @@ class AttackPlan:
     def __post_init__(self) -> None:
         """Check the names."""
         for name in self.attacks:
-            if name not in ATTACKS:
+            if not is_attack(name):
                 raise ValueError(f"attack is {name!r}; allowed: none, {', '.join(ATTACKS)}")
         if self.preset not in PRESETS:
             raise ValueError(f"preset is {self.preset!r}; allowed: {', '.join(PRESETS)}")

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from fl_bgmd.plugins import is_path, load_object
+
 from . import collusion, data, updates
 from .base import Attack, View
 
@@ -213,5 +215,29 @@ _DATA_ATTACKS = (
     ),
 )
 
-ATTACKS: dict[str, Attack] = {attack.name: attack for attack in (*_UPDATE_ATTACKS, *_DATA_ATTACKS)}
-"""Attacks by name."""
+
+class _Registry(dict[str, Attack]):
+    """Attacks by name; ``package.module:NAME`` is one of somebody's own."""
+
+    def __missing__(self, name: str) -> Attack:
+        if not is_path(name):
+            raise KeyError(name)
+        attack = load_object(name)
+        if not isinstance(attack, Attack):
+            raise ValueError(f"{name} is a {type(attack).__name__}; allowed: an Attack")
+        return attack
+
+
+ATTACKS: dict[str, Attack] = _Registry(
+    {attack.name: attack for attack in (*_UPDATE_ATTACKS, *_DATA_ATTACKS)}
+)
+"""Attacks by name. ``ATTACKS["package.module:NAME"]`` imports an :class:`Attack` of your own."""
+
+
+def is_attack(name: str) -> bool:
+    """Whether there is an attack of that name.
+
+    Raises ``ValueError`` for a ``package.module:NAME`` that cannot be imported or is no
+    :class:`Attack`.
+    """
+    return name in ATTACKS or (is_path(name) and ATTACKS[name] is not None)
