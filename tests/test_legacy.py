@@ -27,6 +27,7 @@ from flower_messages import (
 )
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.client import Client, NumPyClient
+from flwr.client.mod import adaptiveclipping_mod, fixedclipping_mod
 from flwr.clientapp import ClientApp
 from flwr.common import (
     Code,
@@ -39,7 +40,14 @@ from flwr.common import (
 )
 from flwr.server import ServerAppComponents, ServerConfig, SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
-from flwr.server.strategy import FedAvg
+from flwr.server.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAvg,
+    Strategy,
+)
 from flwr.serverapp import ServerApp
 
 import fl_bgmd.strategies
@@ -510,7 +518,7 @@ def vandal(message: Message, context: Context, call_next: Any) -> Message:
     return reply
 
 
-def serve(strategy: FedAvg, mods: list[Any], rounds: int = 20) -> Any:
+def serve(strategy: Strategy, mods: list[Any], rounds: int = 20) -> Any:
     """Run Flower's older server and clients; return the history."""
     kept: list[Any] = []
     app = ClientApp(client_fn=regression_client, mods=mods)
@@ -606,3 +614,33 @@ def test_a_configuration_of_the_user_goes_along() -> None:
 def test_options_of_rounds_that_flower_runs_are_refused(name: str) -> None:
     with pytest.raises(TypeError, match=f"{name}: not for the older API"):
         legacy.GMD(**{name: 1})
+
+
+WRAPPERS: dict[str, tuple[Callable[[Strategy], Strategy], list[Any]]] = {
+    "server-side-fixed": (
+        lambda inner: DifferentialPrivacyServerSideFixedClipping(inner, 0.02, 1.0, N),
+        [],
+    ),
+    "client-side-fixed": (
+        lambda inner: DifferentialPrivacyClientSideFixedClipping(inner, 0.02, 1.0, N),
+        [fixedclipping_mod],
+    ),
+    "server-side-adaptive": (
+        lambda inner: DifferentialPrivacyServerSideAdaptiveClipping(inner, 0.02, N, 1.0),
+        [],
+    ),
+    "client-side-adaptive": (
+        lambda inner: DifferentialPrivacyClientSideAdaptiveClipping(inner, 0.02, N, 1.0),
+        [adaptiveclipping_mod],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_flowers_privacy_wrappers_take_our_strategies(name: str) -> None:
+    np.random.seed(0)  # the wrappers draw their noise from it
+    wrap, mods = WRAPPERS[name]
+    attack = ByzantineMod(attack="bit-flip", strength=100.0, fraction=0.4, seed=3)
+    history, parameters = serve(wrap(GMD(**options())), [attack, *mods], rounds=40)
+    assert error_of(parameters) < 0.5 * np.linalg.norm(TRUE_WEIGHTS)
+    assert [count for _, count in history.metrics_distributed_fit["accepted"]] == [N] * 40
