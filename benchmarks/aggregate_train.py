@@ -80,7 +80,8 @@ def main() -> None:
             trained = reply.content.array_records["arrays"]
             for spec in layout.directions:
                 part = slice(spec.offset, spec.offset + spec.size)
-                received = np.frombuffer(trained[spec.key].data[-4 * spec.size :], np.float32)
+                data = trained[spec.key].data
+                received = np.frombuffer(data, np.float32, spec.size, len(data) - 4 * spec.size)
                 np.subtract(layout.values[part], received, out=row[part])
 
     def screen_all() -> None:

@@ -175,9 +175,8 @@ def run_curve(curve: Curve, seed: int, problem: Problem) -> Array:
 
 def l1_sign(rows: Tensor) -> Tensor:
     """Compress every row: what :class:`fl_bgmd.compression.Sign` decodes to, row by row."""
-    total = torch.linalg.vector_norm(rows, ord=1, dim=1, keepdim=True, dtype=torch.float64)
-    scale = (total / rows.shape[1]).float()
-    return torch.where(rows >= 0, scale, -scale)
+    scale = rows.abs().mean(1, keepdim=True, dtype=torch.float64).float()
+    return torch.copysign(scale, rows + 0.0)  # which has no -0: zeros count as positive
 
 
 def _thresholded(rows: Tensor, dropped: int) -> Tensor:

@@ -5,7 +5,6 @@ strategies: tests and long experiments use it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
 from itertools import count
 from typing import Any
 
@@ -173,5 +172,6 @@ def _copy(content: RecordDict) -> RecordDict:
         if isinstance(record, ArrayRecord):
             copied[name] = ArrayRecord(dict(record))
         else:
-            copied[name] = deepcopy(record)
+            values = {k: v.copy() if isinstance(v, list) else v for k, v in record.items()}
+            copied[name] = type(record)(values)  # type: ignore[arg-type]
     return copied

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_bgmd.replies import BUFFER_DTYPE, ModelLayout, Screened, partition_id, screen
+from fl_bgmd.replies import BUFFER_DTYPE, ModelLayout, Screened, partition_id, records_of, screen
 
 LOG = logging.getLogger("flwr.fl_bgmd")
 
@@ -172,5 +172,5 @@ def _array_bytes(message: Message) -> int:
     """Return how many bytes of arrays a reply holds."""
     if not message.has_content():
         return 0
-    records = message.content.array_records.values()
+    records = records_of(message, ArrayRecord)
     return sum(len(array.data) for record in records for array in record.values())
