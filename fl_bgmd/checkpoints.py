@@ -95,13 +95,14 @@ class Checkpoints:
         unfinished.rename(path)
         self._flush_folder()
         for _, old in self._found()[self.keep :]:
-            old.unlink()
+            if old != path:
+                old.unlink()
         return path
 
     def load(self, identity: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
         """Return round and state of the newest checkpoint that is whole, None if there is none.
 
-        A damaged one is skipped with a warning.
+        A damaged one is set aside (``.damaged``) with a warning.
 
         Raises
         ------
@@ -111,6 +112,7 @@ class Checkpoints:
         for number, path in self._found():
             if hashlib.sha256(path.read_bytes()).hexdigest() not in path.name:
                 LOG.warning("checkpoint %s is damaged: it is skipped", path)
+                path.rename(path.with_suffix(".damaged"))
                 continue
             with safe_open(path, framework="pt") as file:
                 described = json.loads(file.metadata()[_ENTRY])

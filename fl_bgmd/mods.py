@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fl_bgmd.attacks import ATTACKS, AttackPlan, View
 from fl_bgmd.broadcast import unpack_model
-from fl_bgmd.compression import RandK, build_compressor, for_shapes
+from fl_bgmd.compression import Compressor, RandK, build_compressor, for_shapes
 from fl_bgmd.replies import PACKED_KEY, PACKED_RECORD, ModelLayout
 
 ATTACK_RECORD = "byzantine"
@@ -74,8 +74,12 @@ class ByzantineMod:
         [sent] = message.content.array_records.values()
         [(record_name, trained)] = reply.content.array_records.items()
         before = ModelLayout(sent)
+        compressor = None
         if PACKED_KEY in trained:
-            update, trained = unpacked(reply, trained, before)
+            packed_with = reply.content.config_records[PACKED_RECORD]["compressor"]
+            compressor = compressor_for(message, str(packed_with))
+            assert compressor is not None
+            update, trained = unpacked(trained, before, compressor)
         else:
             # In the order sent: a client may reply in another one.
             trained = ArrayRecord({key: trained[key] for key in sent})
@@ -103,7 +107,7 @@ class ByzantineMod:
         else:
             lie = malicious_update(name, plan, view)
             reply.content[record_name] = after.to_arrays(
-                before.values - lie.numpy(), after.buffer_values
+                before.values - as_plain(lie, compressor).numpy(), after.buffer_values
             )
         mark(reply, name)
         return reply
@@ -139,7 +143,9 @@ class CompressionMod:
     Attributes
     ----------
     compressor : str, optional
-        See :func:`fl_bgmd.compression.build_compressor`; the strategy's by default.
+        See :func:`fl_bgmd.compression.build_compressor`; by default what the strategy asks for. One
+        that is named here is used whatever the strategy asks for, and read by no other strategy
+        than one with the same.
     error_feedback : bool, optional
         Whether what the compression lost is added to the next update: ``p = g + e``, ``Q(p)`` is
         sent, ``e <- p - Q(p)`` (Algorithm 2 of Ghosh et al.). The strategy's choice by default.
@@ -156,17 +162,17 @@ class CompressionMod:
         reply = call_next(message, context)
         is_train = message.metadata.message_type.split(".")[0] == MessageType.TRAIN
         asked = asked_for(message)
-        name = asked.get("compressor") if self.compressor is None else self.compressor
-        if name is None or not is_train or not reply.has_content():
+        compressor = compressor_for(message, self.compressor)
+        if compressor is None or not is_train or not reply.has_content():
             return reply
-        compressor = build_compressor(str(name))
-        if isinstance(compressor, RandK) and "compression-seed" in asked:
-            compressor = replace(compressor, seed=int(cast(int, asked["compression-seed"])))
         feedback = self.error_feedback
         if feedback is None:
             feedback = bool(asked.get("error-feedback", True))
         [sent] = message.content.array_records.values()
-        [(record_name, trained)] = reply.content.array_records.items()
+        records = list(reply.content.array_records.items())
+        if len(records) != 1 or set(records[0][1]) != set(sent):
+            return reply  # no model: the server's screening says so
+        [(record_name, trained)] = records
         before = ModelLayout(sent)
         after = ModelLayout(ArrayRecord({key: trained[key] for key in sent}))
         update = torch.from_numpy(before.values - after.values)
@@ -180,7 +186,8 @@ class CompressionMod:
         data = compressor.encode(update, _generator(message, context))
         if feedback:
             lost = update - compressor.decode(data, len(update))
-            context.state[_ERROR] = ArrayRecord({"error": Array(lost.numpy())})
+            if bool(torch.isfinite(lost).all()):  # an update that is not finite leaves nothing
+                context.state[_ERROR] = ArrayRecord({"error": Array(lost.numpy())})
         packed = ArrayRecord({PACKED_KEY: Array(np.frombuffer(data, np.uint8))})
         for spec in after.buffers:
             packed[spec.key] = trained[spec.key]
@@ -196,6 +203,21 @@ def asked_for(message: Message) -> ConfigRecord:
         if "compressor" in config:
             return config
     return ConfigRecord()
+
+
+def compressor_for(message: Message, own: str | None = None) -> Compressor | None:
+    """Return the compressor that a message asks for, None where it asks for none.
+
+    ``own`` takes the place of the one asked for. Coordinates that the server chose are set.
+    """
+    asked = asked_for(message)
+    name = asked.get("compressor") if own is None else own
+    if name is None:
+        return None
+    compressor = build_compressor(str(name))
+    if isinstance(compressor, RandK) and "compression-seed" in asked:
+        compressor = replace(compressor, seed=int(cast(int, asked["compression-seed"])))
+    return compressor
 
 
 def _generator(message: Message, context: Context) -> torch.Generator | None:
@@ -217,10 +239,9 @@ def _error_memory(context: Context, update: Tensor) -> Tensor:
 
 
 def unpacked(
-    reply: Message, packed: ArrayRecord, before: ModelLayout
+    packed: ArrayRecord, before: ModelLayout, compressor: Compressor
 ) -> tuple[Tensor, ArrayRecord]:
-    """Return the update that a packed reply stands for, and a plain model in its place."""
-    compressor = build_compressor(str(reply.content.config_records[PACKED_RECORD]["compressor"]))
+    """Return the update that packed arrays stand for, and a plain model in their place."""
     compressor = for_shapes(compressor, before.shapes)
     size = before.num_directions
     update = compressor.decode(packed[PACKED_KEY].numpy().tobytes(), size)
@@ -229,6 +250,17 @@ def unpacked(
     for spec in before.buffers:
         model[spec.key] = packed[spec.key]
     return update, model
+
+
+def as_plain(update: Tensor, compressor: Compressor | None) -> Tensor:
+    """Return the uncompressed update that a server takes for the packed ``update``.
+
+    A server that chose the coordinates scales what comes unpacked by d / k.
+    """
+    if isinstance(compressor, RandK) and compressor.scaled and compressor.seed is not None:
+        size = len(update)
+        return update * (len(compressor.shared_coordinates(size)) / size)
+    return update
 
 
 def role(plan: AttackPlan, message: Message, context: Context) -> str | None:

@@ -15,7 +15,7 @@ from io import BytesIO
 from typing import Any, TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
 from fl_bgmd.compression import Compressor, RandK, for_shapes
@@ -34,10 +34,14 @@ PACKED_KEY = "fl-bgmd.packed"
 PACKED_RECORD = "compression"
 """ConfigRecord of a packed reply: the compressor and, where asked for, the update's norm."""
 
-Record = TypeVar("Record", ArrayRecord, MetricRecord)
+Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 
 _NPY = "numpy.ndarray"
+MAX_METRIC_VALUES = 10_000
+"""Values of metrics in a reply, those in lists counted one by one."""
+
 _MAX_HEADER_BYTES = 4096
+_MAX_CONFIG_BYTES = 2**20
 _MAX_DETAIL = 300
 _BUFFER_SUFFIXES = ("running_mean", "running_var")
 _FLOATS = ("float16", "float32", "float64")
@@ -69,9 +73,11 @@ class Rejection(StrEnum):
     METRIC_RECORDS = "metric-records"
     """Not exactly one MetricRecord."""
     METRICS = "metrics"
-    """A metric is not a finite number or a list of finite numbers."""
+    """A metric is not a finite number or a list of finite numbers, or there are too many."""
     NUM_EXAMPLES = "num-examples"
     """The number of examples is not a finite number of 0 or more, or missing where needed."""
+    SIZE = "size"
+    """Its ConfigRecords hold more than a mebibyte: no part of the protocol."""
 
 
 @dataclass(frozen=True)
@@ -280,6 +286,7 @@ def screen(
             if node in seen_nodes:
                 raise InvalidReplyError(Rejection.DUPLICATE, f"node {node} has replied already")
             seen_nodes.add(node)
+        _check_size(reply)
         num_examples, metrics = _read_metrics(reply, examples_key, needs_examples)
         if layout is not None:
             assert row is not None
@@ -292,7 +299,12 @@ def screen(
                 row[:] = update[coordinates]
                 [arrays] = records_of(reply, ArrayRecord)
                 if isinstance(compressor, RandK) and compressor.scaled and PACKED_KEY not in arrays:
-                    row *= len(update) / len(row)
+                    with np.errstate(over="ignore"):
+                        row *= len(update) / len(row)
+                    if not np.isfinite(row).all():
+                        raise InvalidReplyError(
+                            Rejection.NON_FINITE, "the update scaled by d / k is not finite"
+                        )
     except InvalidReplyError as invalid:
         return Screened(invalid.reason, _one_line(str(invalid)))
     except Exception as unforeseen:  # a client must not be able to end the run
@@ -363,6 +375,25 @@ def median_metrics(metrics: Iterable[dict[str, MetricValue]]) -> MetricRecord:
     return MetricRecord(result)
 
 
+def _check_size(reply: Message) -> None:
+    """Raise for more configuration than any client has to send."""
+    size = sum(
+        len(key) + _size_of(value)
+        for record in records_of(reply, ConfigRecord)
+        for key, value in record.items()
+    )
+    if size > _MAX_CONFIG_BYTES:
+        raise InvalidReplyError(
+            Rejection.SIZE, f"{size} bytes of configuration; allowed: {_MAX_CONFIG_BYTES}"
+        )
+
+
+def _size_of(value: object) -> int:
+    if isinstance(value, list):
+        return sum(map(_size_of, value))
+    return len(value) if isinstance(value, str | bytes) else 8
+
+
 def _read_metrics(
     reply: Message, examples_key: str, needs_examples: bool
 ) -> tuple[float, dict[str, MetricValue]]:
@@ -377,7 +408,7 @@ def _read_metrics(
         raise InvalidReplyError(Rejection.NUM_EXAMPLES, f"no metric {examples_key!r}")
     num_examples = 1.0
     if examples is not None:
-        if not _is_finite(examples) or isinstance(examples, list) or examples < 0:
+        if isinstance(examples, list) or not _is_finite(examples) or examples < 0:
             shown = repr(examples)[:80]
             raise InvalidReplyError(
                 Rejection.NUM_EXAMPLES,
@@ -385,6 +416,11 @@ def _read_metrics(
             )
         num_examples = float(examples)
     record.pop("partition-id", None)
+    count = sum(len(value) if isinstance(value, list) else 1 for value in record.values())
+    if count > MAX_METRIC_VALUES:
+        raise InvalidReplyError(
+            Rejection.METRICS, f"{count} values of metrics; allowed: {MAX_METRIC_VALUES}"
+        )
     metrics: dict[str, MetricValue] = {}
     for key, value in record.items():
         if not _is_finite(value):

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from fl_bgmd.attacks import ATTACKS, AttackPlan, View
 from fl_bgmd.broadcast import received_model
-from fl_bgmd.compression import Compressor, build_compressor
+from fl_bgmd.compression import Compressor
 from fl_bgmd.mods import (
     ATTACK_RECORD,
-    asked_for,
+    as_plain,
+    compressor_for,
     malicious_update,
     mark,
     marked,
@@ -76,8 +77,7 @@ class AdversarialGrid(Grid):
         number = server_round(sent[0])
         layout = ModelLayout(received_model(sent[0].content))
         replies = list(self._inner.send_and_receive(sent, timeout=timeout))
-        asked = asked_for(sent[0]).get("compressor")
-        compressor = None if asked is None else build_compressor(str(asked))
+        compressor = compressor_for(sent[0])
         self._conspire(replies, layout, number, compressor)
         for reply in replies:
             if reply.has_content() and (name := marked(reply.content)) is not None:
@@ -126,7 +126,7 @@ class AdversarialGrid(Grid):
             vector = malicious_update(name, self._plan, everything)
             for partition in colluding:
                 if playing[partition] == name:
-                    _replace(by_partition[partition], name, vector, layout)
+                    _replace(by_partition[partition], name, vector, layout, compressor)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the rounds to come depend on, the inner grid's included."""
@@ -182,17 +182,24 @@ def _update(reply: Message, layout: ModelLayout, compressor: Compressor | None) 
     return torch.from_numpy(row) if screened.reason is None else None
 
 
-def _replace(reply: Message, name: str, update: Tensor, layout: ModelLayout) -> None:
+def _replace(
+    reply: Message,
+    name: str,
+    update: Tensor,
+    layout: ModelLayout,
+    compressor: Compressor | None,
+) -> None:
     """Put a model that amounts to ``update`` into a reply, in the dtypes that it had.
 
     Where compression was asked for it goes out uncompressed: these attackers send anything.
     """
     [(record_name, trained)] = reply.content.array_records.items()
     if PACKED_KEY in trained:
-        _, trained = unpacked(reply, trained, layout)
+        assert compressor is not None  # its update has been read
+        _, trained = unpacked(trained, layout, compressor)
         del reply.content[PACKED_RECORD]
     after = ModelLayout(ArrayRecord({key: trained[key] for key in layout.keys}))
     reply.content[record_name] = after.to_arrays(
-        layout.values - update.numpy(), after.buffer_values
+        layout.values - as_plain(update, compressor).numpy(), after.buffer_values
     )
     mark(reply, name)

@@ -111,8 +111,10 @@ class BGMD(RobustStrategy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned."""
         super().load_state_dict(state)
-        self._memory = state["memory"]
-        self._client_memory = dict(state["client-memory"])
+        self._memory = self._on_device(state["memory"])
+        self._client_memory = {
+            node: memory.to(self.device) for node, memory in state["client-memory"].items()
+        }
 
     def _memory_for(self, current: Round) -> Tensor | None:
         """Return the memory in the shape the rule wants; clients not seen before have none."""

@@ -49,4 +49,4 @@ class CenteredClipping(RobustStrategy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned."""
         super().load_state_dict(state)
-        self._center = state["center"]
+        self._center = self._on_device(state["center"])

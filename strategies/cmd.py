@@ -26,16 +26,18 @@ class TrimmedMean(RobustStrategy):
     Parameters
     ----------
     trim_fraction : float, optional
-        Dropped at each end; ``byzantine_fraction`` by default. 0 to below 1/2.
+        Dropped at each end; the hostile share by default. 0 to below 1/2.
     **options
         Those of :class:`RobustStrategy`.
     """
 
     def __init__(self, *, trim_fraction: float | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self.trim_fraction = self.byzantine_fraction if trim_fraction is None else trim_fraction
-        require("trim_fraction", trim_fraction, 0 <= self.trim_fraction < 0.5, "0 to below 0.5")
+        share = 0.0 if trim_fraction is None else trim_fraction
+        require("trim_fraction", trim_fraction, 0 <= share < 0.5, "0 to below 0.5")
+        self.trim_fraction = trim_fraction
 
     def aggregate(self, current: Round) -> Aggregate:
         """Return the trimmed mean of every coordinate."""
-        return trimmed_mean(current.updates, trim_fraction=self.trim_fraction)
+        trim = self.tolerated(current) if self.trim_fraction is None else self.trim_fraction
+        return trimmed_mean(current.updates, trim_fraction=trim)

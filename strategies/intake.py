@@ -95,9 +95,12 @@ class Intake:
             metrics["bytes-rejected"] = self.bytes_rejected
 
     def _capped_examples(self) -> Tensor:
-        """Numbers of examples, capped at their median so that no client can own the model."""
+        """Numbers of examples, capped at their median so that no client can own the model.
+
+        At the lower one of two: their mean would be the larger one's to choose.
+        """
         examples = np.asarray([screened.num_examples for screened in self.accepted])
-        capped = np.minimum(examples, np.median(examples))
+        capped = np.minimum(examples, np.sort(examples)[(len(examples) - 1) // 2])
         return torch.from_numpy(capped if capped.any() else np.ones_like(capped))
 
 

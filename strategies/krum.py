@@ -15,7 +15,7 @@ class MultiKrum(RobustStrategy):
     Parameters
     ----------
     num_selected : int, optional
-        How many are averaged (all, if fewer replied); ``n - floor(byzantine_fraction n)`` by
+        How many are averaged (all, if fewer replied); all but the hostile share by
         default.
     **options
         Those of :class:`RobustStrategy`.
@@ -33,7 +33,7 @@ class MultiKrum(RobustStrategy):
         selected = self.num_selected
         return multi_krum(
             current.updates,
-            byzantine_fraction=self.byzantine_fraction,
+            byzantine_fraction=self.tolerated(current),
             num_selected=selected if selected is None else min(selected, len(current.updates)),
         )
 

@@ -22,7 +22,7 @@ class NormThreshold(RobustStrategy):
     Parameters
     ----------
     drop_fraction : float, optional
-        The paper's beta; ``byzantine_fraction`` by default. 0 to below 1.
+        The paper's beta; the hostile share by default. 0 to below 1.
     order : float
         Order of the norm, 1 or more.
     norms : {"computed", "reported"}
@@ -42,20 +42,22 @@ class NormThreshold(RobustStrategy):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.drop_fraction = self.byzantine_fraction if drop_fraction is None else drop_fraction
-        require("drop_fraction", drop_fraction, 0 <= self.drop_fraction < 1, "0 to below 1")
+        share = 0.0 if drop_fraction is None else drop_fraction
+        require("drop_fraction", drop_fraction, 0 <= share < 1, "0 to below 1")
         require("order", order, order >= 1, "1 or more")
         require("norms", norms, norms in NORMS, ", ".join(NORMS))
         if norms == "reported" and order != 2:
             raise ValueError(f"order is {order!r} with norms 'reported'; allowed: 2")
+        self.drop_fraction = drop_fraction
         self.order = order
         self.norms = norms
 
     def aggregate(self, current: Round) -> Aggregate:
         """Return the mean of the rows that are kept."""
+        drop = self.tolerated(current) if self.drop_fraction is None else self.drop_fraction
         return norm_threshold(
             current.updates,
-            drop_fraction=self.drop_fraction,
+            drop_fraction=drop,
             order=self.order,
             norms=current.norms if self.norms == "reported" else None,
         )

@@ -31,6 +31,7 @@ from fl_bgmd.broadcast import MODEL_RECORD, build_downlink, pack_model
 from fl_bgmd.checkpoints import Checkpoints
 from fl_bgmd.compression import RandK, build_compressor
 from fl_bgmd.replies import ModelLayout, median_metrics
+from fl_bgmd.shares import floor_share
 
 from .checks import require, resolve_device
 from .intake import LOG, Intake, Round, in_order, take_in
@@ -40,6 +41,13 @@ from .rounds import EmptyRoundsError, EvaluateFn, run_rounds
 
 MIXINGS = ("none", "nearest-neighbor", "bucketing")
 WEIGHTINGS = ("uniform", "examples")
+
+OWN_METRICS = (
+    *("accepted", "rejected", "missing", "late", "benched", "bytes-up", "bytes-down"),
+    *("bytes-rejected", "update-norm", "client-weights", "iterations", "gap", "diverged"),
+    *("residual-ratio", "memory-norm", "dropped", "sigma0", "aggregation-seconds"),
+)
+"""How the names of a round's own metrics begin."""
 
 
 class RobustStrategy(FedAvg):
@@ -188,6 +196,12 @@ class RobustStrategy(FedAvg):
         self.mixing = mixing
         self.byzantine_fraction = byzantine_fraction
         self.bucket_size = bucket_size
+        if mixing == "bucketing" and byzantine_fraction * bucket_size >= 0.5:
+            LOG.warning(
+                "byzantine_fraction is %s with buckets of %s: hostile buckets may be the majority",
+                byzantine_fraction,
+                bucket_size,
+            )
         self.weighting = weighting
         self.min_valid_replies = min_valid_replies
         self.max_empty_rounds = max_empty_rounds
@@ -226,6 +240,18 @@ class RobustStrategy(FedAvg):
         self._sent_bytes = 0
         self._empty_rounds = 0
         self._num_sent = 0
+
+    def tolerated(self, current: Round) -> float:
+        """Return the hostile share of the rows that the rule has to expect.
+
+        A bucket is hostile if one of its rows is: after bucketing it is the same number of rows
+        out of fewer.
+        """
+        if self.mixing != "bucketing":
+            return self.byzantine_fraction
+        rows = len(current.updates)
+        hostile = floor_share(self.byzantine_fraction, len(current.nodes))
+        return min(hostile, (rows - 1) // 2) / rows
 
     @abstractmethod
     def aggregate(self, current: Round) -> Aggregate:
@@ -306,9 +332,17 @@ class RobustStrategy(FedAvg):
 
         Returns its layout. Raises ``ValueError`` for a model that holds a NaN or an infinity.
         """
+        before, self._layout = self._layout, ModelLayout(arrays)
+        if before is not None and (before.directions, before.buffers) != (
+            self._layout.directions,
+            self._layout.buffers,
+        ):
+            raise ValueError(
+                "arrays are of another model than in the last round, whose state this strategy "
+                "keeps; allowed: the same keys, shapes and dtypes, or a new strategy"
+            )
         self._model = arrays
         self._sent_bytes = sum(len(array.data) for array in arrays.values())
-        self._layout = ModelLayout(arrays)
         buffers_finite = np.isfinite(self._layout.buffer_values).all()
         if not (np.isfinite(self._layout.values).all() and buffers_finite):
             raise ValueError("arrays of the global model hold a NaN or an infinity")
@@ -369,21 +403,22 @@ class RobustStrategy(FedAvg):
         )
         self._roster.answered(server_round, messages)
         metrics = self._metrics("train", intake)
+        for key in [key for key in metrics if key.startswith(OWN_METRICS)]:
+            del metrics[key]  # no client says what the server found
         intake.describe(metrics)
         metrics["missing"] = max(0, self._num_sent - len(messages))
         if self._roster.late:
             metrics["late"] = self._roster.late
         metrics["bytes-down"] = self._num_sent * self._sent_bytes
-        arrays = self._model
+        arrays, weights = self._model, None
         if count < self.min_valid_replies:
             self._keep_for_want_of_replies(count, intake.rejected)
         else:
             self._empty_rounds = 0
             current = intake.round(self.weighting, self.device)
-            arrays = self._step(layout, current, intake.buffers[:count], metrics)
+            arrays, weights = self._step(layout, current, intake.buffers[:count], metrics)
         nodes = intake.nodes
-        weights = metrics.get("client-weights") if self.weights_tell else None
-        weight_of = dict(zip(nodes, weights, strict=True)) if isinstance(weights, list) else {}
+        weight_of = dict(zip(nodes, weights, strict=True)) if self.weights_tell and weights else {}
         benched = self._roster.judge(
             server_round, intake.suspects, weight_of, nodes, self.byzantine_fraction
         )
@@ -416,9 +451,13 @@ class RobustStrategy(FedAvg):
         """Continue from what :meth:`state_dict` returned."""
         self._round = int(state["round"])
         self.generator.set_state(state["generator"])
-        self._velocity = state["velocity"]
+        self._velocity = self._on_device(state["velocity"])
         self._empty_rounds = int(state["empty-rounds"])
         self._reputation.load_state_dict(state["reputation"])
+
+    def _on_device(self, tensor: Tensor | None) -> Tensor | None:
+        """Bring back what a checkpoint held on the CPU."""
+        return None if tensor is None else tensor.to(self.device)
 
     def summary(self) -> None:
         """Log the configuration of the strategy."""
@@ -476,8 +515,11 @@ class RobustStrategy(FedAvg):
         current: Round,
         buffers: np.ndarray[Any, Any],
         metrics: MetricRecord,
-    ) -> ArrayRecord:
-        """Mix, aggregate and move the model; write the diagnostics into ``metrics``."""
+    ) -> tuple[ArrayRecord, list[float] | None]:
+        """Mix, aggregate and move the model; write the diagnostics into ``metrics``.
+
+        Returns the model and the weight of each client, where the rule gives weights.
+        """
         before = self.state_dict()
         # Replies near the end of the range may overflow anywhere: the model is looked at below.
         with np.errstate(all="ignore"):
@@ -485,7 +527,7 @@ class RobustStrategy(FedAvg):
                 current, matrix = self._mix(current)
                 result = self.aggregate(current)
             except ValueError as error:
-                return self._keep(before, f"the rule failed: {error}", metrics)
+                return self._keep(before, f"the rule failed: {error}", metrics), None
             update = result.vector
             if self._coordinates is not None:
                 update = torch.zeros(layout.num_directions, dtype=update.dtype)
@@ -501,19 +543,19 @@ class RobustStrategy(FedAvg):
             moved = own.values - step * update.cpu().numpy()
             moved = moved.astype(layout.dtype, copy=False)
         metrics["update-norm"] = vector_norm(result.vector)
+        weights = None
         if result.weights is not None:
-            weights = result.weights.numpy()
-            metrics["client-weights"] = [
-                float(weight) for weight in (weights if matrix is None else weights @ matrix)
-            ]
+            shares = result.weights.numpy()
+            shares = shares if matrix is None else shares @ matrix
+            metrics["client-weights"] = weights = [float(share) for share in shares]
         if isinstance(result, GeometricMedian):
             metrics["iterations"] = result.iterations
             metrics["gap"] = result.gap
         self.describe(result, metrics)
         if not layout.holds(moved):
-            return self._keep(before, "the new one is not finite", metrics)
+            return self._keep(before, "the new one is not finite", metrics), None
         middle = np.median(buffers, axis=0) if buffers.size else layout.buffer_values
-        return layout.to_arrays(moved, middle)
+        return layout.to_arrays(moved, middle), weights
 
     def _keep(self, state: dict[str, Any], reason: str, metrics: MetricRecord) -> ArrayRecord:
         """Undo the round: the model and the state stay as they were."""

@@ -50,7 +50,7 @@ class RobustFilter(RobustStrategy):
             warnings.filterwarnings("ignore", message="byzantine_fraction")
             return spectral_filter(
                 current.updates,
-                byzantine_fraction=self.byzantine_fraction,
+                byzantine_fraction=self.tolerated(current),
                 sigma0=self.sigma0,
                 method=self.method,
             )

@@ -338,3 +338,24 @@ def test_a_process_that_is_killed_twenty_times_ends_as_if_it_had_not_been(tmp_pa
     assert process.exitcode == 0
     assert kills == 20
     assert_same_end(tmp_path / "whole", folder)
+
+
+def test_damaged_checkpoints_do_not_crowd_out_new_ones(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for number in (5, 6):
+        path = checkpoints.save(number, {"x": torch.ones(3)}, {})
+        path.write_bytes(path.read_bytes()[:-1])
+    assert checkpoints.load({}) is None
+    assert [path.suffix for path in sorted(tmp_path.glob("round-*"))] == [".damaged"] * 2
+    for number in (1, 2, 3):
+        assert checkpoints.save(number, {"x": torch.ones(3)}, {}).exists()
+    loaded = checkpoints.load({})
+    assert loaded is not None
+    assert loaded[0] == 3
+
+
+def test_one_damaged_later_does_not_cost_the_new_one(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(5, {}, {}).write_bytes(b"")
+    path = checkpoints.save(1, {}, {})
+    assert path.exists()

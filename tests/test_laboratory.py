@@ -643,3 +643,18 @@ def test_the_attacks_are_listed_and_drawn(
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("bit-flip", "alie", "impulse"))
     assert (tmp_path / "data-attacks.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("attack", ["ipm", "bit-flip"])
+@pytest.mark.parametrize("compressor", ["scaled-rand-k:0.5", "rand-k:0.5"])
+def test_attacks_are_played_where_the_server_chose_the_coordinates(
+    attack: str, compressor: str
+) -> None:
+    shared = {"compressor": compressor, "shared-coordinates": "on", "strategy": "gmd"}
+    result = run(validate(SMALL | shared | {"attack": attack}), backend="inprocess")
+    assert result.status == "finished", result.error
+    assert result.played == {attack: 12}
+
+
+def test_a_stale_update_is_at_least_one_round_old() -> None:
+    assert AttackPlan(("delayed",), strength=0.5).memory == 1

@@ -2,6 +2,7 @@
 
 import random
 import resource
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,13 @@ from flower_messages import (
     same_bits,
     sent_arrays,
     to_numpy,
+    to_record,
     train_message,
 )
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
-from fl_bgmd.compression import build_compressor, for_shapes
+from fl_bgmd.compression import RandK, build_compressor, for_shapes
 from fl_bgmd.mods import ByzantineMod, CompressionMod
 from fl_bgmd.replies import (
     BUFFER_DTYPE,
@@ -361,3 +363,82 @@ def test_coordinates_are_not_shared_with_rules_that_remember_them() -> None:
         validate({"shared-coordinates": "on"})
     with pytest.raises(ConfigError, match="shared-coordinates is 'on' with strategy 'bgmd'"):
         validate({"shared-coordinates": "on", "compressor": "rand-k"})
+
+
+@pytest.mark.parametrize("name", ["top-k", "rand-k", "scaled-rand-k"])
+@pytest.mark.parametrize("fraction", [0.3333333, 1 / 3, 0.1, 1e-7, 1.0])
+def test_the_name_of_a_compressor_says_all(name: str, fraction: float) -> None:
+    """Clients build theirs from the name that the server sends."""
+    compressor = build_compressor(f"{name}:{fraction!r}")
+    assert build_compressor(compressor.name) == compressor
+
+
+def test_what_overflows_when_scaled_is_rejected() -> None:
+    """A plain reply under shared coordinates is scaled by d / k after it has been read."""
+    model = batch_norm_model()
+    message = train_message(model)
+    layout = ModelLayout(model)
+    compressor = build_compressor("scaled-rand-k:0.2")
+    assert isinstance(compressor, RandK)
+    compressor = replace(compressor, seed=3)
+    lies = to_numpy(model)
+    for spec in layout.directions:
+        lies[spec.key] = np.full_like(lies[spec.key], -2e38)
+    reply = honest_reply(message, random_update(model, 1))
+    reply.content["arrays"] = to_record(lies)
+    coordinates = compressor.shared_coordinates(layout.num_directions)
+    found = screen(
+        reply,
+        layout,
+        np.empty(len(coordinates), np.float32),
+        np.empty(layout.num_buffers, BUFFER_DTYPE),
+        compressor=compressor,
+        coordinates=coordinates,
+    )
+    assert found.reason == Rejection.NON_FINITE
+    assert "scaled by d / k" in found.detail
+
+
+def test_an_update_that_is_not_finite_leaves_no_error_memory() -> None:
+    """It costs the client one round, not all that follow."""
+
+    def burst(message: Message, context: Context, call_next: Any) -> Message:
+        reply: Message = call_next(message, context)
+        first = context.node_config["partition-id"] == 1
+        if first and message.content["config"]["server-round"] == 2:
+            sent = to_numpy(sent_arrays(message))
+            reply.content["arrays"] = to_record(
+                {key: np.full_like(value, np.inf) for key, value in sent.items()}
+            )
+        return reply
+
+    made = GMD(**options(compressor="top-k:0.5"))
+    with np.errstate(all="ignore"):
+        result = fit(made, [CompressionMod(), burst], 5)
+    rounds = list(result.train_metrics_clientapp.values())
+    assert [m["accepted"] for m in rounds] == [N, N - 1, N, N, N]
+
+
+def test_hostile_clients_after_the_mod_lie_about_shared_coordinates_too() -> None:
+    """Their plain updates are scaled by the server: what arrives is the lie, not d / k times it."""
+    norms = []
+    for mods in (
+        [CompressionMod(error_feedback=False), ByzantineMod("bit-flip", 3.0, fraction=0.4)],
+        [ByzantineMod("bit-flip", 3.0, fraction=0.4), CompressionMod(error_feedback=False)],
+    ):
+        made = Mean(**options(compressor="scaled-rand-k:0.5", shared_coordinates=True))
+        result = fit(made, mods, 1)
+        assert result.train_metrics_clientapp[1]["accepted"] == N
+        norms.append(result.train_metrics_clientapp[1]["update-norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_replies_that_are_no_model_pass_the_mod() -> None:
+    def other(message: Message, context: Context) -> Message:
+        content = RecordDict({"arrays": ArrayRecord({"other": Array(np.zeros(3, np.float32))})})
+        return Message(content, reply_to=message)
+
+    message = train_message(batch_norm_model(), config={"compressor": "top-k:0.5"})
+    context = Context(1, 1, {"partition-id": 0, "num-partitions": 1}, RecordDict(), {})
+    reply = CompressionMod()(message, context, other)
+    assert [*reply.content["arrays"]] == ["other"]

@@ -29,12 +29,21 @@ from flower_messages import (
     train_message,
     update_row,
 )
-from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fl_bgmd.replies import (
+    BUFFER_DTYPE,
     ModelLayout,
     Rejection,
     Screened,
@@ -245,8 +254,8 @@ def test_keys_cannot_forge_lines_of_the_log(message: Message, layout: ModelLayou
 
 def test_every_reason_is_exercised() -> None:
     reasons = {entry.reason for entry in MALFORMED.values()} | {Rejection.DUPLICATE}
-    # Tested in test_packed_replies.py and test_rounds.py.
-    assert reasons == set(Rejection) - {Rejection.PACKED, Rejection.UNASKED}
+    # Tested in test_packed_replies.py, in test_rounds.py, and at the end of this file.
+    assert reasons == set(Rejection) - {Rejection.PACKED, Rejection.UNASKED, Rejection.SIZE}
 
 
 def test_the_trap_would_spring_if_unpickled() -> None:
@@ -594,3 +603,23 @@ def test_screened_metrics_can_always_be_combined(message: Message) -> None:
     median = median_metrics([screened.metrics, screened.metrics])["loss"]
     assert isinstance(median, float)
     assert math.isfinite(median)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"metrics": MetricRecord({"list": [1.0] * 10_001})}, Rejection.METRICS),
+        ({"metrics": MetricRecord({str(i): 1 for i in range(10_001)})}, Rejection.METRICS),
+        ({"metrics": MetricRecord({"num-examples": [1] * 10_001})}, Rejection.NUM_EXAMPLES),
+        ({"more": ConfigRecord({"blob": bytes(2**20)})}, Rejection.SIZE),
+        ({"more": ConfigRecord({"list": [1] * 2**17})}, Rejection.SIZE),
+    ],
+)
+def test_what_no_client_has_to_send_is_too_much(content: Any, reason: Rejection) -> None:
+    message = train_message(plain_model())
+    reply = honest_reply(message, random_update(sent_arrays(message), 1))
+    for name, record in content.items():
+        reply.content[name] = record
+    layout = ModelLayout(plain_model())
+    row = np.empty(layout.num_directions, np.float32)
+    assert screen(reply, layout, row, np.empty(0, BUFFER_DTYPE)).reason == reason

@@ -427,3 +427,14 @@ def test_refused_updates() -> None:
         spectral_filter(torch.ones(4))
     with pytest.raises(TypeError, match=r"updates has dtype torch\.int64"):
         spectral_filter(torch.ones(4, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("n", "hostile"), [(12, 5), (20, 9), (100, 42)])
+def test_many_equal_outliers_do_not_pass_for_the_rule(n: int, hostile: int) -> None:
+    """Beyond the guarantee, where all weights fall below a half in one step."""
+    updates = torch.randn(n, 6, generator=torch.Generator().manual_seed(1))
+    updates[:hostile] = -1000.0
+    with pytest.warns(UserWarning, match="byzantine_fraction"):
+        result = spectral_filter(updates, byzantine_fraction=0.45)
+    assert not result.kept[:hostile].any()
+    assert float(result.vector.norm()) < 10

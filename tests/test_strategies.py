@@ -1019,7 +1019,7 @@ def test_the_keys_of_the_records_can_be_chosen() -> None:
     arrays, metrics = strategy.aggregate_train(1, replies)
     assert arrays is not None
     assert metrics is not None
-    weights = torch.tensor([1.0, 2, 3, 4, 5, 5.5, 5.5, 5.5, 5.5, 5.5]).double()
+    weights = torch.tensor([1.0, 2, 3, 4, 5, 5, 5, 5, 5, 5]).double()
     expected = mean(rows_of(messages, replies), weights=weights)
     np.testing.assert_array_equal(flat(arrays), moved(plain_model(), expected.vector))
     assert metrics["num-examples"] == 10
@@ -1315,3 +1315,60 @@ def test_each_rejection_is_logged_once(caplog: pytest.LogCaptureFixture) -> None
     [record] = caplog.records
     assert f"node {BAD_NODE} (shape)" in record.getMessage()
     assert "'weight'" in record.getMessage()
+
+
+# ------------------------------------------------------------------ what no client may decide
+
+
+@pytest.mark.parametrize("name", ["gmd", "bgmd"])
+def test_clients_cannot_speak_for_the_server(name: str) -> None:
+    """A metric of a client's by the name of one of the round's own neither stays nor ends it."""
+    strategy = named(name, min_valid_replies=2)
+
+    def one(messages: list[Message]) -> list[Message]:
+        [reply] = honest_replies(messages[:1])
+        reply.content["metrics"] = MetricRecord(
+            {"client-weights": [1.0, 2.0, 3.0], "diverged": 1, "rejected-shape": 7, "own": 0.5}
+        )
+        return [reply]
+
+    model = plain_model()
+    arrays, metrics = train_round(strategy, model, reply=one)
+    assert same_bits(arrays, model)
+    assert metrics["own"] == 0.5
+    assert not {"client-weights", "diverged", "rejected-shape"} & set(metrics)
+
+
+@pytest.mark.parametrize("name", ["trimmed-mean", "multi-krum", "robust-filter", "norm-threshold"])
+def test_after_bucketing_rules_expect_the_hostile_rows_among_fewer(name: str) -> None:
+    """Two of sixteen rows are hostile; they may spoil two of eight buckets."""
+
+    def two_lie(messages: list[Message]) -> list[Message]:
+        replies = honest_replies(messages)
+        for message, reply in zip(messages[:2], replies[:2], strict=True):
+            sent = to_numpy(sent_arrays(message))
+            lies = {key: value - np.float32(1e6) for key, value in sent.items()}
+            reply.content["arrays"] = to_record(lies)
+        return replies
+
+    for seed in range(4):
+        bucketed = named(name, mixing="bucketing", seed=seed, byzantine_fraction=0.125)
+        _, metrics = train_round(bucketed, plain_model(), reply=two_lie, nodes=16)
+        assert metrics["update-norm"] < 10, seed
+
+
+def test_a_strategy_is_of_one_model() -> None:
+    strategy = named("bgmd")
+    train_round(strategy, plain_model())
+    with pytest.raises(ValueError, match="arrays are of another model"):
+        train_round(strategy, batch_norm_model(), 2)
+
+
+def test_examples_of_two_clients_are_capped_at_the_fewer() -> None:
+    def two(messages: list[Message]) -> list[Message]:
+        replies = honest_replies(messages[:2])
+        replies[1].content["metrics"]["num-examples"] = 1e300
+        return replies
+
+    _, metrics = train_round(named("mean", weighting="examples"), plain_model(), reply=two)
+    assert metrics["client-weights"] == [0.5, 0.5]

@@ -70,6 +70,7 @@ def trimmed_mean(updates: Tensor, *, trim_fraction: float = 0.25) -> Aggregate:
 
 def _mean_of_middle(updates: Tensor, trim: int) -> Aggregate:
     """Average, per coordinate, the values of rank ``trim`` to ``n - trim - 1``."""
+    updates = updates.detach()
     n, d = updates.shape
     vector = empty(d, updates, result_dtype(updates))
     if updates.device.type != "cpu":

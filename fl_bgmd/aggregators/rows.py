@@ -52,9 +52,12 @@ def check_weights(weights: Tensor | None, n: int) -> NDArray[np.float64]:
     values: NDArray[np.float64] = torch.as_tensor(weights).detach().cpu().double().numpy().copy()
     if values.shape != (n,):
         raise ValueError(f"weights has shape {values.shape}; allowed: ({n},), one for each row")
-    if not np.isfinite(values).all() or (values < 0).any() or not (values > 0).any():
+    with np.errstate(over="ignore"):
+        is_finite = np.isfinite(values.sum() ** 2)
+    if not is_finite or (values < 0).any() or not (values > 0).any():
         raise ValueError(
-            f"weights is {values.tolist()}; allowed: finite values of 0 or more, not all 0"
+            f"weights is {values.tolist()}; allowed: values of 0 or more, not all 0, whose sum is "
+            "below 1e154"
         )
     return values
 
@@ -349,7 +352,11 @@ def row_norms(updates: Tensor, offset: Tensor | None = None) -> NDArray[np.float
 
 def vector_norm(vector: Tensor) -> float:
     """Return the Euclidean norm of a vector (d,), in float64; not finite where an entry is not."""
-    return math.sqrt(sum_blocks(lambda _, block: squared_sizes(block), vector[None])[0])
+    squared = float(sum_blocks(lambda _, block: squared_sizes(block), vector[None])[0])
+    largest = float(vector.abs().max()) if math.isinf(squared) else 0.0
+    if 0 < largest < math.inf:  # squares beyond the range of float64
+        return largest * vector_norm(vector / largest)
+    return math.sqrt(squared)
 
 
 def squared_sizes(block: Block) -> Any:

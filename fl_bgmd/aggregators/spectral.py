@@ -132,6 +132,9 @@ def spectral_filter(
         weights = weights * (1 - errors / errors.max())  # line 6
         left = active & (weights >= 0.5)  # line 7
         if not left.any():
+            # So many outliers that every row is half explained by them: the worst ones go.
+            left = active & (errors < (1 - 1e-9) * errors.max())
+        if not left.any():
             break  # all equally wrong: no row is an outlier
         active = left
     share = active / active.sum()

@@ -1,5 +1,6 @@
 """A plan: which attacks a run plays, how strongly, and by whom in each round."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,8 @@ class AttackPlan:
     @property
     def memory(self) -> int:
         """How many of its past updates each client has to remember."""
-        return max((int(self.value(a)) for a in self.attacks if ATTACKS[a].remembers), default=0)
+        kept = (math.ceil(self.value(a)) for a in self.attacks if ATTACKS[a].remembers)
+        return max(kept, default=0)
 
 
 def attack_names(text: str) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ class TopK:
     @property
     def name(self) -> str:
         """Return ``top-k:fraction``."""
-        return f"top-k:{self.fraction:g}"
+        return f"top-k:{_shortest(self.fraction)}"
 
     def encode(self, vector: Tensor, generator: torch.Generator | None = None) -> bytes:
         """Return values and indices."""
@@ -156,7 +156,7 @@ class RandK:
     @property
     def name(self) -> str:
         """Return ``rand-k:fraction``, ``scaled-rand-k:fraction``."""
-        return f"{'scaled-' if self.scaled else ''}rand-k:{self.fraction:g}"
+        return f"{'scaled-' if self.scaled else ''}rand-k:{_shortest(self.fraction)}"
 
     def coordinates(self, size: int, seed: int) -> NDArray[np.int64]:
         """Return the k coordinates that a seed stands for, ascending."""
@@ -460,6 +460,12 @@ def _tensor(values: NDArray[np.float32]) -> Tensor:
 
 def _count(fraction: float, size: int) -> int:
     return min(size, max(1, round(fraction * size)))
+
+
+def _shortest(fraction: float) -> str:
+    """Write a number so that it reads as itself: clients build their compressor from the name."""
+    text = f"{fraction:g}"
+    return text if float(text) == fraction else repr(float(fraction))
 
 
 def _check_fraction(fraction: float) -> None:
