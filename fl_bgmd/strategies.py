@@ -22,6 +22,7 @@ from strategies import (
     RobustFilter,
     RobustStrategy,
     Round,
+    RunEndedError,
     TrimmedMean,
     legacy,
     resolve_device,
@@ -51,6 +52,7 @@ __all__ = [
     "RobustFilter",
     "RobustStrategy",
     "Round",
+    "RunEndedError",
     "TrimmedMean",
     "resolve_device",
 ]

@@ -81,7 +81,8 @@ class AdversarialGrid(Grid):
         self._conspire(replies, layout, number, compressor)
         for reply in replies:
             if reply.has_content() and (name := marked(reply.content)) is not None:
-                self.played[name] += 1
+                if name in self._plan.attacks:
+                    self.played[name] += 1
                 del reply.content[ATTACK_RECORD]
         return replies
 

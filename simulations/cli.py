@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import sys
 import time
 import warnings
@@ -142,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("name", choices=(*experiments(), *FIGURES, *GHOSH))
     again.add_argument("--seeds", type=int, help="default: as many as the paper")
     again.add_argument("--epochs", type=float, help="default: as many as the paper")
-    again.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    again.add_argument("--jobs", type=int, help="runs at a time; default: 2")
     again.add_argument("--device", default="auto", help="of clients and server")
     again.add_argument("--backend", choices=BACKENDS[1:], default="inprocess", help="of the runs")
     again.add_argument("--no-run", action="store_true", help="report what has run so far")
@@ -198,6 +199,10 @@ def _compare(options: argparse.Namespace) -> int:
         rows[name] = {"strategy": strategy, "mixing": mixing or "none"}
     attacks = columns(str(given.pop("attack", "none")))
     if len(attacks) == 1 and options.seeds == 1:
+        if options.jobs != 1:
+            raise ConfigError(
+                f"jobs is {options.jobs} with one attack and one seed; allowed: 1, more with a grid"
+            )
         given["attack"] = attacks[0]
         configs = {name: validate(given | row) for name, row in rows.items()}
         for name, config in configs.items():
@@ -283,6 +288,16 @@ def _reproduce(options: argparse.Namespace) -> int:
             raise ConfigError(f"{name} is {getattr(options, name)}; allowed: 1 or more")
     if options.name in experiments():
         return _reproduce_experiment(options)
+    # What has no bearing on these is refused rather than ignored.
+    unusable = {
+        "epochs": options.epochs is not None,
+        "device": options.device != "auto",
+        "backend": options.backend != "inprocess",
+        "no-run": options.no_run,
+        "jobs": options.name in FIGURES and options.jobs is not None,
+    }
+    for name in (name for name, given in unusable.items() if given):
+        raise ConfigError(f"{name} is given with {options.name}; allowed with: the tables' runs")
     if options.name in FIGURES:
         return _reproduce_figure(options)
     return _reproduce_ghosh(options)
@@ -299,7 +314,7 @@ def _reproduce_ghosh(options: argparse.Namespace) -> int:
             experiment,
             folder,
             seeds=seeds,
-            jobs=options.jobs,
+            jobs=options.jobs or 2,
             done=lambda: progress.update(task, advance=1),
         )
     print((folder / "table.md").read_text(encoding="utf-8"))
@@ -311,6 +326,8 @@ def _reproduce_experiment(options: argparse.Namespace) -> int:
     """Run what is still missing of an experiment and report all of it; return the exit status."""
     experiment = read_experiment(options.name)
     epochs = experiment.epochs if options.epochs is None else options.epochs
+    if not 0 < epochs < math.inf:
+        raise ConfigError(f"epochs is {epochs}; allowed: above 0")
     cells = plan(
         experiment,
         epochs=epochs,
@@ -320,7 +337,8 @@ def _reproduce_experiment(options: argparse.Namespace) -> int:
     folder = options.results_dir.resolve() / f"{options.name}-{epochs:g}-epochs"
     lines: list[Line] = []
     if not options.no_run:
-        lines = _run_cells(cells, folder, options.jobs, options.backend, ClientResources())
+        jobs = options.jobs or 2
+        lines = _run_cells(cells, folder, jobs, options.backend, ClientResources())
     for path in write_report(experiment, cells, folder, options.output or folder):
         CONSOLE.print(f"written: {path}", soft_wrap=True)
     print((options.output or folder).joinpath("table.md").read_text(encoding="utf-8"))

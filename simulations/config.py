@@ -331,7 +331,26 @@ def _check_combinations(config: Config) -> None:
             "bgmd.memory is 'per-client' with mixing 'bucketing'; allowed with it: none, "
             "nearest-neighbor"
         )
-    if config["weighting"] != "uniform" and config["strategy"] not in ("mean", "gmd"):
+    if int(config["min-valid-replies"]) > clients:
+        raise ConfigError(
+            f"min-valid-replies is {config['min-valid-replies']}; allowed: 1 to num-clients "
+            f"({clients})"
+        )
+    if config["strategy"] == "norm-threshold" and config["norm-threshold.norms"] == "reported":
+        for key, allowed in (("norm-threshold.order", 2.0), ("mixing", "none")):
+            if config[key] != allowed:
+                raise ConfigError(
+                    f"{key} is {config[key]!r} with norm-threshold.norms 'reported'; allowed: "
+                    f"{allowed!r}, since clients report the Euclidean norms of their own updates"
+                )
+        if config["compressor"] == "none":
+            raise ConfigError(
+                "compressor is 'none' with norm-threshold.norms 'reported'; allowed: a compressor, "
+                "since clients report norms with packed updates only"
+            )
+    own = own_strategy(str(config["strategy"]))
+    weightable = own.weightable if own else config["strategy"] in ("mean", "gmd")
+    if config["weighting"] != "uniform" and not weightable:
         raise ConfigError(
             f"weighting is {config['weighting']!r} with strategy {config['strategy']!r}; "
             "allowed: uniform (examples: mean, gmd)"
@@ -362,6 +381,13 @@ def _check_attack(config: Config, hostile: int) -> None:
             f"attack.scale is {scale:g} with attack {config['attack']!r}; allowed: 0, or one of "
             f"the attacks with a knob: {with_knob}"
         )
+    for name, most in (("backdoor", 9.0), ("delayed", math.inf)):
+        if name in attacks and not (scale.is_integer() and scale <= most):
+            allowed = "0 to 9" if name == "backdoor" else "0 or more"
+            raise ConfigError(
+                f"attack.scale is {scale:g} with attack {config['attack']!r}; allowed: an integer, "
+                f"{allowed}"
+            )
     if "alie" in attacks and hostile < 2:
         raise ConfigError(
             f"attack is {config['attack']!r} with {hostile} hostile client; allowed: 2 or more, "

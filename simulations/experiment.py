@@ -20,7 +20,7 @@ from clients.training import evaluate, scheduled_learning_rate
 from fl_bgmd import __version__
 from fl_bgmd.attacks import AttackPlan
 from fl_bgmd.checkpoints import Checkpoints
-from fl_bgmd.data import load
+from fl_bgmd.data import Dataset, load, partition
 from fl_bgmd.models import build
 from fl_bgmd.shares import floor_share
 from fl_bgmd.strategies import (
@@ -28,13 +28,13 @@ from fl_bgmd.strategies import (
     CMD,
     GMD,
     CenteredClipping,
-    EmptyRoundsError,
     Krum,
     Mean,
     MultiKrum,
     NormThreshold,
     RobustFilter,
     RobustStrategy,
+    RunEndedError,
     TrimmedMean,
     resolve_device,
 )
@@ -42,10 +42,6 @@ from simulations.adversary import AdversarialGrid
 from simulations.config import Config, own_strategy
 
 OnRound = Callable[[int, float | None], None]
-
-
-class AttackNotPlayedError(RuntimeError):
-    """A run ended without one of its attacks: its accuracy would say nothing about it."""
 
 
 @dataclass
@@ -171,23 +167,28 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
         str(config["model"]), input_shape=dataset.input_shape, num_classes=dataset.num_classes
     )
     strategy = build_strategy(config)
+    _check_partition(config, dataset)
     device = resolve_device(str(config["device"]))
     num_rounds, every = int(config["num-server-rounds"]), int(config["evaluate-every"])
     plan = AttackPlan.from_config(config)
     adversary = AdversarialGrid(grid, plan, int(config["num-clients"]))
     started = clock = time.perf_counter()
 
+    def measure(arrays: ArrayRecord) -> MetricRecord:
+        model.load_state_dict(arrays.to_torch_state_dict())
+        found = evaluate(model, dataset, None, device)
+        metrics = MetricRecord()
+        metrics["accuracy"] = found.accuracy
+        metrics["loss"] = found.loss
+        metrics["class-accuracies"] = found.class_accuracies
+        if "backdoor" in plan.attacks:
+            metrics["backdoor-success"] = found.backdoor_success(int(plan.value("backdoor")))
+        return metrics
+
     def evaluate_model(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         nonlocal clock
-        metrics = MetricRecord()
-        if server_round % every == 0 or server_round == num_rounds:
-            model.load_state_dict(arrays.to_torch_state_dict())
-            found = evaluate(model, dataset, None, device)
-            metrics["accuracy"] = found.accuracy
-            metrics["loss"] = found.loss
-            metrics["class-accuracies"] = found.class_accuracies
-            if "backdoor" in plan.attacks:
-                metrics["backdoor-success"] = found.backdoor_success(int(plan.value("backdoor")))
+        wanted = server_round % every == 0 or server_round == num_rounds
+        metrics = measure(arrays) if wanted else MetricRecord()
         if server_round > 0:
             metrics["seconds"] = time.perf_counter() - clock
         clock = time.perf_counter()
@@ -207,32 +208,41 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
             evaluate_config=ConfigRecord(),
             evaluate_fn=evaluate_model,
         )
-    except EmptyRoundsError as error:
+    except RunEndedError as error:
         outcome = error.result
         result.status, result.error = "failed", f"{type(error).__name__}: {error}"
     result.rounds = _history(outcome)
+    if "accuracy" not in result.rounds[-1] and outcome.arrays:  # it ended between evaluations
+        result.rounds[-1] |= dict(measure(outcome.arrays))
     result.seconds = time.perf_counter() - started
     result.played = dict(adversary.played)
-    if _diverged(result):
-        result.status, result.error = "diverged", ""
-    idle = [name for name in plan.attacks if not adversary.played[name]]
-    if idle:
-        raise AttackNotPlayedError(
-            f"attack {', '.join(idle)} was not played once in {num_rounds} rounds"
-        )
+    _judge(result, plan)
     return result
+
+
+def _check_partition(config: Config, dataset: Dataset) -> None:
+    """Raise ``ValueError`` for a partition that no client could be given its share of."""
+    partition(
+        dataset.train_labels,
+        int(config["num-clients"]),
+        scheme=str(config["partition"]),
+        num_shards=int(config["num-shards"]),
+        alpha=float(config["alpha"]),
+        seed=int(config["seed"]),
+    )
 
 
 def _history(outcome: Result) -> list[dict[str, Any]]:
     """Return one entry for each round: what the server measured, and what clients reported."""
+    measured, trained = outcome.evaluate_metrics_serverapp, outcome.train_metrics_clientapp
     entries = []
-    for number, metrics in sorted(outcome.evaluate_metrics_serverapp.items()):
+    for number in sorted(measured.keys() | trained.keys()):
         evaluated = dict(outcome.evaluate_metrics_clientapp.get(number, {}))
         entries.append(
             {
                 "round": number,
-                **metrics,
-                **outcome.train_metrics_clientapp.get(number, {}),
+                **measured.get(number, {}),
+                **trained.get(number, {}),
                 **{f"clients-{key}": value for key, value in evaluated.items()},
             }
         )
@@ -338,12 +348,30 @@ def _server_learning_rate(config: Config) -> float | Callable[[int], float]:
     )
 
 
+def _judge(result: RunResult, plan: AttackPlan) -> None:
+    """Say what became of a run: it may have diverged, have done nothing, or not been attacked."""
+    if _diverged(result):
+        result.status, result.error = "diverged", ""
+    elif result.status == "finished" and not result.total("accepted"):
+        reasons = {key for entry in result.rounds for key in entry if key.startswith("rejected-")}
+        found = ", ".join(f"{key.partition('-')[2]} {result.total(key)}" for key in sorted(reasons))
+        result.status = "failed"
+        result.error = f"no reply was accepted in any round; rejected: {found or 'none'}"
+    idle = [name for name in plan.attacks if not result.played.get(name)]
+    if idle and result.status != "failed":
+        # Its accuracy would say nothing about the attack.
+        result.status = "failed"
+        result.error = f"attack {', '.join(idle)} was not played once"
+
+
 def _diverged(result: RunResult) -> bool:
-    """Whether the model left the range of its dtype, or no reply to it was finite any more."""
+    """Whether the model left the range of its dtype, or honest replies to it were not finite."""
     last = result.rounds[-1]
+    config = result.config
+    hostile = floor_share(float(config["byzantine-fraction"]), int(config["num-clients"]))
     # A client whose model is NaN says so in its arrays, or in its loss.
     reasons = ("rejected-non-finite", "rejected-metrics")
     rejected, not_finite = int(last.get("rejected", 0)), sum(int(last.get(r, 0)) for r in reasons)
-    lost = int(last.get("accepted", 0)) == 0 and rejected > 0 and rejected == not_finite
+    lost = int(last.get("accepted", 0)) == 0 and rejected == not_finite > hostile
     loss = float(last.get("loss", 0.0))
     return bool(last.get("diverged", 0)) or lost or not np.isfinite(loss)

@@ -205,7 +205,7 @@ def reproduce(
         else:
             missing.append(run)
     with path.open("a", encoding="utf-8") as lines:
-        lines.write("\n" if found else "")  # after a line that was cut off
+        lines.write("\n" if lines.tell() else "")  # after a line that was cut off
         for run, history in _run_all(missing, jobs, problem):
             found[_key(*run, problem)] = history
             line = {**_identity(*run, problem), "history": history.tolist()}

@@ -194,6 +194,14 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
+_SETTING = (
+    *("dataset", "model", "partition", "num-shards", "alpha", "num-clients", "num-server-rounds"),
+    *("local-steps", "local-epochs", "batch-size", "learning-rate", "momentum", "weight-decay"),
+    *("byzantine-fraction", "byzantine-selection"),
+)
+"""What the cells of one table share (but for the fraction where nobody attacks)."""
+
+
 def line_of(cell: Cell, result: RunResult) -> Line:
     """Return what a run's line of ``cells.jsonl`` says."""
     return {
@@ -208,6 +216,7 @@ def line_of(cell: Cell, result: RunResult) -> Line:
         "class-accuracies": result.last("class-accuracies", None),
         "played": result.played,
         "seconds": result.seconds,
+        "setting": {key: cell.config[key] for key in _SETTING},
     }
 
 
@@ -222,7 +231,27 @@ def read_cells(paths: Sequence[Path]) -> list[Line]:
         if not file.is_file():
             raise ConfigError(f"results is {str(path)!r}; allowed: a folder with a cells.jsonl")
         lines += [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    _refuse_mixtures(lines)
     return lines
+
+
+def _refuse_mixtures(lines: Sequence[Line]) -> None:
+    """Raise for cells whose mean would mean nothing: of other settings, or the same run twice."""
+    settings: dict[str, Any] = {}
+    runs = set()
+    for line in lines:
+        for key, value in line.get("setting", {}).items():
+            if key == "byzantine-fraction" and line["attack"] == "none":
+                continue
+            if settings.setdefault(key, value) != value:
+                raise ConfigError(
+                    f"results hold runs with {key} {settings[key]!r} and {value!r}; allowed: "
+                    "those of one setting"
+                )
+        run = (line["strategy"], line["attack"], line["strength"], line["seed"])
+        if run in runs:
+            raise ConfigError(f"results hold the run {run} twice; allowed: once")
+        runs.add(run)
 
 
 def accuracy_table(lines: Sequence[Line]) -> tuple[list[str], dict[str, list[float]]]:

@@ -12,7 +12,7 @@ from .norm_threshold import NORMS, NormThreshold
 from .robust import MIXINGS, WEIGHTINGS, RobustStrategy
 from .robust_filter import RobustFilter
 from .roster import TOO_FEW_NODES
-from .rounds import EmptyRoundsError, MissingNodesError
+from .rounds import EmptyRoundsError, MissingNodesError, RunEndedError
 
 __all__ = [
     "BGMD",
@@ -34,6 +34,7 @@ __all__ = [
     "RobustFilter",
     "RobustStrategy",
     "Round",
+    "RunEndedError",
     "TrimmedMean",
     "resolve_device",
 ]

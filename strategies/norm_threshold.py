@@ -46,6 +46,11 @@ class NormThreshold(RobustStrategy):
         require("drop_fraction", drop_fraction, 0 <= share < 1, "0 to below 1")
         require("order", order, order >= 1, "1 or more")
         require("norms", norms, norms in NORMS, ", ".join(NORMS))
+        if norms == "reported" and self.mixing != "none":
+            raise ValueError(
+                f"mixing is {self.mixing!r} with norms 'reported'; allowed: none, since mixed rows "
+                "have other norms"
+            )
         if norms == "reported" and order != 2:
             raise ValueError(f"order is {order!r} with norms 'reported'; allowed: 2")
         self.drop_fraction = drop_fraction

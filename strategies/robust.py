@@ -240,6 +240,8 @@ class RobustStrategy(FedAvg):
         self._sent_bytes = 0
         self._empty_rounds = 0
         self._num_sent = 0
+        self._has_run = False
+        self._before_run: dict[str, Any] = {}
 
     def tolerated(self, current: Round) -> float:
         """Return the hostile share of the rows that the rule has to expect.
@@ -272,7 +274,7 @@ class RobustStrategy(FedAvg):
         """Run the rounds, as :meth:`flwr.serverapp.strategy.Strategy.start`.
 
         With ``checkpoints`` the run goes on from the newest one, ``initial_arrays`` then only says
-        what the model looks like.
+        what the model looks like. A second run of the same strategy starts like the first.
 
         Raises
         ------
@@ -283,19 +285,27 @@ class RobustStrategy(FedAvg):
         CheckpointError
             For a checkpoint of another strategy, model or configuration.
         """
+        if self._has_run:  # what an earlier run left behind is not this one's
+            self.load_state_dict(self._before_run)
+        else:
+            self._before_run = self.state_dict()
+        self._layout = None
         self.summary()
-        with nullcontext() if self._checkpoints is None else self._checkpoints.locked():
-            return run_rounds(
-                self,
-                grid,
-                initial_arrays,
-                num_rounds=num_rounds,
-                timeout=timeout,
-                train_config=ConfigRecord() if train_config is None else train_config,
-                evaluate_config=ConfigRecord() if evaluate_config is None else evaluate_config,
-                evaluate_fn=evaluate_fn,
-                checkpoints=self._checkpoints,
-            )
+        try:
+            with nullcontext() if self._checkpoints is None else self._checkpoints.locked():
+                return run_rounds(
+                    self,
+                    grid,
+                    initial_arrays,
+                    num_rounds=num_rounds,
+                    timeout=timeout,
+                    train_config=ConfigRecord() if train_config is None else train_config,
+                    evaluate_config=ConfigRecord() if evaluate_config is None else evaluate_config,
+                    evaluate_fn=evaluate_fn,
+                    checkpoints=self._checkpoints,
+                )
+        finally:
+            self._has_run = True
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -412,7 +422,7 @@ class RobustStrategy(FedAvg):
         metrics["bytes-down"] = self._num_sent * self._sent_bytes
         arrays, weights = self._model, None
         if count < self.min_valid_replies:
-            self._keep_for_want_of_replies(count, intake.rejected)
+            self._keep_for_want_of_replies(count, intake.rejected, metrics)
         else:
             self._empty_rounds = 0
             current = intake.round(self.weighting, self.device)
@@ -449,6 +459,7 @@ class RobustStrategy(FedAvg):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned."""
+        self._has_run = False
         self._round = int(state["round"])
         self.generator.set_state(state["generator"])
         self._velocity = self._on_device(state["velocity"])
@@ -481,7 +492,9 @@ class RobustStrategy(FedAvg):
         content[MODEL_RECORD] = packed[MODEL_RECORD]
         return content, received
 
-    def _keep_for_want_of_replies(self, count: int, rejected: Counter[str]) -> None:
+    def _keep_for_want_of_replies(
+        self, count: int, rejected: Counter[str], metrics: MetricRecord
+    ) -> None:
         """Log that the round keeps the model; end the run if that has gone on for too long."""
         self._empty_rounds += 1
         LOG.warning(
@@ -495,7 +508,8 @@ class RobustStrategy(FedAvg):
             raise EmptyRoundsError(
                 f"{self._empty_rounds} rounds in a row had fewer than {self.min_valid_replies} "
                 f"valid replies; in round {self._round}: {self._num_sent} nodes asked, {count} "
-                f"replies accepted, rejected: {reasons or 'none'}"
+                f"replies accepted, rejected: {reasons or 'none'}",
+                metrics,
             )
 
     def _screening(self) -> dict[str, Any]:
@@ -590,7 +604,8 @@ class RobustStrategy(FedAvg):
         if not own and intake.contents:
             given = self.train_metrics_aggr_fn, self.evaluate_metrics_aggr_fn
             try:
-                return given[phase == "evaluate"](intake.contents, self.weighted_by_key)
+                combined = given[phase == "evaluate"](intake.contents, self.weighted_by_key)
+                return MetricRecord() if combined is None else combined
             except Exception as error:  # it reads what clients sent: it must not end the run
                 LOG.warning("%s_metrics_aggr_fn failed (%s): medians are used", phase, error)
         return median_metrics(screened.metrics for screened in intake.accepted)

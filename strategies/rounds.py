@@ -23,13 +23,21 @@ EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 LOG = logging.getLogger("flwr.fl_bgmd")
 
 
-class EmptyRoundsError(RuntimeError):
-    """Too many rounds in a row without enough valid replies; ``result`` holds the run so far."""
+class RunEndedError(RuntimeError):
+    """A run could not go on; ``result`` holds what it had come to."""
 
     result: Result
 
 
-class MissingNodesError(RuntimeError):
+class EmptyRoundsError(RunEndedError):
+    """Too many rounds in a row without enough valid replies; ``metrics`` are the last one's."""
+
+    def __init__(self, message: str, metrics: MetricRecord) -> None:
+        super().__init__(message)
+        self.metrics = metrics
+
+
+class MissingNodesError(RunEndedError):
     """Fewer nodes than needed were connected by the deadline."""
 
 
@@ -62,33 +70,39 @@ def run_rounds(
         _keep(result.evaluate_metrics_serverapp, 0, evaluate_fn(0, arrays))
 
     started = time.monotonic()
-    for number in range(first, num_rounds + 1):
-        LOG.info("")
-        LOG.info("[ROUND %s/%s]", number, num_rounds)
-        messages = strategy.configure_train(number, arrays, train_config, grid)
-        replies = grid.send_and_receive(messages, timeout=timeout)
-        try:
-            moved, metrics = strategy.aggregate_train(number, replies)
-        except EmptyRoundsError as error:
-            error.result = result
-            raise
-        if moved is not None:
-            arrays = result.arrays = moved
-        _keep(result.train_metrics_clientapp, number, metrics)
-        messages = strategy.configure_evaluate(number, arrays, evaluate_config, grid)
-        replies = grid.send_and_receive(messages, timeout=timeout)
-        metrics = strategy.aggregate_evaluate(number, replies)
-        _keep(result.evaluate_metrics_clientapp, number, metrics)
-        if evaluate_fn is not None:
-            _keep(result.evaluate_metrics_serverapp, number, evaluate_fn(number, arrays))
-        if checkpoints is not None and (number % checkpoints.every == 0 or number == num_rounds):
-            state = {
-                "arrays": arrays_to_state(arrays),
-                "history": _from_result(result),
-                "strategy": strategy.state_dict(),
-                "grid": grid.state_dict() if hasattr(grid, "state_dict") else None,
-            }
-            checkpoints.save(number, state, identity)
+    try:
+        for number in range(first, num_rounds + 1):
+            LOG.info("")
+            LOG.info("[ROUND %s/%s]", number, num_rounds)
+            messages = strategy.configure_train(number, arrays, train_config, grid)
+            replies = grid.send_and_receive(messages, timeout=timeout)
+            try:
+                moved, metrics = strategy.aggregate_train(number, replies)
+            except EmptyRoundsError as error:
+                _keep(result.train_metrics_clientapp, number, error.metrics)
+                raise
+            if moved is not None:
+                arrays = result.arrays = moved
+            _keep(result.train_metrics_clientapp, number, metrics)
+            messages = strategy.configure_evaluate(number, arrays, evaluate_config, grid)
+            replies = grid.send_and_receive(messages, timeout=timeout)
+            metrics = strategy.aggregate_evaluate(number, replies)
+            _keep(result.evaluate_metrics_clientapp, number, metrics)
+            if evaluate_fn is not None:
+                _keep(result.evaluate_metrics_serverapp, number, evaluate_fn(number, arrays))
+            if checkpoints is not None and (
+                number % checkpoints.every == 0 or number == num_rounds
+            ):
+                state = {
+                    "arrays": arrays_to_state(arrays),
+                    "history": _from_result(result),
+                    "strategy": strategy.state_dict(),
+                    "grid": grid.state_dict() if hasattr(grid, "state_dict") else None,
+                }
+                checkpoints.save(number, state, identity)
+    except RunEndedError as error:
+        error.result = result
+        raise
     LOG.info("")
     LOG.info("%s rounds in %.1f s", max(0, num_rounds - first + 1), time.monotonic() - started)
     return result

@@ -426,11 +426,11 @@ def test_the_shared_settings_reach_the_strategy(name: str) -> None:
                 "solver": "weiszfeld",
             },
         ),
-        ("trimmed-mean", {"assumed-byzantine-fraction": 0.3}, {"trim_fraction": 0.3}),
+        ("trimmed-mean", {"assumed-byzantine-fraction": 0.3}, {"byzantine_fraction": 0.3}),
         (
             "norm-threshold",
             {"norm-threshold.order": 1.5, "assumed-byzantine-fraction": 0.3},
-            {"order": 1.5, "drop_fraction": 0.3},
+            {"order": 1.5, "byzantine_fraction": 0.3},
         ),
         ("robust-filter", {}, {"sigma0": None}),
         ("robust-filter", {"robust-filter.sigma0": 2.0}, {"sigma0": 2.0}),
@@ -455,3 +455,38 @@ def test_at_least_one_node_trains() -> None:
     )
     assert strategy.min_train_nodes == 1
     assert strategy.min_available_nodes == 10
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"min-valid-replies": 11}, r"min-valid-replies is 11; allowed: 1 to num-clients \(10\)"),
+        ({"attack": "backdoor", "attack.scale": 12.0}, "attack.scale is 12 .* integer, 0 to 9"),
+        ({"attack": "backdoor", "attack.scale": 3.5}, "attack.scale is 3.5 .* integer, 0 to 9"),
+        ({"attack": "delayed", "attack.scale": 0.5}, "attack.scale is 0.5 .* integer, 0 or more"),
+        (
+            {"strategy": "norm-threshold", "norm-threshold.norms": "reported"},
+            "mixing is 'nearest-neighbor' with norm-threshold.norms 'reported'; allowed: 'none'",
+        ),
+        (
+            {
+                "strategy": "norm-threshold",
+                "norm-threshold.norms": "reported",
+                "mixing": "none",
+            },
+            "compressor is 'none' with norm-threshold.norms 'reported'",
+        ),
+    ],
+)
+def test_values_that_would_fail_or_do_nothing_later_are_refused(
+    given: dict[str, Any], message: str
+) -> None:
+    hostile = {"byzantine-fraction": 0.4} if "attack" in given else {}
+    with pytest.raises(ConfigError, match=message):
+        validate({**given, **hostile})
+
+
+def test_own_strategies_may_be_weighted_if_they_can() -> None:
+    validate({"strategy": "fl_bgmd.strategies:GMD", "weighting": "examples"})
+    with pytest.raises(ConfigError, match="weighting is 'examples'"):
+        validate({"strategy": "fl_bgmd.strategies:CMD", "weighting": "examples"})

@@ -120,3 +120,14 @@ def test_gradients_are_those_of_one_worker_after_the_other() -> None:
 def test_numbers_out_of_range_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "ghosh-regression", "--seeds=0"]) == 2
     assert "seeds is 0; allowed: 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", ["--no-run", "--epochs=1", "--device=cpu", "--backend=vectorized", "--jobs=2"]
+)
+def test_options_without_a_bearing_are_refused(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["reproduce", "fig-toy", option]) == 2
+    key = option.split("=")[0].removeprefix("--")
+    assert f"{key} is given with fig-toy" in capsys.readouterr().err

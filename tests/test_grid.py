@@ -519,3 +519,77 @@ def test_a_failed_run_is_a_result_with_its_error(monkeypatch: pytest.MonkeyPatch
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="backend is 'cloud'; allowed: "):
         backends.run(validate(SMALL), backend="cloud")
+
+
+@pytest.mark.usefixtures("synthetic")
+def test_a_run_in_which_every_client_fails_has_failed() -> None:
+    config = validate(SMALL | {"num-server-rounds": 2})
+    app = app_of(raising)
+    result = simulations.experiment.run_experiment(InProcessGrid(app, 5, config), config)
+    assert result.status == "failed"
+    assert result.error == "no reply was accepted in any round; rejected: error 10"
+
+
+def raising(message: Message, context: Context) -> Message:
+    raise RuntimeError("never")
+
+
+@pytest.mark.usefixtures("synthetic")
+def test_a_partition_that_cannot_be_is_refused_before_the_first_round() -> None:
+    result = backends.run(
+        validate(SMALL | {"partition": "shards", "num-shards": 80_000}), backend="inprocess"
+    )
+    assert result.status == "failed"
+    assert "num_shards" in result.error
+    assert not result.rounds
+
+
+class LeavingGrid(InProcessGrid):
+    """Its last node is gone after three messages were sent to it."""
+
+    pushes = 0
+
+    def push_messages(self, messages: Any) -> Any:
+        self.pushes += 1
+        return super().push_messages(messages)
+
+    def get_node_ids(self) -> list[int]:
+        nodes = list(super().get_node_ids())
+        return nodes[:-1] if self.pushes >= 3 else nodes
+
+
+@pytest.mark.usefixtures("synthetic")
+def test_a_run_that_ends_for_want_of_nodes_keeps_its_history() -> None:
+    config = validate(
+        SMALL | {"num-server-rounds": 9, "evaluate-every": 9, "node-wait-timeout": 0.1}
+    )
+    grid = LeavingGrid(clients.client_app.app, 5, config)
+    result = simulations.experiment.run_experiment(grid, config)
+    assert result.status == "failed"
+    assert "4 nodes are connected" in result.error
+    assert len(result.rounds) > 1
+    assert "accuracy" in result.rounds[-1]  # also between evaluations
+
+
+def test_a_second_run_of_a_strategy_starts_like_the_first() -> None:
+    strategy = BGMD(server_momentum=0.9, min_available_nodes=4, fraction_evaluate=0.0)
+    models = [
+        strategy.start(InProcessGrid(regression_app(), 4, {}), regression_model(), num_rounds=4)
+        for _ in range(2)
+    ]
+    assert same_bits(models[0].arrays, models[1].arrays)
+    state = strategy.state_dict()
+    strategy.load_state_dict(state)
+    third = strategy.start(InProcessGrid(regression_app(), 4, {}), regression_model(), num_rounds=4)
+    assert not same_bits(models[0].arrays, third.arrays)
+
+
+def test_metrics_functions_may_return_nothing() -> None:
+    strategy = GMD(
+        min_available_nodes=4,
+        fraction_evaluate=0.0,
+        train_metrics_aggr_fn=lambda contents, key: None,
+    )
+    grid = InProcessGrid(regression_app(), 4, {})
+    result = strategy.start(grid, regression_model(), num_rounds=2)
+    assert result.train_metrics_clientapp[2]["accepted"] == 4

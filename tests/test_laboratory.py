@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from flower_messages import regression_app, regression_model, train_message
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -476,7 +476,7 @@ def test_an_attack_that_was_not_played_is_a_failure() -> None:
         validate(SMALL | {"attack": "delayed", "num-server-rounds": 1}), backend="inprocess"
     )
     assert result.status == "failed"
-    assert "attack delayed was not played once in 1 rounds" in result.error
+    assert "attack delayed was not played once" in result.error
 
 
 def test_the_backdoor_is_measured() -> None:
@@ -658,3 +658,32 @@ def test_attacks_are_played_where_the_server_chose_the_coordinates(
 
 def test_a_stale_update_is_at_least_one_round_old() -> None:
     assert AttackPlan(("delayed",), strength=0.5).memory == 1
+
+
+def test_only_attacks_of_the_plan_are_counted() -> None:
+    """A ConfigRecord of a client's own does not fill checkpoints and results with its names."""
+
+    def boast(message: Message, context: Context, call_next: Any) -> Message:
+        reply: Message = call_next(message, context)
+        reply.content["byzantine"] = ConfigRecord({"attack": f"name-{context.node_id}"})
+        return reply
+
+    plan = AttackPlan(("ipm",), fraction=0.2)
+    [_, grid] = play(plan, 2, echo_app([boast]))
+    assert grid.played == {"ipm": 4}
+
+
+def test_report_refuses_runs_of_different_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"--{key}={value}" for key, value in SMALL.items() if key != "partition"]
+    arguments += ["--strategies", "mean", "--attack=none,zero", "--backend=inprocess"]
+    for scheme in ("iid", "shards"):
+        given = [*arguments, f"--partition={scheme}", f"--results-dir={tmp_path / scheme}"]
+        assert main(["compare", *given]) == 0
+    folders = [str(next((tmp_path / scheme).iterdir())) for scheme in ("iid", "shards")]
+    assert main(["report", folders[0], f"--output={tmp_path / 'one'}"]) == 0
+    assert main(["report", *folders, f"--output={tmp_path / 'both'}"]) == 2
+    assert "partition 'iid' and 'shards'" in capsys.readouterr().err
+    assert main(["report", folders[0], folders[0], f"--output={tmp_path / 'twice'}"]) == 2
+    assert "twice; allowed: once" in capsys.readouterr().err

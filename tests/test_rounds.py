@@ -67,7 +67,7 @@ def test_too_many_empty_rounds_end_the_run_and_say_why() -> None:
         "accepted, rejected: non-finite 4"
     )
     result = error.value.result
-    assert list(result.train_metrics_clientapp) == [1, 2, 3, 4]
+    assert list(result.train_metrics_clientapp) == [1, 2, 3, 4, 5]
     [model] = result.arrays.to_numpy_ndarrays()
     assert np.isfinite(model).all()
 
