@@ -696,3 +696,13 @@ def test_refused_updates() -> None:
         block_geometric_median(torch.ones(4, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="selection is 'first'; allowed: sample, top-k, uniform"):
         select_block(torch.ones(4), 2, selection="first")
+
+
+def test_tiny_rows_are_scored_beside_a_hostile_one() -> None:
+    """The largest honest columns are chosen although a liar's norm is 1e20 times theirs."""
+    generator = torch.Generator().manual_seed(0)
+    updates = 1e-25 * torch.randn(10, 1000, generator=generator)
+    updates[:, :50] *= 100
+    updates[9] = 1e-3
+    result = block_geometric_median(updates, block_fraction=0.05, selection="top-k")
+    assert set(result.block.tolist()) == set(range(50))

@@ -105,8 +105,9 @@ def block_geometric_median(
     scale = float(scales.min())
     offset = memory if memory is None or scale == 1.0 else memory / scale
     norms = row_norms(rows, offset)
-    # Float32 is enough for what is only a probability or kept in float32, unless squares overflow.
-    is_moderate = dtype == torch.float32 and 1e-12 < float(norms.max()) < 1e15
+    # Float32 is enough for what is only a probability or kept in float32, unless squares leave it.
+    size = float(np.median(norms)) if score == "clipped" else float(norms.max())
+    is_moderate = dtype == torch.float32 and size > 1e-12 and float(norms.max()) < 1e15
     work = torch.float32 if is_moderate else torch.float64
     k = max(1, round(block_fraction * d))
     scores = _column_scores(rows, offset, norms, score, work)
