@@ -576,6 +576,10 @@ def test_non_finite_rows_are_named(value: float, solver: str, dtype: torch.dtype
         ({"weights": torch.zeros(2)}, r"weights is \[0.0, 0.0\]; allowed: .* not all 0"),
         ({"weights": torch.tensor([1.0, math.nan])}, r"weights is \[1.0, nan\]; allowed: finite"),
         ({"weights": torch.tensor([1.0, math.inf])}, r"weights is \[1.0, inf\]; allowed: finite"),
+        (
+            {"weights": torch.tensor([1e308, 1e308], dtype=torch.float64)},
+            r"weights is \[1e\+308, 1e\+308\]; .* a sum below 1e154",
+        ),
     ],
 )
 def test_refused_options(options: dict[str, object], message: str) -> None:

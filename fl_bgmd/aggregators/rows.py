@@ -56,8 +56,8 @@ def check_weights(weights: Tensor | None, n: int) -> NDArray[np.float64]:
         is_finite = np.isfinite(values.sum() ** 2)
     if not is_finite or (values < 0).any() or not (values > 0).any():
         raise ValueError(
-            f"weights is {values.tolist()}; allowed: values of 0 or more, not all 0, whose sum is "
-            "below 1e154"
+            f"weights is {values.tolist()}; allowed: finite values of 0 or more, not all 0, with "
+            "a sum below 1e154"
         )
     return values
 
