@@ -24,6 +24,7 @@ from flower_messages import (
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
+from fl_bgmd.aggregators import coordinate_median
 from fl_bgmd.compression import RandK, build_compressor, for_shapes
 from fl_bgmd.mods import ByzantineMod, CompressionMod
 from fl_bgmd.replies import (
@@ -442,3 +443,12 @@ def test_replies_that_are_no_model_pass_the_mod() -> None:
     context = Context(1, 1, {"partition-id": 0, "num-partitions": 1}, RecordDict(), {})
     reply = CompressionMod()(message, context, other)
     assert [*reply.content["arrays"]] == ["other"]
+
+
+@pytest.mark.parametrize("clients", [5, 6])
+def test_the_median_of_signs_is_the_majority_vote(clients: int) -> None:
+    generator = torch.Generator().manual_seed(clients)
+    updates = torch.randn(clients, 40, generator=generator)
+    sign = build_compressor("sign")
+    votes = torch.stack([sign.decode(sign.encode(update), 40) for update in updates])
+    assert torch.equal(coordinate_median(votes).vector, updates.sign().sum(0).sign())
