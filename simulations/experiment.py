@@ -302,9 +302,6 @@ def build_strategy(config: Config) -> RobustStrategy:
         "seed": config["seed"],
         "device": config["device"],
     }
-    theirs = own_strategy(str(config["strategy"]))
-    if theirs is not None:
-        return theirs(**options)
     own: dict[str, tuple[type[RobustStrategy], dict[str, Any]]] = {
         "mean": (Mean, {}),
         "gmd": (GMD, {"solver": config["gmd.solver"]}),
@@ -332,6 +329,11 @@ def build_strategy(config: Config) -> RobustStrategy:
             {"radius": config["centered-clipping.radius"] or None},
         ),
     }
+    theirs = own_strategy(str(config["strategy"]))
+    if theirs is not None:
+        # A subclass of one of these takes its keys.
+        extra = next((keys for base, keys in own.values() if issubclass(theirs, base)), {})
+        return theirs(**options, **extra)
     strategy, extra = own[str(config["strategy"])]
     return strategy(**options, **extra)
 

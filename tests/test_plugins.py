@@ -7,7 +7,7 @@ import torch
 
 from fl_bgmd.attacks import ATTACKS, AttackPlan, is_attack
 from fl_bgmd.plugins import is_path
-from fl_bgmd.strategies import Round
+from fl_bgmd.strategies import FedBGMD, Round
 from simulations.cli import main
 from simulations.config import ConfigError, validate
 from simulations.experiment import build_strategy
@@ -72,3 +72,12 @@ def test_what_cannot_be_used_is_refused(given: dict[str, str], message: str) -> 
 )
 def test_paths_are_told_from_names(name: str, expected: bool) -> None:
     assert is_path(name) is expected
+
+
+def test_a_subclass_takes_the_keys_of_its_base() -> None:
+    config = {"strategy": "fl_bgmd.strategies:FedBGMD", "compressor": "qsgd:3"}
+    strategy = build_strategy(validate(config | {"bgmd.block-fraction": 0.5}))
+    assert isinstance(strategy, FedBGMD)
+    assert strategy.block_fraction == 0.5
+    assert strategy.compressor is not None
+    assert strategy.compressor.name == "qsgd:3"
