@@ -47,7 +47,7 @@ OWN_METRICS = (
     *("bytes-rejected", "update-norm", "client-weights", "iterations", "gap", "diverged"),
     *("residual-ratio", "memory-norm", "dropped", "sigma0", "aggregation-seconds"),
 )
-"""How the names of a round's own metrics begin."""
+"""Names of a round's own metrics, beside those that begin with ``rejected-``."""
 
 
 class RobustStrategy(FedAvg):
@@ -413,8 +413,9 @@ class RobustStrategy(FedAvg):
         )
         self._roster.answered(server_round, messages)
         metrics = self._metrics("train", intake)
-        for key in [key for key in metrics if key.startswith(OWN_METRICS)]:
-            del metrics[key]  # no client says what the server found
+        for key in list(metrics):
+            if key in OWN_METRICS or key.startswith("rejected-"):
+                del metrics[key]  # no client says what the server found
         intake.describe(metrics)
         metrics["missing"] = max(0, self._num_sent - len(messages))
         if self._roster.late:

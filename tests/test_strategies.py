@@ -1328,14 +1328,14 @@ def test_clients_cannot_speak_for_the_server(name: str) -> None:
     def one(messages: list[Message]) -> list[Message]:
         [reply] = honest_replies(messages[:1])
         reply.content["metrics"] = MetricRecord(
-            {"client-weights": [1.0, 2.0, 3.0], "diverged": 1, "rejected-shape": 7, "own": 0.5}
+            {"client-weights": [1.0, 2.0, 3.0], "diverged": 1, "rejected-shape": 7, "latency": 0.5}
         )
         return [reply]
 
     model = plain_model()
     arrays, metrics = train_round(strategy, model, reply=one)
     assert same_bits(arrays, model)
-    assert metrics["own"] == 0.5
+    assert metrics["latency"] == 0.5
     assert not {"client-weights", "diverged", "rejected-shape"} & set(metrics)
 
 
