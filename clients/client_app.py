@@ -1,7 +1,8 @@
 """The ClientApp: load the partition, train, evaluate; lie when the attack says so."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,14 +83,7 @@ def _training_job(message: Message, context: Context, model: nn.Module) -> tuple
     dataset = _dataset(context)
     number, partition_id = _key(message, context)
     seed = np.random.SeedSequence([int(config["seed"]), number, partition_id, 1])
-    indices = _partitions(
-        dataset,
-        int(context.node_config["num-partitions"]),
-        str(config["partition"]),
-        int(config["num-shards"]),
-        float(config["alpha"]),
-        int(config["seed"]),
-    )[partition_id]
+    indices = partitions(dataset, config, int(context.node_config["num-partitions"]))[partition_id]
     settings = LocalTraining(
         steps=int(config["local-steps"]),
         epochs=int(config["local-epochs"]),
@@ -149,6 +143,21 @@ def _data_attack(
     rng = np.random.default_rng(plan.client_seed(server_round(message), partition_id))
     strength, classes = plan.value(name), dataset.num_classes
     return name, lambda images, labels: corrupt(images, labels, strength, classes, rng)
+
+
+def partitions(dataset: Dataset, config: Mapping[str, Any], count: int) -> list[NDArray[np.int64]]:
+    """Return the training examples of each of ``count`` clients, as a configuration shares them.
+
+    Raises ``ValueError`` for shares that cannot be.
+    """
+    return _partitions(
+        dataset,
+        count,
+        str(config["partition"]),
+        int(config["num-shards"]),
+        float(config["alpha"]),
+        int(config["seed"]),
+    )
 
 
 @lru_cache(maxsize=4)

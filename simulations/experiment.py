@@ -16,11 +16,12 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
+from clients.client_app import partitions
 from clients.training import evaluate, scheduled_learning_rate
 from fl_bgmd import __version__
 from fl_bgmd.attacks import AttackPlan
 from fl_bgmd.checkpoints import Checkpoints
-from fl_bgmd.data import Dataset, load, partition
+from fl_bgmd.data import load
 from fl_bgmd.models import build
 from fl_bgmd.shares import floor_share
 from fl_bgmd.strategies import (
@@ -167,7 +168,7 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
         str(config["model"]), input_shape=dataset.input_shape, num_classes=dataset.num_classes
     )
     strategy = build_strategy(config)
-    _check_partition(config, dataset)
+    partitions(dataset, config, int(config["num-clients"]))  # refuses what cannot be
     device = resolve_device(str(config["device"]))
     num_rounds, every = int(config["num-server-rounds"]), int(config["evaluate-every"])
     plan = AttackPlan.from_config(config)
@@ -218,18 +219,6 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
     result.played = dict(adversary.played)
     _judge(result, plan)
     return result
-
-
-def _check_partition(config: Config, dataset: Dataset) -> None:
-    """Raise ``ValueError`` for a partition that no client could be given its share of."""
-    partition(
-        dataset.train_labels,
-        int(config["num-clients"]),
-        scheme=str(config["partition"]),
-        num_shards=int(config["num-shards"]),
-        alpha=float(config["alpha"]),
-        seed=int(config["seed"]),
-    )
 
 
 def _history(outcome: Result) -> list[dict[str, Any]]:
