@@ -107,28 +107,17 @@ def _choice(allowed: tuple[str, ...], help: str) -> Setting:
     return Setting(str, ", ".join(allowed), lambda value: value in allowed, help)
 
 
-def _device_holds(value: Value) -> bool:
-    try:
-        resolve_device(str(value))
-    except ValueError:
-        return False
-    return True
+def _accepted_by(build: Callable[[str], object]) -> Callable[[Value], bool]:
+    """Return the check that ``build`` makes something of a value and does not refuse it."""
 
+    def holds(value: Value) -> bool:
+        try:
+            build(str(value))
+        except ValueError:
+            return False
+        return True
 
-def _downlink_holds(value: Value) -> bool:
-    try:
-        build_downlink(str(value))
-    except ValueError:
-        return False
-    return True
-
-
-def _compressor_holds(value: Value) -> bool:
-    try:
-        build_compressor(str(value))
-    except ValueError:
-        return False
-    return True
+    return holds
 
 
 SETTINGS: dict[str, Setting] = {
@@ -172,12 +161,12 @@ SETTINGS: dict[str, Setting] = {
     "compressor": Setting(
         str,
         f"{', '.join(COMPRESSORS)}, with :parameter where there is one",
-        _compressor_holds,
+        _accepted_by(build_compressor),
         "of the clients' updates",
     ),
     "error-feedback": _choice(("on", "off"), "whether clients keep what compression lost"),
     "downlink-compressor": Setting(
-        str, "none, qsgd, qsgd:levels", _downlink_holds, "of the model on its way down"
+        str, "none, qsgd, qsgd:levels", _accepted_by(build_downlink), "of the model on its way down"
     ),
     "gmd.solver": _choice(SOLVERS, "of the geometric median"),
     "bgmd.solver": _choice(SOLVERS, "of the geometric median of the block"),
@@ -202,7 +191,9 @@ SETTINGS: dict[str, Setting] = {
     "byzantine-fraction": _number(float, "hostile share of the clients", 0, 1),
     "byzantine-selection": _choice(BYZANTINE_SELECTIONS, "hostile clients: redrawn or the same"),
     "seed": _number(int, "of everything", 0, 2**31),
-    "device": Setting(str, "auto, cpu, cuda, cuda:N", _device_holds, "of clients and server"),
+    "device": Setting(
+        str, "auto, cpu, cuda, cuda:N", _accepted_by(resolve_device), "of clients and server"
+    ),
     "client-threads": _number(int, "torch threads of a client", 1),
     "evaluate-every": _number(int, "rounds between evaluations on all test examples", 1),
     "round-timeout": _number(float, "seconds to wait for replies", 0, above=True),
