@@ -137,6 +137,7 @@ SETTINGS: dict[str, Setting] = {
     "lr-decay": _number(float, "factor of each step of exponential", 0, 1, above=True),
     "server-learning-rate": _number(float, "step of the server along the update", 0, above=True),
     "server-momentum": _number(float, "of the server", 0, 1, below=True),
+    "server-nesterov": _choice(("on", "off"), "whether that momentum is Nesterov's"),
     "dataset": _choice(DATASETS, "real data"),
     "data-dir": Setting(str, "a folder, or empty", lambda _: True, "where data sets are kept"),
     "model": _choice(MODELS, "what is trained"),
@@ -303,6 +304,11 @@ def _check_combinations(config: Config) -> None:
             + ", ".join(ATTACKS)
         )
     _check_attack(config, hostile)
+    if config["server-nesterov"] == "on" and not config["server-momentum"]:
+        raise ConfigError(
+            "server-nesterov is 'on' with server-momentum 0; allowed: off, or a server-momentum "
+            "above 0"
+        )
     if config["shared-coordinates"] == "on":
         kind = str(config["compressor"]).partition(":")[0]
         if kind not in ("rand-k", "scaled-rand-k"):

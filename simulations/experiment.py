@@ -273,6 +273,7 @@ def build_strategy(config: Config) -> RobustStrategy:
         "min_evaluate_nodes": max(1, floor_share(float(config["fraction-evaluate"]), clients)),
         "server_learning_rate": _server_learning_rate(config),
         "server_momentum": float(config["server-momentum"]),
+        "server_nesterov": config["server-nesterov"] == "on",
         "mixing": config["mixing"],
         "bucket_size": config["bucket-size"],
         "byzantine_fraction": float(config["assumed-byzantine-fraction"]),

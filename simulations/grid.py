@@ -5,10 +5,12 @@ strategies: tests and long experiments use it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from itertools import count
 from typing import Any
 
 from flwr.app import (
+    Array,
     ArrayRecord,
     ConfigRecord,
     Context,
@@ -167,11 +169,11 @@ def _from_state(kind: str, values: dict[str, Any]) -> ArrayRecord | ConfigRecord
 
 def _copy(content: RecordDict) -> RecordDict:
     """Copy the records, not the arrays' bytes: the sides share nothing they can change."""
-    copied = RecordDict()
+    copied = content.copy()
     for name, record in content.items():
-        if isinstance(record, ArrayRecord):
-            copied[name] = ArrayRecord(dict(record))
-        else:
-            values = {k: v.copy() if isinstance(v, list) else v for k, v in record.items()}
-            copied[name] = type(record)(values)  # type: ignore[arg-type]
+        twin: Any = record.copy()
+        for key, value in record.items():
+            if isinstance(value, Array | list):
+                twin[key] = copy(value)
+        copied[name] = twin
     return copied

@@ -64,6 +64,8 @@ class RobustStrategy(FedAvg):
         the round, from 1 up, to it, which may return 0.
     server_momentum : float
         ``v <- server_momentum * v + update`` and ``v`` takes the update's place. 0 to below 1.
+    server_nesterov : bool
+        ``update + server_momentum * v`` takes it instead, as in torch's SGD; needs a momentum.
     mixing : {"none", "nearest-neighbor", "bucketing"}
         Pre-aggregation: see :mod:`fl_bgmd.aggregators.mixing`. Recommended where clients hold
         different data: ``nearest-neighbor``.
@@ -137,6 +139,7 @@ class RobustStrategy(FedAvg):
         *,
         server_learning_rate: float | Callable[[int], float] = 1.0,
         server_momentum: float = 0.0,
+        server_nesterov: bool = False,
         mixing: str = "none",
         byzantine_fraction: float = 0.25,
         bucket_size: int = 2,
@@ -163,6 +166,12 @@ class RobustStrategy(FedAvg):
             "above 0",
         )
         require("server_momentum", server_momentum, 0 <= server_momentum < 1, "0 to below 1")
+        require(
+            "server_nesterov",
+            server_nesterov,
+            not server_nesterov or server_momentum > 0,
+            "False, or a server_momentum above 0",
+        )
         require("mixing", mixing, mixing in MIXINGS, ", ".join(MIXINGS))
         require(
             "byzantine_fraction",
@@ -193,6 +202,7 @@ class RobustStrategy(FedAvg):
         self._own_metrics = {name: fn is None for name, fn in metrics_given.items()}
         self.server_learning_rate = server_learning_rate
         self.server_momentum = server_momentum
+        self.server_nesterov = server_nesterov
         self.mixing = mixing
         self.byzantine_fraction = byzantine_fraction
         self.bucket_size = bucket_size
@@ -548,9 +558,12 @@ class RobustStrategy(FedAvg):
                 update = torch.zeros(layout.num_directions, dtype=update.dtype)
                 update[torch.from_numpy(self._coordinates)] = result.vector.cpu()
             if self.server_momentum:
+                velocity = update
                 if self._velocity is not None:
-                    update = update + self.server_momentum * self._velocity.to(update)
-                self._velocity = update
+                    velocity = update + self.server_momentum * self._velocity.to(update)
+                self._velocity = velocity
+                nesterov = self.server_nesterov
+                update = update + self.server_momentum * velocity if nesterov else velocity
             assert self._model is not None
             own = layout if self._downlink is None else ModelLayout(self._model)
             step = self.server_learning_rate

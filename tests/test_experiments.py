@@ -91,7 +91,8 @@ def test_schedules_are_those_of_torch(schedule, settings, reference) -> None:  #
         scheduler.step()
 
 
-def test_the_server_takes_the_steps_of_torch_s_sgd() -> None:
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_server_takes_the_steps_of_torch_s_sgd(nesterov: bool) -> None:
     """One gradient a round, a scheduled step and momentum on the server: SGD, nothing else."""
     targets = [torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.0, 4.0, -1.0])]
     app = ClientApp()
@@ -107,19 +108,25 @@ def test_the_server_takes_the_steps_of_torch_s_sgd() -> None:
     strategy = Mean(
         server_learning_rate=lambda number: scheduled_learning_rate(0.3, "cosine", number, 8),
         server_momentum=0.9,
+        server_nesterov=nesterov,
         fraction_evaluate=0.0,
     )
     start = ArrayRecord({"w": torch.ones(3)})
     result = strategy.start(grid=InProcessGrid(app, 2, {}), initial_arrays=start, num_rounds=8)
 
     weights = torch.ones(3, requires_grad=True)
-    optimizer = torch.optim.SGD([weights], lr=0.3, momentum=0.9)
+    optimizer = torch.optim.SGD([weights], lr=0.3, momentum=0.9, nesterov=nesterov)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8)
     for _ in range(8):
         weights.grad = sum(weights.detach() - target for target in targets) / 2  # type: ignore[assignment]
         optimizer.step()
         scheduler.step()
     torch.testing.assert_close(result.arrays.to_torch_state_dict()["w"], weights.detach())
+
+
+def test_nesterov_needs_a_momentum() -> None:
+    with pytest.raises(ConfigError, match=r"server-nesterov is 'on' with server-momentum 0; all"):
+        validate({"server-nesterov": "on"})
 
 
 def test_restarts_need_a_cycle() -> None:

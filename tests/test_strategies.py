@@ -1128,6 +1128,7 @@ def test_the_base_class_names_no_rule() -> None:
         (Mean, "server_learning_rate", math.inf, "above 0"),
         (Mean, "server_momentum", 1.0, "0 to below 1"),
         (Mean, "server_momentum", -0.1, "0 to below 1"),
+        (Mean, "server_nesterov", True, "False, or a server_momentum above 0"),
         (Mean, "server_momentum", math.nan, "0 to below 1"),
         (GMD, "mixing", "nnm", "none, nearest-neighbor, bucketing"),
         (GMD, "byzantine_fraction", 0.5, "0 to below 0.5"),
