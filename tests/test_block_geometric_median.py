@@ -81,6 +81,33 @@ def test_exactly_k_distinct_coordinates(scores: torch.Tensor, data: st.DataObjec
         assert_block(select_block(scores, k, selection=selection, generator=generator), k, d)
 
 
+@pytest.mark.parametrize("d", [31, 33, 5_000, 600_001, 1_100_000])
+@pytest.mark.parametrize("spread", [0, 3, 30])
+def test_exactly_k_of_many(d: int, spread: int) -> None:
+    """Blocks of scores, a last one that is not full, scores that are certain among others."""
+    rng = np.random.default_rng(d)
+    scores = torch.from_numpy(10.0 ** rng.uniform(-spread, 0, d)).float()
+    scores[rng.random(d) < 0.3] = 0.0
+    for k in (1, d // 10, d // 2):
+        block = select_block(scores, k, generator=seeded(k))
+        assert_block(block, k, d)
+        assert (scores[block] > 0).all()
+
+
+def test_large_blocks_take_their_share_of_every_part() -> None:
+    """Whatever the order of the comb, each tenth of the coordinates gets what its scores sum to."""
+    d, k = 1_500_000, 150_000
+    scores = torch.rand(d, generator=seeded(0)) * torch.linspace(0.1, 1.0, d)
+    expected = inclusion_probabilities(scores, k).double()
+    block = select_block(scores, k, generator=seeded(1))
+    hit = torch.zeros(d, dtype=torch.float64).index_fill(0, block, 1.0)
+    for part in (torch.arange(d) // (d // 10), torch.arange(d) % 7, scores.argsort().argsort() % 5):
+        found = torch.zeros(10, dtype=torch.float64).index_add(0, part, hit)
+        wanted = torch.zeros(10, dtype=torch.float64).index_add(0, part, expected)
+        # Independent draws would deviate by sqrt(wanted); systematic ones by less.
+        assert ((found - wanted).abs() <= 4 * wanted.sqrt() + 1e-6).all()
+
+
 @given(score_vectors(), st.data())
 @settings(few_examples, max_examples=200)
 def test_zero_scores_only_fill_up(scores: torch.Tensor, data: st.DataObject) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from oracles import few_examples, numpy64, update_matrices
 
 from fl_bgmd.aggregators import GeometricMedian, geometric_median
+from fl_bgmd.aggregators.rows import gram_matrix
 
 SOLVERS = ("gram", "weiszfeld")
 TOL = 1e-6
@@ -70,6 +71,18 @@ HOSTILE = ("huge", "one far point", "aligned", "opposed", "near", "mixed")
 
 
 # --- The oracle itself --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [*range(1, 20), 31, 32, 33, 64, 99, 100, 101, 130])
+@pytest.mark.parametrize("d", [1, 511, 1025, 70_000])
+def test_all_inner_products(n: int, d: int) -> None:
+    """Strips of rows and pieces of columns, those left over included."""
+    rows = np.random.default_rng(n).standard_normal((n, d))
+    rows[n // 2] = rows[0]
+    gram = gram_matrix(torch.from_numpy(rows))
+    lengths = np.linalg.norm(rows, axis=1)
+    np.testing.assert_array_equal(gram, gram.T)
+    assert (abs(gram - rows @ rows.T) <= 1e-13 * np.outer(lengths, lengths)).all()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Choosing a block of k of d coordinates from their scores (Algorithm 2 of Acharya et al.)."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 from .rows import Result, on_cores
 
 SELECTIONS = ("sample", "top-k", "uniform")
-_BLOCK = 1 << 17  # scores at a time
+_COLUMNS, _TALL = 1 << 14, 32  # shape of a block of scores
 
 
 def select_block(
@@ -48,13 +49,12 @@ def select_block(
     # On the CPU, in NumPy: its searchsorted is quick for sorted needles.
     scores = scores.cpu()
     values = scores.numpy()
-    positive = int(np.count_nonzero(values))
-    if positive <= k:
+    threshold = certainty_threshold(scores, k)
+    if threshold == 0.0:  # fewer than k are above 0
         chosen = torch.from_numpy(np.flatnonzero(values))
         rest = torch.from_numpy(np.flatnonzero(values == 0))
-        fill = torch.randperm(len(rest), generator=generator)[: k - positive]
+        fill = torch.randperm(len(rest), generator=generator)[: k - len(chosen)]
         return torch.cat((chosen, rest[fill])).sort().values.to(device)
-    threshold = certainty_threshold(scores, k)
     certain = _flat_nonzero(values, threshold)
     if len(certain) >= k:
         # More only by rounding: above 2^24 nearly equal scores float32 cannot hold tau.
@@ -63,20 +63,20 @@ def select_block(
     if len(certain):
         # Two ascending runs: a stable sort merges them.
         drawn = np.sort(np.concatenate((certain, drawn)), kind="stable")
-    if (drawn[1:] == drawn[:-1]).any():
-        drawn = _without_repeats(drawn, scores)
+    if len(drawn) != k:
+        drawn = _exactly(k, drawn, scores)
     return torch.from_numpy(drawn).to(device)
 
 
-def _without_repeats(block: NDArray[np.int64], scores: Tensor) -> NDArray[np.int64]:
-    """Replace repeats in the ascending ``block`` by the best coordinates it lacks.
+def _exactly(k: int, block: NDArray[np.int64], scores: Tensor) -> NDArray[np.int64]:
+    """Leave out the last of too many coordinates; fill up too few with the best they lack.
 
-    Two teeth hit one coordinate only by rounding, where its probability is 1 to the last digit.
+    Only rounding makes them not k: two teeth of the comb hit one coordinate whose probability is
+    1 to the last digit, or one falls where two pieces of the sum meet.
     """
-    distinct = torch.from_numpy(np.unique(block))
-    missing = len(block) - len(distinct)
-    best = torch.topk(scores.index_fill(0, distinct, -1.0), missing).indices
-    return np.asarray(torch.cat((distinct, best)).sort().values)
+    chosen = torch.from_numpy(block[:k])
+    best = torch.topk(scores.index_fill(0, chosen, -1.0), k - len(chosen)).indices
+    return np.asarray(torch.cat((chosen, best)).sort().values)
 
 
 def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:
@@ -128,34 +128,46 @@ def _systematic(
     Inclusion probabilities are ``k * score / sum``, each below 1. Systematic sampling (Madow
     1949): lay the scores end to end, drop a comb of k equally spaced teeth on them at a random
     offset, take what each tooth hits. One random number, one pass; it has exactly these inclusion
-    probabilities, unlike an exponential race, and no limit on d.
+    probabilities, unlike an exponential race, and no limit on d. Rounding may make them k +- 1.
     """
-    blocks = _blocks(values)
 
-    def eligible(block: NDArray[np.float32]) -> NDArray[np.float64]:
-        # Not np.where or a cumsum that converts: those hold the interpreter's lock.
-        return np.multiply(block, block < threshold, dtype=np.float64)
+    def total(block: NDArray[np.float32]) -> float:
+        # Not np.where, nor below a cumsum: those hold the interpreter's lock or add one by one.
+        return float(np.multiply(block, block < threshold, dtype=np.float64).sum())
 
-    totals = np.array(_each(lambda block: float(eligible(block).sum()), blocks))
+    columns = min(_COLUMNS, math.ceil(len(values) / _TALL))
+    totals = np.array(_each(total, _blocks(values, columns * _TALL)))
     ends = totals.cumsum()
     step = float(ends[-1]) / k
     offset = float(torch.rand(1, generator=generator, dtype=torch.float64))
-    # The number of teeth before each block's end; the last block takes what is left.
-    teeth = np.clip(np.ceil(ends / step - offset), 0, k).astype(np.int64)
-    teeth[-1] = k
-    firsts = np.maximum.accumulate(np.concatenate(([0], teeth[:-1])))
+    starts = (ends - totals) / step - offset
 
-    def hits(i: int) -> NDArray[np.int64]:
-        """Coordinates of block i that a tooth falls on."""
-        positions = (np.arange(firsts[i], teeth[i]) + offset) * step - (ends[i] - totals[i])
-        running = np.cumsum(eligible(blocks[i]))
-        found = np.searchsorted(running, positions, side="right")
-        # Rounding may push the last tooth past the end, onto trailing zeros or beyond.
-        final = int(np.searchsorted(running, running[-1], side="left"))
-        hit: NDArray[np.int64] = np.minimum(found, final) + i * _BLOCK
-        return hit
+    def hits(part: slice) -> list[NDArray[np.int64]]:
+        """Coordinates that a tooth falls on, of some blocks: whole numbers of steps are passed."""
+        passed = np.empty((_TALL + 1, columns))  # before the first row, after each row
+        is_hit = np.empty(_TALL * columns, dtype=bool)
+        found = []
+        for i in range(part.start, part.stop):
+            block = values[i * len(is_hit) : (i + 1) * len(is_hit)]
+            flat, mask = passed[1:].reshape(-1), is_hit[: len(block)]
+            np.multiply(block, 1 / step, out=flat[: len(block)])
+            flat[len(block) :] = 0.0
+            if not np.less(block, threshold, out=mask).all():
+                flat[: len(block)] *= mask
+            # End to end down the columns: then whole rows are added at a time.
+            for row in range(2, _TALL + 1):
+                passed[row] += passed[row - 1]
+            passed[0, 0] = 0.0
+            np.cumsum(passed[-1, :-1], out=passed[0, 1:])
+            passed[0] += starts[i]
+            passed[1:] += passed[0]
+            np.ceil(passed, out=passed)
+            np.greater(passed[1:], passed[:-1], out=is_hit.reshape(_TALL, columns))
+            found.append(np.flatnonzero(is_hit) + i * len(is_hit))
+        return found
 
-    return np.concatenate(_each(hits, [i for i in range(len(blocks)) if teeth[i] > firsts[i]]))
+    parts = on_cores(hits, len(totals), few=len(totals) < 2)
+    return np.concatenate([found for part in parts for found in part])
 
 
 def _flat_nonzero(values: NDArray[np.float32], threshold: float) -> NDArray[np.int64]:
@@ -166,8 +178,8 @@ def _flat_nonzero(values: NDArray[np.float32], threshold: float) -> NDArray[np.i
     return np.concatenate(found)
 
 
-def _blocks(values: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-    return [values[i : i + _BLOCK] for i in range(0, len(values), _BLOCK)]
+def _blocks(values: NDArray[np.float32], size: int = 1 << 17) -> list[NDArray[np.float32]]:
+    return [values[i : i + size] for i in range(0, len(values), size)]
 
 
 def _each(function: Callable[..., Result], items: Sequence[object]) -> list[Result]:
