@@ -4,7 +4,8 @@
 ``X.sum(0)`` in the same process on the same data, the geometric median's objective as a multiple
 of the best one reached, and the peak of extra memory in multiples of the (n, d) matrix. Needs
 ``pip install byzfl geom-median`` for the peers' rows; they are left out, with a line that says so,
-where these are missing.
+where these are missing. All rules take their turns ``--repeats`` times (peers once), each beside
+the sum; the median of the ratios counts: machines change their pace within a run.
 """
 
 import argparse
@@ -110,7 +111,8 @@ def measure_shape(n: int, d: int, device: torch.device, options: argparse.Namesp
         rules |= peer_rules(device)
     rules = {name: rule for name, rule in rules.items() if options.only in name}
     baseline = seconds(lambda: rows.sum(0), options.repeats, device)
-    measured: dict[str, tuple[float, float, float]] = {}
+    reached: dict[str, float] = {}
+    memory: dict[str, float] = {}
     for name, rule in rules.items():
         try:
             outcome = rule(rows)
@@ -119,23 +121,25 @@ def measure_shape(n: int, d: int, device: torch.device, options: argparse.Namesp
             CONSOLE.print(f"{name} failed: {str(error)[:100]}")
             continue
         vector = torch.as_tensor(getattr(outcome, "vector", outcome))
-        reached = float("nan")
+        reached[name] = float("nan")
         if "eom" in name and "block" not in name:
-            reached = objective(rows, vector.reshape(-1))
+            reached[name] = objective(rows, vector.reshape(-1))
         del outcome, vector
-        memory = peak_extra_bytes(lambda rule=rule: rule(rows), device) / (4 * n * d)
-        repeats = options.repeats if not name.startswith(("ByzFL", "geom", "numpy")) else 1
-        # The sum is measured again beside each rule: the machine may have changed its pace.
-        beside = seconds(lambda: rows.sum(0), options.repeats, device)
-        taken = seconds(lambda rule=rule: rule(rows), repeats, device)
-        measured[name] = (taken / beside, reached, memory)
-    best = min((value[1] for value in measured.values() if value[1] == value[1]), default=1.0)
+        memory[name] = peak_extra_bytes(partial(rule, rows), device) / (4 * n * d)
+    ratios: dict[str, list[float]] = {name: [] for name in memory}
+    for turn in range(options.repeats):
+        for name in ratios:
+            if turn == 0 or not name.startswith(("ByzFL", "geom-", "numpy")):
+                beside = seconds(lambda: rows.sum(0), 5, device)
+                taken = seconds(partial(rules[name], rows), 1, device)
+                ratios[name].append(taken / beside)
+    best = min((value for value in reached.values() if value == value), default=1.0)
     table = Table(title=f"n = {n}, d = {d:,}, {device}; sum over the rows: {baseline * 1e3:.1f} ms")
     for column in ("rule", "time / sum", "objective / best - 1", "extra memory / (n d)"):
         table.add_column(column, justify="left" if column == "rule" else "right")
-    for name, (ratio, reached, memory) in measured.items():
-        shown = "" if reached != reached else f"{reached / best - 1:.1e}"
-        table.add_row(name, f"{ratio:.1f}", shown, f"{memory:.2f}")
+    for name, found in ratios.items():
+        shown = "" if reached[name] != reached[name] else f"{reached[name] / best - 1:.1e}"
+        table.add_row(name, f"{np.median(found):.1f}", shown, f"{memory[name]:.2f}")
     CONSOLE.print(table)
 
 
