@@ -150,12 +150,15 @@ def run(
                 )
     try:
         if backend == "ray":
-            return _run_on_ray(config, resources, on_round)
-        prepare = prepare_together if backend == "vectorized" else None
-        grid = InProcessGrid(client_app, int(config["num-clients"]), config, prepare)
-        return run_experiment(grid, config, on_round)
+            result = _run_on_ray(config, resources, on_round)
+        else:
+            prepare = prepare_together if backend == "vectorized" else None
+            grid = InProcessGrid(client_app, int(config["num-clients"]), config, prepare)
+            result = run_experiment(grid, config, on_round)
     except Exception as error:
-        return RunResult(config, status="failed", error=f"{type(error).__name__}: {error}")
+        result = RunResult(config, status="failed", error=f"{type(error).__name__}: {error}")
+    result.backend = backend
+    return result
 
 
 def _run_on_ray(config: Config, resources: ClientResources, on_round: OnRound | None) -> RunResult:

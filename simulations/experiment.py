@@ -59,6 +59,9 @@ class RunResult:
         ``finished``, ``diverged`` (the model could not be moved any more) or ``failed``.
     played : dict
         How many lies of each attack the server received.
+    backend : str
+        Where the clients were: one of :data:`simulations.backends.BACKENDS`, ``flwr`` under
+        ``flwr run``.
     """
 
     config: Config
@@ -67,6 +70,7 @@ class RunResult:
     error: str = ""
     seconds: float = 0.0
     played: dict[str, int] = field(default_factory=dict)
+    backend: str = "flwr"
 
     @property
     def accuracies(self) -> dict[int, float]:
@@ -119,6 +123,7 @@ class RunResult:
             "accepted": self.total("accepted"),
             "rejected": self.total("rejected"),
             "played": self.played,
+            "backend": self.backend,
             "config": self.config,
             "environment": environment(),
         }
@@ -140,6 +145,7 @@ class RunResult:
             record["error"],
             record["seconds"],
             record["played"],
+            record.get("backend", ""),  # older runs do not say
         )
 
 

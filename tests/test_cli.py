@@ -35,6 +35,7 @@ def test_run_writes_history_table_and_plot(tmp_path: Path) -> None:
     rounds = [json.loads(line) for line in lines]
     assert record["status"] == "finished"
     assert record["config"]["attack"] == "bit-flip"
+    assert record["backend"] == "inprocess"
     assert record["accepted"] == 10
     assert [entry["round"] for entry in rounds] == [0, 1, 2]
     assert ["accuracy" in entry for entry in rounds] == [True, False, True]

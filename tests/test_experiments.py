@@ -240,6 +240,8 @@ def test_a_sweep_goes_on_where_it_was_interrupted(
     record = json.loads(records[0].read_text())
     assert record["config"]["num-server-rounds"] == 3
     assert {"torch", "flwr", "cores"} <= record["environment"].keys()
+    assert record["backend"] == "inprocess"
+    assert RunResult.read(records[0].parent).backend == "inprocess"
 
     # One run is lost, another was stopped while it was written.
     lost, stopped = records[1], records[2]
