@@ -1,0 +1,230 @@
+"""The rules and strategies on a GPU: the CPU's results, and nothing that leaves the device unasked.
+
+On a machine without a GPU one is pretended (:mod:`pretend_gpu`): that tests where tensors are put,
+not CUDA's arithmetic.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flower_messages import regression_app, regression_model, to_numpy
+from pretend_gpu import pretend_gpu
+from torch import Tensor
+
+from fl_bgmd.aggregators import (
+    Pipeline,
+    block_geometric_median,
+    bucketing,
+    centered_clipping,
+    coordinate_median,
+    geometric_median,
+    krum,
+    mean,
+    multi_krum,
+    nearest_neighbor_mixing,
+    norm_clip,
+    norm_threshold,
+    project,
+    spectral_filter,
+    trimmed_mean,
+)
+from fl_bgmd.strategies import (
+    BGMD,
+    CMD,
+    GMD,
+    CenteredClipping,
+    Krum,
+    Mean,
+    MultiKrum,
+    NormThreshold,
+    RobustFilter,
+    RobustStrategy,
+    TrimmedMean,
+)
+from simulations.grid import InProcessGrid
+
+N, D = 12, 3_000
+
+
+@pytest.fixture
+def gpu() -> Iterator[torch.device]:
+    """Yield a CUDA device, pretended where there is none."""
+    real = torch.cuda.is_available()
+    with nullcontext(torch.device("cuda")) if real else pretend_gpu() as device:
+        yield device
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+RULES: dict[str, Callable[[Tensor], Any]] = {
+    "mean": mean,
+    "geometric-median": geometric_median,
+    "geometric-median-weiszfeld": partial(geometric_median, solver="weiszfeld"),
+    "geometric-median-weights": lambda rows: geometric_median(
+        rows, weights=torch.arange(1.0, 1.0 + N)
+    ),
+    "block-top-k": partial(block_geometric_median, selection="top-k"),
+    "block-uniform": lambda rows: block_geometric_median(
+        rows, selection="uniform", generator=seeded()
+    ),
+    "block-everything": partial(block_geometric_median, block_fraction=1.0),
+    **{
+        f"block-memory-{rule}": partial(block_geometric_median, selection="top-k", memory_rule=rule)
+        for rule in ("robust", "mean", "per-client", "none")
+    },
+    "coordinate-median": coordinate_median,
+    "trimmed-mean": partial(trimmed_mean, trim_fraction=0.2),
+    "norm-threshold": norm_threshold,
+    "norm-threshold-reported": lambda rows: norm_threshold(rows, norms=torch.arange(1.0, 1.0 + N)),
+    "norm-clip": norm_clip,
+    "project": lambda rows: project(rows[0], 5.0),
+    "spectral-filter": spectral_filter,
+    "spectral-filter-saddle": partial(spectral_filter, method="saddle"),
+    "krum": krum,
+    "multi-krum": multi_krum,
+    "centered-clipping": centered_clipping,
+    "nearest-neighbor-mixing": nearest_neighbor_mixing,
+    "bucketing": lambda rows: bucketing(rows, generator=seeded()),
+    "pipeline": Pipeline(nearest_neighbor_mixing, geometric_median),
+}
+
+
+def rows_of(dtype: torch.dtype) -> Tensor:
+    rows = torch.randn(N, D, generator=torch.Generator().manual_seed(0)) + 0.3
+    rows[:3] *= 50
+    return rows.to(dtype)
+
+
+def tensors_of(result: Any) -> dict[str, Tensor]:
+    """Everything of a result that is as long as the updates."""
+    if isinstance(result, Tensor):
+        return {"tensor": result}
+    found = {name: getattr(result, name, None) for name in ("vector", "memory", "block")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def agree(found: Tensor, expected: Tensor) -> None:
+    size = float(expected.double().abs().max()) or 1.0
+    close = 1e-9 if expected.dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(found.cpu().double(), expected.double(), rtol=0, atol=close * size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", RULES)
+def test_rules(name: str, dtype: torch.dtype, gpu: torch.device) -> None:
+    rows = rows_of(dtype)
+    expected, result = RULES[name](rows), RULES[name](rows.to(gpu))
+    wanted, found = tensors_of(expected), tensors_of(result)
+    assert wanted.keys() == found.keys()
+    for key, value in wanted.items():
+        assert found[key].device.type == "cuda"
+        assert found[key].dtype == value.dtype
+        agree(found[key], value)
+    for key in ("weights", "kept"):  # n numbers for the host
+        value, other = getattr(expected, key, None), getattr(result, key, None)
+        assert (value is None) == (other is None)
+        if value is not None and other is not None:
+            assert other.device.type == "cpu"
+            torch.testing.assert_close(other, value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory_rule", ["robust", "mean", "per-client"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_block_and_its_memory(memory_rule: str, dtype: torch.dtype, gpu: torch.device) -> None:
+    """Rounds that go on from each other's memory."""
+    rows = rows_of(dtype)
+    memories: dict[str, Tensor | None] = {"cpu": None, "gpu": None}
+    for turn in range(3):
+        options: dict[str, Any] = {"selection": "top-k", "memory_rule": memory_rule}
+        moved = rows * (turn + 1)
+        expected = block_geometric_median(moved, memory=memories["cpu"], **options)
+        result = block_geometric_median(moved.to(gpu), memory=memories["gpu"], **options)
+        agree(result.vector, expected.vector)
+        memories = {"cpu": expected.memory, "gpu": result.memory}
+        assert expected.memory is not None
+        assert result.memory is not None
+        assert result.memory.device.type == "cuda"
+        agree(result.memory, expected.memory)
+
+
+def test_a_sampled_block(gpu: torch.device) -> None:
+    result = block_geometric_median(rows_of(torch.float32).to(gpu), generator=seeded())
+    block = result.block.cpu()
+    assert result.block.device.type == "cuda"
+    assert len(block.unique()) == D // 10
+    assert (result.vector.cpu() != 0).nonzero().flatten().tolist() == block.tolist()
+
+
+def test_a_centre_on_the_device(gpu: torch.device) -> None:
+    rows, center = rows_of(torch.float32), torch.ones(D)
+    expected = centered_clipping(rows, center=center)
+    agree(centered_clipping(rows.to(gpu), center=center.to(gpu)).vector, expected.vector)
+
+
+@pytest.mark.parametrize("name", ["geometric-median", "coordinate-median", "block-top-k"])
+def test_rows_that_are_not_finite(name: str, gpu: torch.device) -> None:
+    rows = rows_of(torch.float32)
+    rows[4, 7] = float("nan")
+    with pytest.raises(ValueError, match="row 4"):
+        RULES[name](rows.to(gpu))
+
+
+@pytest.mark.parametrize("size", [1e-170, 1e170, 1e300])
+def test_rows_out_of_the_range_of_squares(size: float, gpu: torch.device) -> None:
+    rows = rows_of(torch.float64)
+    rows[:2] *= size
+    for rule in (geometric_median, krum, partial(block_geometric_median, selection="top-k")):
+        agree(rule(rows.to(gpu)).vector, rule(rows).vector)
+
+
+STRATEGIES: dict[str, tuple[type[RobustStrategy], dict[str, Any]]] = {
+    "mean": (Mean, {}),
+    "gmd": (GMD, {"server_momentum": 0.9, "server_nesterov": True}),
+    "gmd-examples": (GMD, {"weighting": "examples"}),
+    **{
+        f"bgmd-{rule}": (BGMD, {"memory": rule, "selection": "top-k", "block_fraction": 0.5})
+        for rule in ("robust", "mean", "per-client", "none")
+    },
+    "cmd": (CMD, {}),
+    "trimmed-mean": (TrimmedMean, {}),
+    "norm-threshold": (NormThreshold, {}),
+    "robust-filter": (RobustFilter, {}),
+    "krum": (Krum, {}),
+    "multi-krum": (MultiKrum, {}),
+    "centered-clipping": (CenteredClipping, {"server_momentum": 0.5}),
+    "gmd-mixed": (GMD, {"mixing": "nearest-neighbor"}),
+    "cmd-buckets": (CMD, {"mixing": "bucketing"}),
+    "gmd-shared": (GMD, {"compressor": "rand-k:0.5", "shared_coordinates": True}),
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategies(name: str, gpu: torch.device) -> None:
+    """Four rounds, their state saved and loaded on the way, end where the CPU's do."""
+    cls, options = STRATEGIES[name]
+
+    def strategy(device: torch.device) -> RobustStrategy:
+        made = cls(fraction_evaluate=0.0, device="cpu", **options)
+        made.device = device  # without a GPU the constructor refuses it
+        return made
+
+    ended = {}
+    for device in (torch.device("cpu"), gpu):
+        arrays, state = regression_model(), None
+        for _ in range(2):
+            running = strategy(device)
+            if state is not None:
+                running.load_state_dict(state)
+            grid = InProcessGrid(regression_app(), N, {})
+            arrays = running.start(grid, arrays, num_rounds=2).arrays
+            state = running.state_dict()
+        ended[device.type] = to_numpy(arrays)
+    for key, value in ended["cpu"].items():
+        np.testing.assert_allclose(ended["cuda"][key], value, rtol=1e-4, atol=1e-6)
