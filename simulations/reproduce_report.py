@@ -65,17 +65,23 @@ def _heading(experiment: Experiment, runs: Runs, missing: int) -> str:
     configs = [result.config for results in runs.values() for result in results]
     epochs = {f"{int(c['num-server-rounds']) / rounds_per_epoch(c):.3g}" for c in configs}
     counts = sorted({len(results) for results in runs.values()})
-    seeds = " or ".join(map(str, counts)) + (" seed" if counts == [1] else " seeds")
+    shown = _counted(", ".join(sorted(epochs)), "epoch")
+    seeds = _counted(" or ".join(map(str, counts)), "seed")
     text = (
         f"**{experiment.title}** ({experiment.source}). Test accuracy in % after "
-        f"{', '.join(sorted(epochs))} epochs, mean ± standard deviation of {seeds}"
+        f"{shown}, mean ± standard deviation of {seeds}"
     )
     if missing:
         text += f"; {missing} runs are missing"
-    text += f". The full protocol is {experiment.epochs:g} epochs and {experiment.seeds} seeds"
+    full = _counted(f"{experiment.epochs:g}", "epoch"), _counted(str(experiment.seeds), "seed")
+    text += f". The full protocol is {full[0]} and {full[1]}"
     if experiment.published:
         text += "; *in italics what the paper prints for it*, - where training diverged"
     return text + "."
+
+
+def _counted(numbers: str, thing: str) -> str:
+    return f"{numbers} {thing}" + ("" if numbers == "1" else "s")
 
 
 def _entry(results: Sequence[RunResult]) -> str:
