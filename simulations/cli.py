@@ -99,7 +99,13 @@ def _refuse_unknown(unknown: list[str]) -> None:
     if unknown:
         key = unknown[0].removeprefix("--").partition("=")[0]
         value = unknown[0].partition("=")[2] or " ".join(unknown[1:2])
-        validate({key: value} if key not in SETTINGS else {f"--{key}": value})
+        if key in SETTINGS:
+            rows = key in ("strategy", "mixing")
+            raise ConfigError(
+                f"{key} is {value!r}, which this command does not take; allowed: "
+                + ("in --strategies, as bgmd+nearest-neighbor" if rows else "with run")
+            )
+        validate({key: value})
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -98,6 +98,8 @@ def test_averaging_diverges_and_is_a_result_not_a_crash(tmp_path: Path) -> None:
         (["run", "--attack=bit-flip"], ["attack", "bit-flip", "byzantine-fraction"]),
         (["compare", "--strategies", "gmd+mixed"], ["mixing", "mixed", "nearest-neighbor"]),
         (["compare", "--num-shards=81"], ["num-shards", "81", "multiple"]),
+        (["compare", "--mixing", "bucketing"], ["mixing", "bucketing", "--strategies"]),
+        (["reproduce", "fig-toy", "--seed=3"], ["seed", "3", "with run"]),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(
