@@ -38,10 +38,11 @@ laboratory: $(READY) ## Every strategy against every attack on MNIST (hours): th
 	for partition in shards iid; do for fraction in 0.4 0.2; do \
 	$(BIN)/python -m simulations compare --attack all --no-sweep --seeds $(or $(SEEDS),3) \
 		--strategies mean $(LAB_RULES) $(addsuffix +nearest-neighbor,$(LAB_RULES)) \
-		$(addsuffix +bucketing,gmd bgmd) --dataset mnist --model mlp --partition $$partition \
+		$(addsuffix +bucketing,$(LAB_RULES)) --dataset mnist --model mlp --partition $$partition \
 		--byzantine-fraction $$fraction --assumed-byzantine-fraction $$fraction \
 		--local-steps 1 --learning-rate 0.1 --momentum 0 --num-server-rounds 20 \
-		--evaluate-every 20 --backend inprocess --jobs 2 || exit 1; done; done
+		--evaluate-every 20 --backend inprocess --jobs 2 \
+		--folder results/laboratory-$$partition-$$fraction || exit 1; done; done
 
 test-slow: $(READY) ## The tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -136,6 +136,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="each attack at the preset's strength only, not at all of its sweep",
     )
+    several.add_argument(
+        "--folder",
+        type=Path,
+        help="of a grid; finished runs that it holds are not run again (default: a new one)",
+    )
     _add_settings(several, leave_out=("strategy", "mixing"))
 
     report = commands.add_parser("report", help="table and heat map of finished grids")
@@ -209,6 +214,11 @@ def _compare(options: argparse.Namespace) -> int:
             raise ConfigError(
                 f"jobs is {options.jobs} with one attack and one seed; allowed: 1, more with a grid"
             )
+        if options.folder is not None:
+            raise ConfigError(
+                f"folder is {str(options.folder)!r} with one attack and one seed; allowed: none, "
+                "one with a grid"
+            )
         given["attack"] = attacks[0]
         configs = {name: validate(given | row) for name, row in rows.items()}
         for name, config in configs.items():
@@ -228,7 +238,7 @@ def _run_grid(options: argparse.Namespace, cells: list[Cell]) -> int:
     """Run a strategy x attack grid, show the table, write results; return the exit status."""
     config = cells[0].config
     load(str(config["dataset"]), str(config["data-dir"]) or None, progress=CONSOLE.print)
-    folder = _results_folder(config, "compare")
+    folder = options.folder or _results_folder(config, "compare")
     lines = _run_cells(cells, folder, options.jobs, options.backend, _resources(options, config))
     fraction = max(float(cell.config["byzantine-fraction"]) for cell in cells)
     title = (

@@ -601,6 +601,27 @@ def test_compare_attacks_writes_table_heat_map_and_cells(
     assert "allowed: a folder with a cells.jsonl" in capsys.readouterr().err
 
 
+def test_a_grid_goes_on_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [f"--{key}={value}" for key, value in SMALL.items()]
+    options += ["--backend=inprocess", f"--folder={tmp_path}"]
+    rows = ["--strategies", "mean", "gmd"]
+    assert main(["compare", *options, *rows, "--attack=none,zero"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/seed-0/run.json")}
+    assert len(before) == 4
+    # One more attack and a lost run.
+    lost = tmp_path / "gmd" / "zero" / "seed-0" / "run.json"
+    lost.unlink()
+    assert main(["compare", *options, *rows, "--attack=none,zero,sign-flip"]) == 0
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/seed-0/run.json")}
+    assert len(after) == 6
+    assert {path for path in before if after[path] != before[path]} == {lost}
+    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 6
+    assert "sign-flip" in (tmp_path / "table.md").read_text()
+    capsys.readouterr()
+    assert main(["compare", *options, *rows, "--attack=zero"]) == 2
+    assert "folder is " in capsys.readouterr().err
+
+
 def test_a_grid_with_an_idle_attack_fails_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
