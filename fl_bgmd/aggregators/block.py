@@ -104,11 +104,16 @@ def block_geometric_median(
     rows, scales = in_range(updates)
     scale = float(scales.min())
     offset = memory if memory is None or scale == 1.0 else memory / scale
-    norms = row_norms(rows, offset)
     # Float32 is enough for what is only a probability or kept in float32, unless squares leave it.
+    work = torch.float32 if dtype == torch.float32 else torch.float64
+    # The block of rows and memory is rounded to float32 below: their norms need no more.
+    rounded = offset is not None and work == torch.float32
+    norms = row_norms(rows, offset, dtype=torch.float32 if rounded else torch.float64)
     size = float(np.median(norms)) if score == "clipped" else float(norms.max())
-    is_moderate = dtype == torch.float32 and size > 1e-12 and float(norms.max()) < 1e15
-    work = torch.float32 if is_moderate else torch.float64
+    if not (size > 1e-12 and float(norms.max()) < 1e15):
+        work = torch.float64
+        if rounded:
+            norms = row_norms(rows, offset)
     k = max(1, round(block_fraction * d))
     scores = _column_scores(rows, offset, norms, score, work)
     block = select_block(scores, k, selection=selection, generator=generator)
@@ -123,7 +128,8 @@ def block_geometric_median(
     native(vector, updates)[indices] = native(median.vector * scale, updates)
     squared = norms**2
     # Below the rounding of the difference a residual counts as that large: it is clipped more.
-    residual_squared = np.maximum(squared - chosen_norms**2, 1e-15 * squared)
+    rounding = 1e-6 if rounded else 1e-15
+    residual_squared = np.maximum(squared - chosen_norms**2, rounding * squared)
     if k >= d:
         residual_squared = np.zeros(n)
     next_memory: Tensor | None = None
@@ -138,7 +144,7 @@ def block_geometric_median(
             coefficients = median.weights.numpy() * clip
         # Fresh memory is dear: that of the scores is used again.
         next_memory = scores if scores.dtype == dtype else empty(d, updates, dtype)
-        _weighted_residual(coefficients, rows, offset, next_memory)
+        _weighted_residual(coefficients, rows, offset, next_memory, work)
         native(next_memory, updates)[indices] = 0.0
         if scale != 1.0:
             _finite(next_memory.mul_(scale))
@@ -208,10 +214,15 @@ def _columns(rows: Tensor, offset: Tensor | None, block: Tensor, dtype: torch.dt
 
 
 def _weighted_residual(
-    coefficients: NDArray[np.float64], rows: Tensor, offset: Tensor | None, out: Tensor
+    coefficients: NDArray[np.float64],
+    rows: Tensor,
+    offset: Tensor | None,
+    out: Tensor,
+    work: torch.dtype,
 ) -> None:
     """Write ``coefficients @ (rows + offset)`` into ``out``, kept in the range of its dtype."""
-    weights, target = native(coefficients, rows), native(out, rows)
+    weights = native(torch.from_numpy(coefficients).to(work), rows)
+    target = native(out, rows)
     shift = None if offset is None else native(offset, rows)
     total, limit = float(coefficients.sum()), torch.finfo(out.dtype).max
 
@@ -222,7 +233,7 @@ def _weighted_residual(
         target[columns] = column.clip(-limit, limit)
         return 0.0
 
-    sum_blocks(write, rows)
+    sum_blocks(write, rows, dtype=work)
 
 
 def _finite(values: Tensor) -> Tensor:
