@@ -21,6 +21,7 @@ from .rows import (
     check_updates,
     dot,
     empty,
+    fill_zeros,
     in_range,
     native,
     on_cores,
@@ -117,13 +118,17 @@ def block_geometric_median(
     k = max(1, round(block_fraction * d))
     scores = _column_scores(rows, offset, norms, score, work)
     block = select_block(scores, k, selection=selection, generator=generator)
-    chosen = _columns(rows, offset, block, dtype)
+    # Fresh memory is dear: the vector's holds the block first, where that fits.
+    vector = empty(d, updates, dtype)
+    fits = n * k <= d
+    chosen = vector[: n * k].view(n, k) if fits else empty((n, k), updates, dtype)
+    _gather(rows, offset, block, chosen)
     median = geometric_median(chosen, tol=tol, solver=solver)
     chosen_norms = row_norms(chosen)
     del chosen
 
     assert median.weights is not None
-    vector = zeros(d, updates, dtype)
+    fill_zeros(vector)
     indices = native(block, updates)
     native(vector, updates)[indices] = native(median.vector * scale, updates)
     squared = norms**2
@@ -142,7 +147,7 @@ def block_geometric_median(
             residual_norms = np.sqrt(residual_squared)
             clip = clip_factors(residual_norms, float(np.median(residual_norms)))
             coefficients = median.weights.numpy() * clip
-        # Fresh memory is dear: that of the scores is used again.
+        # That of the scores is used again, too.
         next_memory = scores if scores.dtype == dtype else empty(d, updates, dtype)
         _weighted_residual(coefficients, rows, offset, next_memory, work)
         native(next_memory, updates)[indices] = 0.0
@@ -190,15 +195,16 @@ def _column_scores(
     return scores
 
 
-def _columns(rows: Tensor, offset: Tensor | None, block: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the columns ``block`` of ``rows + offset``, (n, k), in ``dtype`` and its range."""
-    if rows.device.type != "cpu" or rows.dtype != dtype:
-        chosen = rows[:, block].to(dtype)
-        return chosen if offset is None else _finite(chosen.add_(offset[block]))
-    chosen = empty((rows.shape[0], len(block)), rows, dtype)
-    source, target, indices = native(rows, rows), chosen.numpy(), block.numpy()
+def _gather(rows: Tensor, offset: Tensor | None, block: Tensor, out: Tensor) -> None:
+    """Write the columns ``block`` of ``rows + offset`` into ``out``, (n, k), in its range."""
+    if rows.device.type != "cpu" or rows.dtype != out.dtype:
+        out.copy_(rows[:, block])
+        if offset is not None:
+            _finite(out.add_(offset[block]))
+        return
+    source, target, indices = native(rows, rows), out.numpy(), block.numpy()
     shift = None if offset is None else native(offset, rows)
-    limit = torch.finfo(dtype).max
+    limit = torch.finfo(out.dtype).max
 
     def gather(part: slice) -> None:
         added = None if shift is None else shift[indices[part]].astype(target.dtype)
@@ -209,8 +215,7 @@ def _columns(rows: Tensor, offset: Tensor | None, block: Tensor, dtype: torch.dt
                 values += added
                 np.clip(values, -limit, limit, out=values)
 
-    on_cores(gather, len(block), few=chosen.numel() < 1 << 16)
-    return chosen
+    on_cores(gather, len(block), few=out.numel() < 1 << 16)
 
 
 def _weighted_residual(

@@ -191,12 +191,16 @@ def empty(shape: int | tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Ten
 
 def zeros(size: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """Return zeros, (size,), on the device of ``like``: as :func:`empty`, touched by all cores."""
-    result = empty(size, like, dtype)
-    if like.device.type != "cpu":
-        return result.zero_()
-    target = result.numpy()
-    on_cores(lambda part: target[part].fill(0), size, few=size < _FEW_ELEMENTS)
-    return result
+    return fill_zeros(empty(size, like, dtype))
+
+
+def fill_zeros(vector: Tensor) -> Tensor:
+    """Fill a vector with zeros, in place and on all cores; return it."""
+    if vector.device.type != "cpu":
+        return vector.zero_()
+    target = vector.numpy()
+    on_cores(lambda part: target[part].fill(0), len(target), few=len(target) < _FEW_ELEMENTS)
+    return vector
 
 
 def refuse_non_finite(updates: Tensor) -> None:
