@@ -47,6 +47,7 @@ from simulations.laboratory import (
 )
 from simulations.report import (
     attacks_table,
+    counted,
     grid_table,
     plot_accuracy,
     plot_data_attacks,
@@ -244,7 +245,7 @@ def _run_grid(options: argparse.Namespace, cells: list[Cell]) -> int:
     title = (
         f"{config['dataset']}, {config['model']}, {config['num-clients']} clients "
         f"({config['partition']}), {fraction:.0%} hostile, {config['byzantine-selection']}, "
-        f"{options.seeds} seed{'s' if options.seeds > 1 else ''}"
+        + counted(options.seeds, "seed")
     )
     CONSOLE.print(f"written: {folder / 'cells.jsonl'}", soft_wrap=True)
     return _show_grid(lines, folder, title)

@@ -78,6 +78,9 @@ def own_strategy(name: str) -> type[RobustStrategy] | None:
     return found
 
 
+ON_OFF = ("on", "off")
+
+
 def _number(
     kind: type[int] | type[float],
     help: str,
@@ -137,7 +140,7 @@ SETTINGS: dict[str, Setting] = {
     "lr-decay": _number(float, "factor of each step of exponential", 0, 1, above=True),
     "server-learning-rate": _number(float, "step of the server along the update", 0, above=True),
     "server-momentum": _number(float, "of the server", 0, 1, below=True),
-    "server-nesterov": _choice(("on", "off"), "whether that momentum is Nesterov's"),
+    "server-nesterov": _choice(ON_OFF, "whether that momentum is Nesterov's"),
     "dataset": _choice(DATASETS, "real data"),
     "data-dir": Setting(str, "a folder, or empty", lambda _: True, "where data sets are kept"),
     "model": _choice(MODELS, "what is trained"),
@@ -165,7 +168,7 @@ SETTINGS: dict[str, Setting] = {
         _accepted_by(build_compressor),
         "of the clients' updates",
     ),
-    "error-feedback": _choice(("on", "off"), "whether clients keep what compression lost"),
+    "error-feedback": _choice(ON_OFF, "whether clients keep what compression lost"),
     "downlink-compressor": Setting(
         str, "none, qsgd, qsgd:levels", _accepted_by(build_downlink), "of the model on its way down"
     ),
@@ -176,7 +179,7 @@ SETTINGS: dict[str, Setting] = {
     "bgmd.score": _choice(SCORES, "what a coordinate is worth"),
     "bgmd.memory": _choice(MEMORY_RULES, "what becomes of the rest"),
     "norm-threshold.order": _number(float, "of the norm", 1),
-    "shared-coordinates": _choice(("on", "off"), "whether the server chooses those of rand-k"),
+    "shared-coordinates": _choice(ON_OFF, "whether the server chooses those of rand-k"),
     "norm-threshold.norms": _choice(NORMS, "of the updates: Option II or I of the paper"),
     "robust-filter.sigma0": _number(float, "honest standard deviation; 0: estimated"),
     "multi-krum.num-selected": _number(int, "updates to average; 0: all but the hostile fraction"),

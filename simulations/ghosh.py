@@ -277,6 +277,8 @@ def _plot(path: Path, title: str, axis: str, by_label: dict[str, Array]) -> None
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
+    from simulations.report import counted  # workers of the runs need none of it
+
     canvas, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
     for label, histories in by_label.items():
         middle, spread = histories.mean(0), histories.std(0)
@@ -290,7 +292,7 @@ def _plot(path: Path, title: str, axis: str, by_label: dict[str, Array]) -> None
         )
     seeds = len(next(iter(by_label.values())))
     axes.set(
-        title=f"{title} ({seeds} seed{'s' if seeds > 1 else ''})",
+        title=f"{title} ({counted(seeds, 'seed')})",
         xlabel="iteration",
         ylabel=axis,
         yscale="log",

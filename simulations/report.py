@@ -208,6 +208,11 @@ def plot_data_attacks(dataset: Dataset, folder: Path, examples: int = 5, seed: i
     return path
 
 
+def counted(number: object, thing: str) -> str:
+    """Return ``1 seed``, ``3 seeds``, ``1 or 2 seeds``."""
+    return f"{number} {thing}" + ("" if str(number) == "1" else "s")
+
+
 def _write_table(lines: Sequence[Sequence[str]], folder: Path) -> Path:
     path = folder / "table.md"
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)

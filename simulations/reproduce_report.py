@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from simulations.experiment import RunResult
 from simulations.laboratory import Cell, Line, finished_before, line_of
+from simulations.report import counted
 from simulations.reproduce import Experiment, rounds_per_epoch
 
 Runs = dict[tuple[str, str], list[RunResult]]
@@ -65,23 +66,19 @@ def _heading(experiment: Experiment, runs: Runs, missing: int) -> str:
     configs = [result.config for results in runs.values() for result in results]
     epochs = {f"{int(c['num-server-rounds']) / rounds_per_epoch(c):.3g}" for c in configs}
     counts = sorted({len(results) for results in runs.values()})
-    shown = _counted(", ".join(sorted(epochs)), "epoch")
-    seeds = _counted(" or ".join(map(str, counts)), "seed")
+    shown = counted(", ".join(sorted(epochs)), "epoch")
+    seeds = counted(" or ".join(map(str, counts)), "seed")
     text = (
         f"**{experiment.title}** ({experiment.source}). Test accuracy in % after "
         f"{shown}, mean ± standard deviation of {seeds}"
     )
     if missing:
         text += f"; {missing} runs are missing"
-    full = _counted(f"{experiment.epochs:g}", "epoch"), _counted(str(experiment.seeds), "seed")
+    full = counted(f"{experiment.epochs:g}", "epoch"), counted(experiment.seeds, "seed")
     text += f". The full protocol is {full[0]} and {full[1]}"
     if experiment.published:
         text += "; *in italics what the paper prints for it*, - where training diverged"
     return text + "."
-
-
-def _counted(numbers: str, thing: str) -> str:
-    return f"{numbers} {thing}" + ("" if numbers == "1" else "s")
 
 
 def _entry(results: Sequence[RunResult]) -> str:

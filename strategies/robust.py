@@ -562,8 +562,9 @@ class RobustStrategy(FedAvg):
                 if self._velocity is not None:
                     velocity = update + self.server_momentum * self._velocity.to(update)
                 self._velocity = velocity
-                nesterov = self.server_nesterov
-                update = update + self.server_momentum * velocity if nesterov else velocity
+                if self.server_nesterov:
+                    velocity = update + self.server_momentum * velocity
+                update = velocity
             assert self._model is not None
             own = layout if self._downlink is None else ModelLayout(self._model)
             step = self.server_learning_rate

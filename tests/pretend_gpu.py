@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 DEVICE = torch.device("cuda")
 
 # Tensors of the CPU that CUDA's own versions of these take as well.
-_MEETS_THE_CPU = {"__getitem__", "__setitem__", "copy_", "index_put_", "__get__", "set_"}
+_MEETS_THE_CPU = {"__getitem__", "__setitem__", "copy_"}
 _LEAVES = {"cpu", "tolist", "item", "__float__", "__bool__", "__int__", "__index__"}
 
 
@@ -40,7 +40,7 @@ class PretendTensor(Tensor):
         args, kwargs = _on_cpu(args), _on_cpu(kwargs)
         result = super().__torch_function__(func, types, args, kwargs)
         if name in _LEAVES or (target is not None and target.type == "cpu"):
-            return _plain(result)
+            return _as(Tensor, result)
         return result
 
 
@@ -52,8 +52,7 @@ class _Machine(TorchFunctionMode):
         target = _taken_device(values)
         if target is None or target.type == "cpu":
             return func(*args, **(kwargs or {}))
-        result = func(*_on_cpu(args), **_on_cpu(dict(kwargs or {})))
-        return result.as_subclass(PretendTensor) if isinstance(result, Tensor) else result
+        return _as(PretendTensor, func(*_on_cpu(args), **_on_cpu(kwargs or {})))
 
 
 @contextmanager
@@ -90,5 +89,5 @@ def _flat(values: Any) -> Iterator[Any]:
             yield value
 
 
-def _plain(result: Any) -> Any:
-    return result.as_subclass(Tensor) if isinstance(result, Tensor) else result
+def _as(kind: type[Tensor], result: Any) -> Any:
+    return result.as_subclass(kind) if isinstance(result, Tensor) else result

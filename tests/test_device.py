@@ -33,19 +33,9 @@ from fl_bgmd.aggregators import (
     spectral_filter,
     trimmed_mean,
 )
-from fl_bgmd.strategies import (
-    BGMD,
-    CMD,
-    GMD,
-    CenteredClipping,
-    Krum,
-    Mean,
-    MultiKrum,
-    NormThreshold,
-    RobustFilter,
-    RobustStrategy,
-    TrimmedMean,
-)
+from fl_bgmd.strategies import RobustStrategy
+from simulations.config import STRATEGIES, Value, validate
+from simulations.experiment import build_strategy
 from simulations.grid import InProcessGrid
 
 N, D = 12, 3_000
@@ -184,34 +174,41 @@ def test_rows_out_of_the_range_of_squares(size: float, gpu: torch.device) -> Non
         agree(rule(rows.to(gpu)).vector, rule(rows).vector)
 
 
-STRATEGIES: dict[str, tuple[type[RobustStrategy], dict[str, Any]]] = {
-    "mean": (Mean, {}),
-    "gmd": (GMD, {"server_momentum": 0.9, "server_nesterov": True}),
-    "gmd-examples": (GMD, {"weighting": "examples"}),
+CONFIGURED: dict[str, dict[str, Value]] = {
+    **{name: {"strategy": name} for name in STRATEGIES if name != "bgmd"},
     **{
-        f"bgmd-{rule}": (BGMD, {"memory": rule, "selection": "top-k", "block_fraction": 0.5})
+        f"bgmd-{rule}": {
+            "strategy": "bgmd",
+            "bgmd.memory": rule,
+            "bgmd.selection": "top-k",
+            "bgmd.block-fraction": 0.5,
+        }
         for rule in ("robust", "mean", "per-client", "none")
     },
-    "cmd": (CMD, {}),
-    "trimmed-mean": (TrimmedMean, {}),
-    "norm-threshold": (NormThreshold, {}),
-    "robust-filter": (RobustFilter, {}),
-    "krum": (Krum, {}),
-    "multi-krum": (MultiKrum, {}),
-    "centered-clipping": (CenteredClipping, {"server_momentum": 0.5}),
-    "gmd-mixed": (GMD, {"mixing": "nearest-neighbor"}),
-    "cmd-buckets": (CMD, {"mixing": "bucketing"}),
-    "gmd-shared": (GMD, {"compressor": "rand-k:0.5", "shared_coordinates": True}),
+    "gmd-nesterov": {"strategy": "gmd", "server-momentum": 0.9, "server-nesterov": "on"},
+    "gmd-examples": {"strategy": "gmd", "weighting": "examples"},
+    "centered-clipping-momentum": {"strategy": "centered-clipping", "server-momentum": 0.5},
+    "gmd-mixed": {"strategy": "gmd", "mixing": "nearest-neighbor"},
+    "cmd-buckets": {"strategy": "cmd", "mixing": "bucketing"},
+    "gmd-shared": {"strategy": "gmd", "compressor": "rand-k:0.5", "shared-coordinates": "on"},
+}
+SHARED: dict[str, Value] = {
+    "num-clients": N,
+    "partition": "iid",
+    "fraction-evaluate": 0.0,
+    "mixing": "none",
+    "assumed-byzantine-fraction": 0.25,
+    "device": "cpu",
 }
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", CONFIGURED)
 def test_strategies(name: str, gpu: torch.device) -> None:
     """Four rounds, their state saved and loaded on the way, end where the CPU's do."""
-    cls, options = STRATEGIES[name]
+    config = validate(SHARED | CONFIGURED[name])
 
     def strategy(device: torch.device) -> RobustStrategy:
-        made = cls(fraction_evaluate=0.0, device="cpu", **options)
+        made = build_strategy(config)
         made.device = device  # without a GPU the constructor refuses it
         return made
 

@@ -28,7 +28,6 @@ from .rows import (
     result_dtype,
     row_norms,
     sum_blocks,
-    zeros,
 )
 from .sampling import SELECTIONS, select_block
 
@@ -120,8 +119,7 @@ def block_geometric_median(
     block = select_block(scores, k, selection=selection, generator=generator)
     # Fresh memory is dear: the vector's holds the block first, where that fits.
     vector = empty(d, updates, dtype)
-    fits = n * k <= d
-    chosen = vector[: n * k].view(n, k) if fits else empty((n, k), updates, dtype)
+    chosen = vector[: n * k].view(n, k) if n * k <= d else empty((n, k), updates, dtype)
     _gather(rows, offset, block, chosen)
     median = geometric_median(chosen, tol=tol, solver=solver)
     chosen_norms = row_norms(chosen)
@@ -179,7 +177,7 @@ def _column_scores(
         factors = clip_factors(norms, float(np.median(norms)))
     total = float(((factors * norms) ** 2).sum())
     if total == 0.0:
-        return zeros(rows.shape[1], rows, torch.float32)
+        return fill_zeros(empty(rows.shape[1], rows, torch.float32))
     scores = empty(rows.shape[1], rows, torch.float32)
     # Divided by the total before the sum: float32 holds the result whatever the rows' size.
     weights = native(torch.from_numpy(factors**2 / total).to(work), rows)

@@ -189,11 +189,6 @@ def empty(shape: int | tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Ten
     return torch.from_numpy(np.empty(shape, np.float64 if dtype == torch.float64 else np.float32))
 
 
-def zeros(size: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return zeros, (size,), on the device of ``like``: as :func:`empty`, touched by all cores."""
-    return fill_zeros(empty(size, like, dtype))
-
-
 def fill_zeros(vector: Tensor) -> Tensor:
     """Fill a vector with zeros, in place and on all cores; return it."""
     if vector.device.type != "cpu":
@@ -233,16 +228,22 @@ def _products(block: Block) -> Any:
     n = block.shape[0]
     if not 1 < n <= _SMALL_ROWS or not isinstance(block, np.ndarray):
         return dot(block, block.T)
-    count = block.shape[1] // _PIECE
-    rest = block[:, count * _PIECE :]
+    pieces, rest = _in_pieces(block)
     gram = np.dot(rest, rest.T)
-    pieces = block[:, : count * _PIECE].reshape(n, count, _PIECE).swapaxes(0, 1)
+    pieces = pieces.swapaxes(0, 1)
     height = min(_STRIP, (n + 1) // 2)
     for top in range(0, n, height):
         first = top if n - top > height else top - 1
         strip, others = pieces[:, top : top + height], pieces[:, first:]
         gram[top : top + height, first:] += np.matmul(strip, others.swapaxes(1, 2)).sum(0)
     return gram
+
+
+def _in_pieces(block: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return views of a block: its columns in pieces, (n, m, _PIECE), and those left over."""
+    n, width = block.shape
+    count = width // _PIECE
+    return block[:, : count * _PIECE].reshape(n, count, _PIECE), block[:, count * _PIECE :]
 
 
 def in_range(updates: Tensor) -> tuple[Tensor, NDArray[np.float64]]:
@@ -397,7 +398,5 @@ def squared_sizes(block: Block) -> Any:
     if block.dtype == np.float64:
         return np.vecdot(block, block)
     # Float32 loses no more than the last digit in sums as short as these.
-    whole = block.shape[1] // _PIECE * _PIECE
-    pieces = block[:, :whole].reshape(len(block), -1, _PIECE)
-    rest = block[:, whole:]
+    pieces, rest = _in_pieces(block)
     return np.vecdot(pieces, pieces).sum(1, dtype=np.float64) + np.vecdot(rest, rest)

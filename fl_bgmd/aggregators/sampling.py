@@ -46,7 +46,7 @@ def select_block(
         return torch.topk(scores, k, sorted=False).indices.sort().values
     if selection == "uniform":
         return torch.randperm(d, generator=generator)[:k].sort().values.to(device)
-    # On the CPU, in NumPy: its searchsorted is quick for sorted needles.
+    # On the CPU, in NumPy.
     scores = scores.cpu()
     values = scores.numpy()
     threshold = certainty_threshold(scores, k)
@@ -132,11 +132,12 @@ def _systematic(
     """
 
     def total(block: NDArray[np.float32]) -> float:
-        # Not np.where, nor below a cumsum: those hold the interpreter's lock or add one by one.
+        # Not np.where, which holds the interpreter's lock.
         return float(np.multiply(block, block < threshold, dtype=np.float64).sum())
 
     columns = min(_COLUMNS, math.ceil(len(values) / _TALL))
-    totals = np.array(_each(total, _blocks(values, columns * _TALL)))
+    blocks = _blocks(values, columns * _TALL)
+    totals = np.array(_each(total, blocks))
     ends = totals.cumsum()
     step = float(ends[-1]) / k
     offset = float(torch.rand(1, generator=generator, dtype=torch.float64))
@@ -148,13 +149,13 @@ def _systematic(
         is_hit = np.empty(_TALL * columns, dtype=bool)
         found = []
         for i in range(part.start, part.stop):
-            block = values[i * len(is_hit) : (i + 1) * len(is_hit)]
+            block = blocks[i]
             flat, mask = passed[1:].reshape(-1), is_hit[: len(block)]
             np.multiply(block, 1 / step, out=flat[: len(block)])
             flat[len(block) :] = 0.0
             if not np.less(block, threshold, out=mask).all():
                 flat[: len(block)] *= mask
-            # End to end down the columns: then whole rows are added at a time.
+            # End to end down the columns, a whole row at a time: a cumsum adds one by one.
             for row in range(2, _TALL + 1):
                 passed[row] += passed[row - 1]
             passed[0, 0] = 0.0
@@ -166,7 +167,7 @@ def _systematic(
             found.append(np.flatnonzero(is_hit) + i * len(is_hit))
         return found
 
-    parts = on_cores(hits, len(totals), few=len(totals) < 2)
+    parts = on_cores(hits, len(blocks), few=len(blocks) < 2)
     return np.concatenate([found for part in parts for found in part])
 
 
