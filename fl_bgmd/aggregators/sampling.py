@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,10 @@ from .rows import Result, on_cores
 
 SELECTIONS = ("sample", "top-k", "uniform")
 _COLUMNS, _TALL = 1 << 14, 32  # shape of a block of scores
+_PIECE = 512  # of them are added in float32
+
+Scores = NDArray[np.float32]
+Indices = NDArray[np.int64]
 
 
 def select_block(
@@ -49,7 +54,8 @@ def select_block(
     # On the CPU, in NumPy.
     scores = scores.cpu()
     values = scores.numpy()
-    threshold = certainty_threshold(scores, k)
+    blocks = _blocks(values)
+    threshold, others = certainty_threshold(blocks, k)
     if threshold == 0.0:  # fewer than k are above 0
         chosen = torch.from_numpy(np.flatnonzero(values))
         rest = torch.from_numpy(np.flatnonzero(values == 0))
@@ -59,7 +65,7 @@ def select_block(
     if len(certain) >= k:
         # More only by rounding: above 2^24 nearly equal scores float32 cannot hold tau.
         return torch.topk(scores, k, sorted=False).indices.sort().values.to(device)
-    drawn = _systematic(values, k - len(certain), threshold, generator)
+    drawn = _systematic(blocks, others, k - len(certain), threshold, generator)
     if len(certain):
         # Two ascending runs: a stable sort merges them.
         drawn = np.sort(np.concatenate((certain, drawn)), kind="stable")
@@ -68,7 +74,7 @@ def select_block(
     return torch.from_numpy(drawn).to(device)
 
 
-def _exactly(k: int, block: NDArray[np.int64], scores: Tensor) -> NDArray[np.int64]:
+def _exactly(k: int, block: Indices, scores: Tensor) -> Indices:
     """Leave out the last of too many coordinates; fill up too few with the best they lack.
 
     Only rounding makes them not k: two teeth of the comb hit one coordinate whose probability is
@@ -84,66 +90,72 @@ def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:
 
     ``min(1, score / tau)`` with tau such that they sum to k; needs more than k positive scores.
     """
-    certain = scores >= certainty_threshold(scores, k)
+    certain = scores >= certainty_threshold(_blocks(scores.cpu().numpy()), k)[0]
     rest = torch.where(certain, 0.0, scores.double())
     share = rest * ((k - int(certain.sum())) / rest.sum().clamp_min(1e-300))
     return torch.where(certain, 1.0, share)
 
 
-def certainty_threshold(scores: Tensor, k: int) -> float:
-    """Return the score from which a coordinate is taken for certain.
+def certainty_threshold(blocks: Sequence[Scores], k: int) -> tuple[float, NDArray[np.float64]]:
+    """Return the score from which a coordinate is taken for certain, and each block's other sum.
 
     With ``tau = sum of the other scores / (k - number of certain ones)`` a score of tau has
     probability 1; taking those for certain lowers tau, until nothing changes.
     """
-    blocks = _blocks(scores.cpu().numpy())
-    sums, maxima = np.array(
-        _each(lambda block: (block.sum(dtype=np.float64), block.max()), blocks)
-    ).T
-    threshold, certain = float(sums.sum()) / k, 0
+    sums, maxima = np.array(_each(lambda block: (_sum(block), block.max()), blocks)).T
+    threshold, counts, others = float(sums.sum()) / k, np.zeros(len(blocks), dtype=int), sums.copy()
+
+    def split(i: int) -> tuple[int, float]:
+        """How many scores of a block are certain, and the sum of the others."""
+        certain = np.flatnonzero(blocks[i] >= threshold)
+        if len(certain) == counts[i]:  # the threshold falls: these are the same
+            return len(certain), others[i]
+        # Not the sum less the certain ones: scores may differ by any factor.
+        rest = blocks[i].copy()
+        rest[certain] = 0.0
+        return len(certain), _sum(rest)
+
     while True:
+        before = int(counts.sum())
         above = np.flatnonzero(maxima >= threshold)
+        for i, (count, other) in zip(above, _each(split, above), strict=True):
+            counts[i], others[i] = count, other
+        certain = int(counts.sum())
+        if certain == before or certain >= k:
+            return threshold, others
+        threshold = min(threshold, float(others.sum()) / (k - certain))
 
-        def split(block: NDArray[np.float32], limit: float = threshold) -> tuple[int, float]:
-            """How many scores of a block are certain, and the sum of the others."""
-            others = block < limit
-            count = len(block) - int(np.count_nonzero(others))
-            return count, float(block.sum(dtype=np.float64, where=others))
 
-        parts = _each(split, [blocks[i] for i in above])
-        count = sum(taken for taken, _ in parts)
-        if count == certain or count >= k:
-            return threshold
-        certain = count
-        # Not the total less the taken ones: scores may differ by any factor.
-        rest = float(np.delete(sums, above).sum()) + sum(others for _, others in parts)
-        threshold = min(threshold, rest / (k - certain))
+def _sum(scores: Scores) -> float:
+    """Return the sum of many scores, to about eight digits: BLAS adds pieces in float32."""
+    whole = len(scores) // _PIECE * _PIECE
+    pieces = scores[:whole].reshape(-1, _PIECE) @ np.ones(_PIECE, dtype=np.float32)
+    total = float(pieces.sum(dtype=np.float64) + scores[whole:].sum(dtype=np.float64))
+    return total if math.isfinite(total) else float(scores.sum(dtype=np.float64))
 
 
 def _systematic(
-    values: NDArray[np.float32], k: int, threshold: float, generator: torch.Generator | None
-) -> NDArray[np.int64]:
+    blocks: Sequence[Scores],
+    sums: NDArray[np.float64],
+    k: int,
+    threshold: float,
+    generator: torch.Generator | None,
+) -> Indices:
     """Draw exactly ``k`` coordinates of scores below ``threshold``, in proportion to them.
 
     Inclusion probabilities are ``k * score / sum``, each below 1. Systematic sampling (Madow
     1949): lay the scores end to end, drop a comb of k equally spaced teeth on them at a random
     offset, take what each tooth hits. One random number, one pass; it has exactly these inclusion
     probabilities, unlike an exponential race, and no limit on d. Rounding may make them k +- 1.
+    ``sums`` are those of the scores below the threshold, of each block.
     """
-
-    def total(block: NDArray[np.float32]) -> float:
-        # Not np.where, which holds the interpreter's lock.
-        return float(np.multiply(block, block < threshold, dtype=np.float64).sum())
-
-    columns = min(_COLUMNS, math.ceil(len(values) / _TALL))
-    blocks = _blocks(values, columns * _TALL)
-    totals = np.array(_each(total, blocks))
-    ends = totals.cumsum()
+    columns = math.ceil(len(blocks[0]) / _TALL)
+    ends = sums.cumsum()
     step = float(ends[-1]) / k
     offset = float(torch.rand(1, generator=generator, dtype=torch.float64))
-    starts = (ends - totals) / step - offset
+    starts = (ends - sums) / step - offset
 
-    def hits(part: slice) -> list[NDArray[np.int64]]:
+    def hits(part: slice) -> list[Indices]:
         """Coordinates that a tooth falls on, of some blocks: whole numbers of steps are passed."""
         passed = np.empty((_TALL + 1, columns))  # before the first row, after each row
         is_hit = np.empty(_TALL * columns, dtype=bool)
@@ -154,7 +166,7 @@ def _systematic(
             np.multiply(block, 1 / step, out=flat[: len(block)])
             flat[len(block) :] = 0.0
             if not np.less(block, threshold, out=mask).all():
-                flat[: len(block)] *= mask
+                flat[np.flatnonzero(~mask)] = 0.0
             # End to end down the columns, a whole row at a time: a cumsum adds one by one.
             for row in range(2, _TALL + 1):
                 passed[row] += passed[row - 1]
@@ -171,7 +183,7 @@ def _systematic(
     return np.concatenate([found for part in parts for found in part])
 
 
-def _flat_nonzero(values: NDArray[np.float32], threshold: float) -> NDArray[np.int64]:
+def _flat_nonzero(values: Scores, threshold: float) -> Indices:
     """Return the indices of the values that reach ``threshold``, ascending."""
     found = on_cores(
         lambda part: np.flatnonzero(values[part] >= threshold) + part.start, len(values)
@@ -179,13 +191,14 @@ def _flat_nonzero(values: NDArray[np.float32], threshold: float) -> NDArray[np.i
     return np.concatenate(found)
 
 
-def _blocks(values: NDArray[np.float32], size: int = 1 << 17) -> list[NDArray[np.float32]]:
+def _blocks(values: Scores) -> list[Scores]:
+    size = _COLUMNS * _TALL
     return [values[i : i + size] for i in range(0, len(values), size)]
 
 
-def _each(function: Callable[..., Result], items: Sequence[object]) -> list[Result]:
+def _each(function: Callable[..., Result], items: Sequence[Any] | Indices) -> list[Result]:
     """Apply ``function`` to every item, on all cores, and return the results in order."""
-    if not items:
+    if len(items) == 0:
         return []
     ranges = on_cores(
         lambda part: [function(item) for item in items[part]], len(items), few=len(items) < 4
