@@ -153,12 +153,17 @@ def sum_blocks(
         for start in range(part.start, part.stop, width):
             columns = slice(start, min(start + width, part.stop))
             block = buffer[: n * (columns.stop - start)].reshape(n, -1)
+            # Cast once, not for every row.
+            added = None if shift is None else shift[columns].astype(block.dtype, copy=False)
             if values is None:
                 torch.from_numpy(block).copy_(updates[:, columns])
-            else:
+            elif added is None or values.dtype != block.dtype:
                 block[:] = values[:, columns]
-            if shift is not None:
-                block += shift[columns].astype(block.dtype)  # once, not for every row
+            else:  # in one step
+                np.add(values[:, columns], added, out=block)
+                added = None
+            if added is not None:
+                block += added
             total = total + function(columns, block)
         return total
 
