@@ -74,7 +74,7 @@ class ByzantineMod:
         [sent] = message.content.array_records.values()
         [(record_name, trained)] = reply.content.array_records.items()
         before = ModelLayout(sent)
-        compressor = None
+        compressor = update = None
         if PACKED_KEY in trained:
             packed_with = reply.content.config_records[PACKED_RECORD]["compressor"]
             compressor = compressor_for(message, str(packed_with))
@@ -83,8 +83,9 @@ class ByzantineMod:
         else:
             # In the order sent: a client may reply in another one.
             trained = ArrayRecord({key: trained[key] for key in sent})
-            update = torch.from_numpy(before.values - ModelLayout(trained).values)
         after = ModelLayout(trained)
+        if update is None:
+            update = torch.from_numpy(before.values - after.values)
         if plan.memory:
             _remember(context, (*past, update)[-plan.memory :])
         if name is None or not is_local:
