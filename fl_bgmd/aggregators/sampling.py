@@ -12,7 +12,7 @@ from torch import Tensor
 from .rows import Result, on_cores
 
 SELECTIONS = ("sample", "top-k", "uniform")
-_COLUMNS, _TALL = 1 << 14, 32  # shape of a block of scores
+_COLUMNS, _TALL = 1 << 13, 32  # shape of a block of scores
 _PIECE = 512  # of them are added in float32
 
 Scores = NDArray[np.float32]
