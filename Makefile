@@ -34,11 +34,13 @@ benchmark: $(READY) ## Time the rules against a plain sum and against the peers
 	$(BIN)/python -m benchmarks.grid
 
 LAB_RULES := gmd bgmd cmd trimmed-mean norm-threshold robust-filter multi-krum centered-clipping
+LAB_MIXINGS := nearest-neighbor
 laboratory: $(READY) ## Every strategy against every attack on MNIST (hours): the tables of docs/attacks.md
 	for partition in shards iid; do for fraction in 0.4 0.2; do \
 	$(BIN)/python -m simulations compare --attack all --no-sweep --seeds $(or $(SEEDS),3) \
-		--strategies mean $(LAB_RULES) $(addsuffix +nearest-neighbor,$(LAB_RULES)) \
-		$(addsuffix +bucketing,$(LAB_RULES)) --dataset mnist --model mlp --partition $$partition \
+		--strategies mean $(LAB_RULES) \
+		$(foreach mixing,$(LAB_MIXINGS),$(addsuffix +$(mixing),$(LAB_RULES))) \
+		--dataset mnist --model mlp --partition $$partition \
 		--byzantine-fraction $$fraction --assumed-byzantine-fraction $$fraction \
 		--local-steps 1 --learning-rate 0.1 --momentum 0 --num-server-rounds 20 \
 		--evaluate-every 20 --backend inprocess --jobs 2 \
