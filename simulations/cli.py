@@ -40,6 +40,7 @@ from simulations.laboratory import (
     Line,
     accuracy_table,
     columns,
+    detail_table,
     finished_before,
     plan_grid,
     read_cells,
@@ -284,8 +285,11 @@ def _report(options: argparse.Namespace) -> int:
 def _show_grid(lines: list[Line], folder: Path, title: str) -> int:
     """Show a strategy x attack table and write it; return the exit status."""
     attacks, rows = accuracy_table(lines)
-    TABLES.print(grid_table(attacks, rows))
-    for path in (write_grid(attacks, rows, folder), plot_grid(attacks, rows, title, folder)):
+    details, more = detail_table(lines)
+    columns = [*attacks, *details]
+    cells = {name: [*values, *more[name]] for name, values in rows.items()}
+    TABLES.print(grid_table(columns, cells))
+    for path in (write_grid(columns, cells, folder), plot_grid(attacks, rows, title, folder)):
         CONSOLE.print(f"written: {path}", soft_wrap=True)
     return _status(lines)
 

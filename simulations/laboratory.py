@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
@@ -260,24 +261,61 @@ def accuracy_table(lines: Sequence[Line]) -> tuple[list[str], dict[str, list[flo
     Each row ends with the worst of its attacks. A failed run makes its cell NaN, and so does one
     that was not run.
     """
-    groups: dict[tuple[str, str], dict[float, list[float]]] = {}
-    for line in lines:
-        value = float("nan") if line["status"] == "failed" else line["final-accuracy"]
-        strengths = groups.setdefault((line["strategy"], line["attack"]), {})
-        strengths.setdefault(line["strength"], []).append(value)
-    found = {attack for _, attack in groups}
+    means = _over_seeds(lines, lambda line: line["final-accuracy"])
+    found = {attack for _, attack in means}
     attacks = [attack for attack in ("none", *ATTACKS) if attack in found]
     attacks += sorted(found - set(attacks))
     rows: dict[str, list[float]] = {}
-    for strategy in dict.fromkeys(line["strategy"] for line in lines):
-        row = [
-            _worst([sum(v) / len(v) for v in groups.get((strategy, attack), {}).values()])
-            for attack in attacks
-        ]
+    for strategy in _strategies(lines):
+        row = [_worst(means.get((strategy, attack), [])) for attack in attacks]
         rows[strategy] = [*row, _worst(row)]
     return [*attacks, "worst"], rows
 
 
+def detail_table(lines: Sequence[Line]) -> tuple[list[str], dict[str, list[float]]]:
+    """Return ``(columns, rows)`` of what the accuracy does not say, as far as it was run.
+
+    ``worst class`` is the accuracy on the class that is recognised least where nobody attacks,
+    ``backdoor success`` the share of the other classes' examples that are taken for the backdoor's
+    target, the most over its strengths; both are means over seeds.
+    """
+    classes = _over_seeds(lines, lambda line: min(line["class-accuracies"] or [math.nan]))
+    backdoors = _over_seeds(lines, lambda line: line["backdoor-success"])
+    found = {
+        "worst class": {
+            s: _worst(means) for (s, attack), means in classes.items() if attack == "none"
+        },
+        "backdoor success": {
+            s: float(np.max(means))
+            for (s, attack), means in backdoors.items()
+            if attack == "backdoor"
+        },
+    }
+    names = [name for name, values in found.items() if values]
+    return names, {
+        strategy: [found[name].get(strategy, math.nan) for name in names]
+        for strategy in _strategies(lines)
+    }
+
+
+def _strategies(lines: Sequence[Line]) -> list[str]:
+    return list(dict.fromkeys(line["strategy"] for line in lines))
+
+
+def _over_seeds(
+    lines: Sequence[Line], value: Callable[[Line], float | None]
+) -> dict[tuple[str, str], list[float]]:
+    """Return means over seeds by strategy and attack, one for each strength; NaN with a failure."""
+    groups: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for line in lines:
+        found = None if line["status"] == "failed" else value(line)
+        strengths = groups.setdefault((line["strategy"], line["attack"]), {})
+        strengths.setdefault(line["strength"], []).append(math.nan if found is None else found)
+    return {
+        key: [sum(values) / len(values) for values in strengths.values()]
+        for key, strengths in groups.items()
+    }
+
+
 def _worst(values: Sequence[float]) -> float:
-    unknown = not values or any(math.isnan(value) for value in values)
-    return float("nan") if unknown else min(values)
+    return float(np.min(values)) if values else math.nan  # NaN if there is one
