@@ -72,9 +72,10 @@ def min_max(honest: Tensor, scale: float = 1.0) -> Tensor:
     squared = float(direction @ direction)
     if squared == 0:
         return honest.mean(0)
-    limit = float(_squared_distances(offsets).max())
+    gram = offsets @ offsets.T
+    limit = float(_squared_distances(gram).max())
     along = offsets @ direction
-    slack = (offsets * offsets).sum(1) - limit
+    slack = gram.diagonal() - limit
     # |mean - x_i + gamma p|^2 = limit, solved for gamma, for every i.
     roots = (-along + (along**2 - squared * slack).clamp_min(0).sqrt()) / squared
     return (mean + scale * float(roots.min()) * direction).to(honest.dtype)
@@ -90,9 +91,10 @@ def min_sum(honest: Tensor, scale: float = 1.0) -> Tensor:
     squared = float(direction @ direction)
     if squared == 0:
         return honest.mean(0)
-    limit = float(_squared_distances(offsets).sum(1).max())
+    gram = offsets @ offsets.T
+    limit = float(_squared_distances(gram).sum(1).max())
     # The offsets sum to zero, so the mixed term does too.
-    gamma = max(0.0, limit - float((offsets * offsets).sum())) / (len(honest) * squared)
+    gamma = max(0.0, limit - float(gram.trace())) / (len(honest) * squared)
     return (mean + scale * math.sqrt(gamma) * direction).to(honest.dtype)
 
 
@@ -113,10 +115,10 @@ def memory_poison(honest: Tensor, scale: float = 100.0, strong: float = 0.2) -> 
 
 def _perturbation(honest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean, minus the standard deviation, and mean minus each row, in float64."""
-    rows = honest.double()
+    rows = honest.to(torch.float64, copy=True)
     mean = rows.mean(0)
-    offsets = mean - rows
-    return mean, -_deviation(offsets), offsets
+    offsets = torch.sub(mean, rows, out=rows)
+    return mean, _deviation(offsets).neg_(), offsets
 
 
 def _deviation(offsets: Tensor) -> Tensor:
@@ -124,8 +126,7 @@ def _deviation(offsets: Tensor) -> Tensor:
     return offsets.square().mean(0).sqrt_()
 
 
-def _squared_distances(offsets: Tensor) -> Tensor:
-    """Return all squared distances between rows of mean 0, (m, m)."""
-    gram = offsets @ offsets.T
+def _squared_distances(gram: Tensor) -> Tensor:
+    """Return all squared distances between rows, (m, m), from their inner products."""
     squares = gram.diagonal()
     return (squares[:, None] + squares[None, :] - 2 * gram).clamp_min(0)
