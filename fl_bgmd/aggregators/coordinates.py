@@ -19,7 +19,7 @@ from fl_bgmd.shares import floor_share
 from .results import Aggregate
 from .rows import check_fraction, check_updates, empty, on_cores, refuse_non_finite, result_dtype
 
-_NETWORK_ELEMENTS, _SORT_WIDTH = 1 << 18, 1 << 12
+_NETWORK_ELEMENTS, _SORT_WIDTH, _SORT_ELEMENTS = 1 << 18, 1 << 12, 1 << 21
 _NETWORK_ROWS = 16  # with more rows sorting is faster
 _MIN, _MAX, _BOTH = 1, 2, 3
 
@@ -119,8 +119,9 @@ def _sort(updates: Tensor, trim: int, vector: Tensor, columns: slice) -> None:
     """Write the means of the middle ranks of ``columns`` into ``vector``: sort on the CPU."""
     n = updates.shape[0]
     result = vector.numpy()
-    for start in range(columns.start, columns.stop, _SORT_WIDTH):
-        part = slice(start, min(start + _SORT_WIDTH, columns.stop))
+    width = min(_SORT_WIDTH, max(16, _SORT_ELEMENTS // n))
+    for start in range(columns.start, columns.stop, width):
+        part = slice(start, min(start + width, columns.stop))
         block = np.ascontiguousarray(_block(updates, part, vector.dtype).T)
         block.sort(axis=1)
         _check_block(float(block[:, [0, -1]].sum()), updates)

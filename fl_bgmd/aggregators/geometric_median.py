@@ -1,4 +1,4 @@
-"""The geometric median, certified, for the price of two passes over the data.
+"""The geometric median, certified, for the price of two passes over few rows.
 
 The median lies in the convex hull of the rows, ``y = sum_i w_i x_i``, so every distance the
 iteration needs follows from the Gram matrix ``K = X X^T``::
@@ -6,18 +6,20 @@ iteration needs follows from the Gram matrix ``K = X X^T``::
     ||x_i - y||^2 = K_ii - 2 (K w)_i + w^T K w
 
 One pass over the data builds ``K``, one forms ``w^T X``; in between the solver works on n x n
-numbers, whatever d is.
+numbers, whatever d is. Many rows (where n x n numbers are more work than the rows) are left to
+:mod:`~fl_bgmd.aggregators.newton`, which iterates in R^d.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .certificate import HullPoint, better, weiszfeld_weights
+from .newton import minimise_in_space
 from .results import GeometricMedian
 from .rows import (
+    FEW_ROWS,
     blas_on_one_thread,
     center,
     check_updates,
@@ -36,7 +38,7 @@ from .rows import (
 Array = NDArray[np.float64]
 
 _EPSILON = float(np.finfo(np.float64).eps)
-SOLVERS = ("gram", "weiszfeld")
+SOLVERS = ("gram", "newton", "weiszfeld")
 
 
 def geometric_median(
@@ -64,8 +66,10 @@ def geometric_median(
         about 1e-7; a smaller ``tol`` returns the best point found with its true gap.
     max_iter : int
         Return the best point so far, with its true gap, after this many steps.
-    solver : {"gram", "weiszfeld"}
-        ``gram`` iterates on the n x n Gram matrix: two passes over the data in all.
+    solver : {"gram", "newton", "weiszfeld"}
+        ``gram`` iterates on the n x n Gram matrix: two passes over the data in all. Its steps cost
+        n^3, so more than ``FEW_ROWS`` rows go to ``newton``, Newton's method in R^d: mostly 6 to
+        30 passes, memory for a few vectors of n and d. Both certify the same gap.
         ``weiszfeld`` is the classical iteration in R^d, two passes per step: the cost model of
         the papers, for comparison.
 
@@ -97,23 +101,15 @@ def geometric_median(
         raise ValueError(f"solver is {solver!r}; allowed: {', '.join(SOLVERS)}")
     dtype = result_dtype(updates)
     rows, scales = in_range(updates)
-    if solver == "gram":
-        gram = center(rows, gram_matrix(rows), row_weights)
-        point, iterations = minimise_in_hull(gram, row_weights, tol, max_iter)
-        if point.gap > tol and point.slack > 0:
-            # Rows coincide with y up to rounding: seen from one of them, equal rows are equal.
-            origin = int(np.argmin(point.distances))
-            gram = gram_matrix(rows, -rows[origin].double())
-            again, more = minimise_in_hull(gram, row_weights, tol, max_iter)
-            iterations += more
-            if _better(again, point):
-                point = again
+    if solver == "newton" or (solver == "gram" and n > FEW_ROWS):
+        point, y, iterations = minimise_in_space(rows, row_weights, tol, max_iter)
+        vector = torch.from_numpy(y).to(updates.device, dtype)
     else:
-        point, iterations = _classical(rows, row_weights, tol, max_iter)
-    dtype = result_dtype(updates)
+        solve = _in_gram_space if solver == "gram" else _classical
+        point, iterations = solve(rows, row_weights, tol, max_iter)
+        vector = combine(_single_if_coincident(point), rows, dtype)
     scale = float(scales.min())
     summands = row_weights * point.distances
-    vector = combine(_single_if_coincident(point), rows, dtype)
     # A single row is returned as it is; a sum of rows is rounded to the dtype.
     is_row = np.count_nonzero(point.hull_weights) == 1
     rounding = 0.0 if is_row else float(torch.finfo(dtype).eps) / 2 * vector_norm(vector)
@@ -128,56 +124,21 @@ def geometric_median(
     )
 
 
-@dataclass(frozen=True)
-class HullPoint:
-    """A point ``y = sum_i hull_weights[i] x_i`` with all that its Gram matrix tells about it.
-
-    Attributes
-    ----------
-    hull_weights : (n,)
-        Convex coefficients.
-    pulls : (n,)
-        ``row_weights[i] / ||x_i - y||``, 0 for rows that coincide with y.
-    distances : (n,)
-        ``||x_i - y||``, no smaller than what float64 can tell from zero.
-    objective : float
-        ``g(y) = sum_i row_weights[i] ||x_i - y||``.
-    pull : float
-        ``R``, the norm of the smallest subgradient that is known at y.
-    slack : float
-        ``2 * sum of row_weights[i] ||x_i - y||`` over the rows that coincide with y.
-    row_weights : (n,)
-        The weights of the objective.
-    """
-
-    hull_weights: Array
-    pulls: Array
-    distances: Array
-    objective: float
-    pull: float
-    slack: float
-    row_weights: Array
-
-    @property
-    def gap(self) -> float:
-        """Bound on ``(g(y) - g*) / g*``."""
-        if self.objective == 0.0:
-            return 0.0
-        # n ||y - y*|| <= g(y) + g* <= 2 g(y); a row at distance r that is treated as coincident
-        # offers every unit vector as a 2r-subgradient.
-        excess = 2 * self.pull / self.row_weights.sum() + self.slack / self.objective
-        return float(excess / (1 - excess)) if excess < 1 else float("inf")
-
-    def gap_after_moving(self, distance: float) -> float:
-        """Bound on the gap of any point within ``distance`` of y (the rounded vector)."""
-        if self.objective == 0.0 or distance == 0.0 or not np.isfinite(self.gap):
-            return self.gap
-        # ||a + e|| <= ||a|| + <a, e> / ||a|| + ||e||^2 / (2 ||a||), and <= ||a|| + ||e||.
-        far = np.maximum(np.maximum(self.distances, distance / 2), 1e-300)
-        second_order = (distance * (distance / (2 * far))) @ self.row_weights
-        total_pull = self.pull + self.row_weights[self.pulls == 0].sum()
-        growth = (total_pull * distance + second_order) / self.objective
-        return float((1 + self.gap) * (1 + growth) - 1)
+def _in_gram_space(
+    rows: Tensor, row_weights: Array, tol: float, max_iter: int
+) -> tuple[HullPoint, int]:
+    """Minimise on the rows' Gram matrix, the bulk of the rows at the origin."""
+    gram = center(rows, gram_matrix(rows), row_weights)
+    point, iterations = minimise_in_hull(gram, row_weights, tol, max_iter)
+    if point.gap > tol and point.slack > 0:
+        # Rows coincide with y up to rounding: seen from one of them, equal rows are equal.
+        origin = int(np.argmin(point.distances))
+        gram = gram_matrix(rows, -rows[origin].double())
+        again, more = minimise_in_hull(gram, row_weights, tol, max_iter)
+        iterations += more
+        if better(again, point):
+            point = again
+    return point, iterations
 
 
 @blas_on_one_thread()
@@ -199,18 +160,11 @@ def minimise_in_hull(
     while best.gap > 0.99 * tol and iterations < max_iter and stalled < 3:
         iterations += 1
         previous, current = current, _step(gram, current)
-        if _better(current, best):
+        if better(current, best):
             best = current
         moving = current.pull < previous.pull or _decrease(gram, previous, current) > 0
         stalled = 0 if moving else stalled + 1
     return best, iterations
-
-
-def _better(point: HullPoint, other: HullPoint) -> bool:
-    """Whether ``point`` has the smaller gap; where neither has a finite one, the smaller pull."""
-    if np.isfinite(point.gap) or np.isfinite(other.gap):
-        return point.gap < other.gap
-    return point.pull < other.pull
 
 
 def _hull_point(gram: Array, row_weights: Array, hull_weights: Array) -> HullPoint:
@@ -244,14 +198,14 @@ def _hull_point(gram: Array, row_weights: Array, hull_weights: Array) -> HullPoi
 
 def _step(gram: Array, point: HullPoint) -> HullPoint:
     """Return Weiszfeld's next point, or that after a Newton step if it is lower."""
-    plain = _hull_point(gram, point.row_weights, _weiszfeld_weights(point))
+    plain = _hull_point(gram, point.row_weights, weiszfeld_weights(point))
     newton = _newton_weights(gram, point)
     if newton is None:
         return plain
     moved = _hull_point(gram, point.row_weights, newton)
     if (moved.pulls == 0).any():
         return plain  # Weiszfeld's map would keep the coefficients, which need not be convex
-    polished = _hull_point(gram, point.row_weights, _weiszfeld_weights(moved))
+    polished = _hull_point(gram, point.row_weights, weiszfeld_weights(moved))
     return polished if _decrease(gram, plain, polished) > 0 else plain
 
 
@@ -266,20 +220,6 @@ def _decrease(gram: Array, old: HullPoint, new: HullPoint) -> float:
     change = step @ product - 2 * (product - old.hull_weights @ product)
     total = old.distances + new.distances
     return -float(old.row_weights @ (change / np.where(total > 0, total, 1.0)))
-
-
-def _weiszfeld_weights(point: HullPoint) -> Array:
-    """Weiszfeld's map, with Vardi and Zhang's correction when y coincides with rows."""
-    total = point.pulls.sum()
-    if total == 0.0:
-        return point.hull_weights
-    target: Array = point.pulls / total
-    held = float(point.row_weights[point.pulls == 0].sum())
-    if held == 0.0:
-        return target
-    keep = held / (held + point.pull)  # pull = R - held, so this is min(1, held / R)
-    mixed: Array = (1 - keep) * target + keep * point.hull_weights
-    return mixed
 
 
 def _newton_weights(gram: Array, point: HullPoint) -> Array | None:
@@ -370,11 +310,11 @@ def _classical(
             single = np.zeros_like(row_weights)
             single[int(np.argmax(row_weights))] = 1.0
             return _classical_point(rows, row_weights, single), iteration
-        if best is None or _better(point, best):
+        if best is None or better(point, best):
             best = point
         if point.gap <= 0.99 * tol or iteration == max_iter:
             return best, iteration
-        hull_weights = _weiszfeld_weights(point)
+        hull_weights = weiszfeld_weights(point)
         iteration += 1
 
 

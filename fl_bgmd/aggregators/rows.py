@@ -1,9 +1,12 @@
-"""Passes over the rows of an update matrix, a block of columns at a time.
+"""Passes over the rows of an update matrix, a block of columns or a strip of rows at a time.
 
 Every rule reads its (n, d) input through these functions. Arithmetic is done in float64 on blocks
 that fit a core's cache, so no second n x d matrix ever exists and float32 input of any magnitude
-neither overflows nor cancels. On the CPU each core works through columns of its own, in NumPy on
-one thread; on other devices torch does the same, one block after the other.
+neither overflows nor cancels. On the CPU each core works through columns (or rows) of its own, in
+NumPy on one thread; on other devices torch does the same, one block after the other.
+
+Few rows are best served by their n x n Gram matrix, which is cheap beside the rows themselves.
+For many (above ``FEW_ROWS``) it would be the larger of the two: there the rules work in strips.
 """
 
 import itertools
@@ -26,6 +29,9 @@ _BLOCK_ELEMENTS = 1 << 19  # of a block: 4 MiB in float64, the fastest of 2^15 t
 _PIECE, _STRIP = 512, 8  # columns and rows of a small product
 _SMALL_ROWS = 100  # with more rows small products gain nothing
 _FEW_ELEMENTS = 1 << 16  # fewer are done sooner than a thread is started
+_STRIP_ELEMENTS = 1 << 17  # of a strip of rows: 1 MiB in float64
+_DISTANCE_ELEMENTS = 1 << 21  # of a strip of distances
+FEW_ROWS = 300  # up to here steps on n x n matrices cost less than passes over the rows
 
 Result = TypeVar("Result")
 # A block of columns: a NumPy array on the CPU, a tensor elsewhere.
@@ -175,6 +181,44 @@ def sum_blocks(
     return sum(on_cores(sum_range, d, few=n * d < _FEW_ELEMENTS))
 
 
+def sum_strips(
+    function: Callable[[slice, Block], Any], updates: Tensor, offset: Tensor | None = None
+) -> Any:
+    """Return the sum over strips of rows of ``function(rows, block)``, as NumPy values.
+
+    ``block``, (m, d), holds ``updates[rows] + offset`` in float64, with all columns: one pass
+    gives what depends on whole rows. Otherwise like :func:`sum_blocks`.
+    """
+    n, d = updates.shape
+    height = max(1, _STRIP_ELEMENTS // d)
+    on_cpu = updates.device.type == "cpu"
+    shift = None if offset is None else native(offset, updates)
+
+    def sum_range(part: slice) -> Any:
+        total: Any = 0.0
+        buffer = torch.empty(
+            (min(height, part.stop - part.start), d), dtype=torch.float64, device=updates.device
+        )
+        for start in range(part.start, part.stop, height):
+            rows = slice(start, min(start + height, part.stop))
+            strip = buffer[: rows.stop - start]
+            block: Block
+            if on_cpu and updates.dtype in (torch.float32, torch.float64):
+                block = strip.numpy()
+                block[:] = updates[rows].numpy()
+            else:
+                strip.copy_(updates[rows])
+                block = strip.numpy() if on_cpu else strip
+            if shift is not None:
+                block += shift
+            total = total + function(rows, block)
+        return total.cpu().numpy() if isinstance(total, Tensor) else total
+
+    if not on_cpu:
+        return sum_range(slice(0, n))
+    return sum(on_cores(sum_range, n, few=n * d < _FEW_ELEMENTS))
+
+
 def native(values: NDArray[Any] | Tensor, updates: Tensor) -> Any:
     """Return ``values`` as what :func:`sum_blocks` computes with: sharing memory where it can."""
     if updates.device.type == "cpu":
@@ -286,6 +330,47 @@ def squared_distances(gram: NDArray[np.float64]) -> NDArray[np.float64]:
     squared = np.maximum(diagonal[:, None] + diagonal[None, :] - 2.0 * gram, 0.0)
     np.fill_diagonal(squared, 0.0)
     return squared
+
+
+def measure_strips(
+    function: Callable[[slice, NDArray[np.float64]], None], updates: Tensor, middle: Tensor
+) -> None:
+    """Call ``function(rows, squared)`` for strips of rows that cover all of them.
+
+    ``squared``, (m, n) float64, holds the squared distances from ``rows`` to every row, never
+    negative, 0 from a row to itself; it may be overwritten. No more than a strip for each core is
+    ever held. ``middle``, (d,), is taken for the origin: distances keep their digits where the
+    bulk of the rows is near it. Squares must not overflow: see :func:`in_range`.
+    """
+    n, d = updates.shape
+    offset = -middle.double()
+    lengths = row_norms(updates, offset) ** 2
+    height = max(1, _DISTANCE_ELEMENTS // n)
+    width = max(64, _BLOCK_ELEMENTS // n)
+    shift = native(offset, updates)
+
+    def products(rows: slice) -> Any:
+        total: Any = 0.0
+        for start in range(0, d, width):
+            columns = slice(start, min(start + width, d))
+            block = updates[:, columns].double()
+            others = native(block, updates) + shift[columns]
+            total = total + dot(others[rows], others.T)
+        return total.cpu().numpy() if isinstance(total, Tensor) else total
+
+    def measure(part: slice) -> None:
+        for start in range(part.start, part.stop, height):
+            rows = slice(start, min(start + height, part.stop))
+            squared = products(rows)
+            squared *= -2.0
+            squared += lengths
+            squared += lengths[rows, None]
+            np.maximum(squared, 0.0, out=squared)
+            squared[np.arange(rows.stop - start), np.arange(start, rows.stop)] = 0.0
+            function(rows, squared)
+
+    on_device = updates.device.type != "cpu"
+    on_cores(measure, n, few=on_device)
 
 
 def pairwise_squared_distances(updates: Tensor) -> NDArray[np.float64]:
