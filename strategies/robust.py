@@ -27,7 +27,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
 from fl_bgmd.aggregators import Aggregate, GeometricMedian
-from fl_bgmd.aggregators.mixing import bucketing_matrix, mix, nearest_neighbor_matrix
+from fl_bgmd.aggregators.mixing import Mixing, buckets, nearest_neighbors
 from fl_bgmd.aggregators.norms import euclidean_norms
 from fl_bgmd.aggregators.rows import vector_norm
 from fl_bgmd.broadcast import MODEL_RECORD, build_downlink, pack_model
@@ -616,7 +616,7 @@ class RobustStrategy(FedAvg):
         # Replies near the end of the range may overflow anywhere: the model is looked at below.
         with np.errstate(all="ignore"):
             try:
-                current, matrix = self._mix(current)
+                current, mixing = self._mix(current)
                 width = current.updates.shape[1]
                 result = self.aggregate(current)
                 if result.vector.shape != (width,):
@@ -655,7 +655,7 @@ class RobustStrategy(FedAvg):
         weights = None
         if result.weights is not None:
             shares = result.weights.numpy()
-            shares = shares if matrix is None else shares @ matrix
+            shares = shares if mixing is None else mixing.spread(shares)
             metrics["client-weights"] = weights = [float(share) for share in shares]
         if isinstance(result, GeometricMedian):
             metrics["iterations"] = result.iterations
@@ -678,21 +678,21 @@ class RobustStrategy(FedAvg):
     def describe(self, result: Aggregate, metrics: MetricRecord) -> None:
         """Add the rule's own diagnostics of a round to ``metrics``; nothing by default."""
 
-    def _mix(self, current: Round) -> tuple[Round, np.ndarray[Any, Any] | None]:
+    def _mix(self, current: Round) -> tuple[Round, Mixing | None]:
         """Apply the pre-aggregation, in place where it keeps the number of rows."""
         updates = current.updates
         if self.mixing == "none" or updates.shape[0] == 1:
             return current, None
         if self.mixing == "nearest-neighbor":
-            matrix = nearest_neighbor_matrix(updates, byzantine_fraction=self.byzantine_fraction)
-            mixed = mix(updates, matrix, out=updates)
+            mixing = nearest_neighbors(updates, byzantine_fraction=self.byzantine_fraction)
+            mixed = mixing.apply(updates, out=updates)
         else:
-            matrix = bucketing_matrix(updates.shape[0], self.bucket_size, self.generator)
-            mixed = mix(updates, matrix)
+            mixing = buckets(updates.shape[0], self.bucket_size, self.generator)
+            mixed = mixing.apply(updates)
         weights = current.weights
         if weights is not None:
-            weights = torch.from_numpy(matrix) @ weights
-        return Round(mixed, weights, current.nodes), matrix  # reported norms are not the rows'
+            weights = torch.from_numpy(mixing.average(weights.double().numpy()))
+        return Round(mixed, weights, current.nodes), mixing  # reported norms are not the rows'
 
     def _metrics(self, phase: str, intake: Intake) -> MetricRecord:
         """Combine the clients' metrics: by the user's function if given, else by medians."""

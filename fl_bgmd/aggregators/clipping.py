@@ -2,10 +2,23 @@
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .results import Aggregate
-from .rows import bordered_gram, check_updates, combine, in_range, result_dtype
+from .rows import (
+    Block,
+    bordered_gram,
+    check_updates,
+    combine,
+    dot,
+    has_cheap_gram,
+    in_range,
+    native,
+    result_dtype,
+    row_norms,
+    sum_strips,
+)
 
 
 def centered_clipping(
@@ -18,7 +31,7 @@ def centered_clipping(
     """Iterate ``v <- v + mean_i clip(x_i - v, radius)`` from ``center``.
 
     Karimireddy et al. (ICML 2021), Equation 5 and Algorithm 2. All steps happen on the n x n
-    Gram matrix of the rows and the centre.
+    Gram matrix of the rows and the center; many rows are passed over twice a step instead.
 
     Parameters
     ----------
@@ -53,11 +66,30 @@ def centered_clipping(
         raise ValueError("center holds a NaN or an infinity; allowed: finite values")
     rows, scales = in_range(updates)
     scale = float(scales.min())
-    # Distances between v and the rows keep their digits when the origin is among the rows; v
-    # starts outside, so the start is one more row: weights[n] is what is left of it.
     start = torch.zeros(d, dtype=torch.float64, device=updates.device)
     if center is not None:
         start = center.double() / scale
+    limit = None if radius is None else radius / scale
+    if has_cheap_gram(n, d):
+        weights = _clip_in_gram_space(rows, start, limit, iterations)
+        vector = combine(weights[:n], rows, result_dtype(updates))
+        if center is not None:
+            vector += weights[n] * start.to(vector)
+    else:
+        vector, weights = _clip_in_space(rows, start, limit, iterations)
+        vector = vector.to(result_dtype(updates))
+    if scale != 1.0:
+        vector *= scale
+    return Aggregate(vector, torch.from_numpy(weights[:n] * (scale / scales)))
+
+
+def _clip_in_gram_space(
+    rows: Tensor, start: Tensor, radius: float | None, iterations: int
+) -> NDArray[np.float64]:
+    """Return the coefficients of the rows and of the start in the last v, (n + 1,)."""
+    n = rows.shape[0]
+    # Distances between v and the rows keep their digits when the origin is among the rows; v
+    # starts outside, so the start is one more row: weights[n] is what is left of it.
     gram = bordered_gram(rows, start)
     weights = np.zeros(n + 1)
     weights[n] = 1.0
@@ -65,13 +97,44 @@ def centered_clipping(
         product = gram @ weights
         squared = np.diagonal(gram) - 2 * product + weights @ product
         distances = np.sqrt(np.maximum(squared[:n], 0.0))
-        limit = float(np.median(distances)) if radius is None else radius / scale
-        factors = np.minimum(1.0, limit / np.where(distances > 0, distances, np.inf)) / n
+        factors = _factors(distances, radius)
         weights = weights * (1.0 - factors.sum())
         weights[:n] += factors
-    vector = combine(weights[:n], rows, result_dtype(updates))
-    if center is not None:
-        vector += weights[n] * start.to(vector)
-    if scale != 1.0:
-        vector *= scale
-    return Aggregate(vector, torch.from_numpy(weights[:n] * (scale / scales)))
+    return weights
+
+
+def _clip_in_space(
+    rows: Tensor, start: Tensor, radius: float | None, iterations: int
+) -> tuple[Tensor, NDArray[np.float64]]:
+    """Return the last v, (d,) float64, and the same coefficients, by passes over the rows."""
+    n = rows.shape[0]
+    weights = np.zeros(n + 1)
+    weights[n] = 1.0
+    v = start.clone()
+    for _ in range(iterations):
+        factors = _factors(row_norms(rows, -v), radius)
+        v += torch.from_numpy(_weighted_offsets(factors, rows, -v)).to(v.device)
+        weights *= 1.0 - factors.sum()
+        weights[:n] += factors
+    return v, weights
+
+
+def _weighted_offsets(
+    factors: NDArray[np.float64], rows: Tensor, offset: Tensor
+) -> NDArray[np.float64]:
+    """Return ``sum_i factors_i (x_i + offset)``, (d,)."""
+
+    def weigh(part: slice, block: Block) -> Block:
+        return dot(native(factors[part], rows), block)
+
+    total: NDArray[np.float64] = sum_strips(weigh, rows, offset)
+    return total
+
+
+def _factors(distances: NDArray[np.float64], radius: float | None) -> NDArray[np.float64]:
+    """Return how much of each row's distance a step goes, ``clip / n``; (n,)."""
+    limit = float(np.median(distances)) if radius is None else radius
+    factors: NDArray[np.float64] = np.minimum(
+        1.0, limit / np.where(distances > 0, distances, np.inf)
+    )
+    return factors / len(distances)
