@@ -19,7 +19,7 @@ from fl_bgmd.shares import floor_share
 from .results import Aggregate
 from .rows import check_fraction, check_updates, empty, on_cores, refuse_non_finite, result_dtype
 
-_NETWORK_ELEMENTS, _SORT_WIDTH, _SORT_ELEMENTS = 1 << 18, 1 << 12, 1 << 21
+_NETWORK_ELEMENTS, _SORT_WIDTH, _SORT_ELEMENTS = 1 << 18, 1 << 12, 1 << 20
 _NETWORK_ROWS = 16  # with more rows sorting is faster
 _MIN, _MAX, _BOTH = 1, 2, 3
 

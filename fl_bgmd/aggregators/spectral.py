@@ -2,11 +2,13 @@
 
 The paper works with d x n matrices and their singular vectors. Everything Algorithm 3 asks for
 lies in the span of the n rows, so one pass over the data builds their Gram matrix and every
-iteration is an n x n eigenproblem.
+iteration is an n x n eigenproblem. Of many rows only the top eigenvector is sought, by passes
+over them: no n x n or d x d matrix is made.
 """
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +18,8 @@ from torch import Tensor
 
 from fl_bgmd.shares import ceil_share
 
+from .coordinates import coordinate_median
+from .directions import STEPS, top_spread
 from .results import FilteredAggregate
 from .rows import (
     blas_on_one_thread,
@@ -26,6 +30,7 @@ from .rows import (
     gram_matrix,
     in_range,
     result_dtype,
+    row_norms,
 )
 from .saddle import solve_saddle
 
@@ -33,6 +38,12 @@ Array = NDArray[np.float64]
 
 METHODS = ("mean", "saddle")
 PROVEN_FRACTION = 0.25
+EXACT_ROWS = 300
+"""Up to so many rows sigma_0 is estimated one dropped row at a time, by whole eigenproblems."""
+
+_BATCHES = 16
+_LATER_STEPS = 10  # of a search that starts where the last one ended
+_FAR = 4.0  # median distances
 
 
 @dataclass(frozen=True)
@@ -77,11 +88,15 @@ def spectral_filter(
         Above 0, the paper's sigma_0: bound on the standard deviation of the honest rows in every
         direction. Estimated by default: the top eigenvalue of the covariance is brought down by
         dropping, one at a time, the row furthest along the top eigenvector, until
-        ``ceil((1 - byzantine_fraction) n)`` are left; its root is taken.
+        ``ceil((1 - byzantine_fraction) n)`` are left; its root is taken. Of more than 300 rows
+        those beyond four median distances from the coordinate-wise median go first, the farthest
+        before the others, and then a sixteenth of what is still to go at a time, furthest along
+        any of the top eigenvectors: at most 16 eigenproblems.
     method : {"mean", "saddle"}
         How a row is reconstructed from the others: ``mean`` takes their weighted mean; ``saddle``
         solves the paper's problem, Equations 91 and 94, see
-        :func:`~fl_bgmd.aggregators.saddle.solve_saddle`. It costs an n x n eigenproblem a step.
+        :func:`~fl_bgmd.aggregators.saddle.solve_saddle`. It costs an n x n eigenproblem a step,
+        so it is for hundreds of rows, not thousands.
 
     Raises
     ------
@@ -103,29 +118,28 @@ def spectral_filter(
     n = updates.shape[0]
     rows, scales = in_range(updates)
     scale = float(scales.min())
-    gram = center(rows, gram_matrix(rows))
-    if sigma0 is None:
-        variance = _honest_variance(gram, byzantine_fraction)
-    else:
-        variance = (sigma0 / scale) ** 2
+    few = n <= EXACT_ROWS
+    saddle_gram = center(rows, gram_matrix(rows)) if few or method == "saddle" else np.empty(0)
+    view: _View = _GramView(saddle_gram) if few else _PassView(rows)
+    variance = view.honest_variance(byzantine_fraction) if sigma0 is None else (sigma0 / scale) ** 2
 
     honest = 1 - byzantine_fraction  # alpha, line 1
     cap = (4 - honest) / (honest * (2 + honest) * n)  # Equation 94
     gap: float | None = None
     weights = np.ones(n)  # c_i, line 1
-    active = np.ones(n, dtype=bool)  # A, line 1
-    iterations = 0
+    active = view.not_hopeless(variance)  # A, line 1
+    iterations = int(not active.all())
     while active.sum() > 1:
-        errors = np.zeros(n)
-        inner = gram[np.ix_(active, active)]
         if method == "mean":
-            errors[active] = _reconstruction_errors(inner, weights[active])
+            errors = view.errors(weights, active)
         else:
+            errors = np.zeros(n)
+            inner = saddle_gram[np.ix_(active, active)]
             saddle = solve_saddle(inner, weights[active], max(cap, 1 / active.sum()))  # line 3
             errors[active] = saddle.errors  # line 4
             gap = max(gap or 0.0, saddle.gap)
         # Line 5. Rounding is allowed for: rows that are all equal must pass with sigma0 = 0.
-        rounding = 1e-12 * float(np.diagonal(gram)[active].max())
+        rounding = 1e-12 * float(view.squared_sizes[active].max())
         if errors @ weights <= max(4 * n * variance, rounding) or errors.max() == 0.0:
             break
         iterations += 1
@@ -168,17 +182,94 @@ def _reconstruction_errors(gram: Array, weights: Array) -> Array:
     return squared
 
 
-def _honest_variance(gram: Array, byzantine_fraction: float) -> float:
-    """Estimate sigma_0^2: the top eigenvalue that is left when the worst rows are gone.
+class _View(ABC):
+    """What Algorithm 3 asks of the rows."""
 
-    The rows nearest to some centre would not do: corrupt rows on the honest rows' shell, shifted
-    together, can be nearer to it than honest ones.
-    """
-    n = gram.shape[0]
-    active = np.arange(n)
-    left = ceil_share(1 - byzantine_fraction, n)
-    while True:
-        errors = _reconstruction_errors(gram[np.ix_(active, active)], np.ones(len(active)))
-        if len(active) <= max(left, 1):
-            return float(errors.sum()) / len(active)
-        active = np.delete(active, int(np.argmax(errors)))
+    squared_sizes: Array
+    """Squared distances to a point among the rows, (n,)."""
+
+    @abstractmethod
+    def errors(self, weights: Array, active: NDArray[np.bool_]) -> Array:
+        """Return tau of Equation 93 with the mean as reconstruction, (n,), 0 if not active."""
+
+    @abstractmethod
+    def honest_variance(self, byzantine_fraction: float) -> float:
+        """Estimate sigma_0^2: the top eigenvalue that is left when the worst rows are gone.
+
+        The rows nearest to some center would not do: corrupt rows on the honest rows' shell,
+        shifted together, can be nearer to it than honest ones.
+        """
+
+    def not_hopeless(self, variance: float) -> NDArray[np.bool_]:
+        """Return the rows that may be left at the end, (n,)."""
+        return np.ones(len(self.squared_sizes), dtype=bool)
+
+
+class _GramView(_View):
+    """Few rows: their Gram matrix."""
+
+    def __init__(self, gram: Array) -> None:
+        self.gram = gram
+        self.squared_sizes = np.diagonal(gram)
+
+    def errors(self, weights: Array, active: NDArray[np.bool_]) -> Array:
+        errors = np.zeros(len(weights))
+        inner = self.gram[np.ix_(active, active)]
+        errors[active] = _reconstruction_errors(inner, weights[active])
+        return errors
+
+    def honest_variance(self, byzantine_fraction: float) -> float:
+        n = self.gram.shape[0]
+        active = np.arange(n)
+        left = ceil_share(1 - byzantine_fraction, n)
+        while True:
+            inner = self.gram[np.ix_(active, active)]
+            errors = _reconstruction_errors(inner, np.ones(len(active)))
+            if len(active) <= max(left, 1):
+                return float(errors.sum()) / len(active)
+            active = np.delete(active, int(np.argmax(errors)))
+
+
+class _PassView(_View):
+    """Many rows: passes over them."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self.squared_sizes = row_norms(rows, -coordinate_median(rows).vector.double()) ** 2
+
+    def errors(self, weights: Array, active: NDArray[np.bool_]) -> Array:
+        return np.where(active, top_spread(self.rows, weights * active).errors, 0.0)
+
+    def honest_variance(self, byzantine_fraction: float) -> float:
+        n = len(self.squared_sizes)
+        to_drop = n - max(1, ceil_share(1 - byzantine_fraction, n))
+        # A row that far is the top eigenvector; dropped by itself it would cost a round.
+        far = self.squared_sizes > _FAR**2 * np.median(self.squared_sizes)
+        order = np.argsort(-self.squared_sizes, kind="stable")[: min(to_drop, int(far.sum()))]
+        active = np.ones(n, dtype=bool)
+        active[order] = False
+        to_drop -= len(order)
+        batch = max(1, math.ceil(to_drop / _BATCHES))
+        start: Array | None = None
+        while to_drop > 0:
+            steps = STEPS if start is None else _LATER_STEPS
+            spread = top_spread(self.rows, active.astype(float), start, steps)
+            # Several directions at once: as many small groups of rows may each have their own.
+            worst = np.argsort(np.where(active, -spread.scores, np.inf), kind="stable")
+            gone = worst[: min(batch, to_drop)]
+            active[gone] = False
+            to_drop -= len(gone)
+            start = spread.start
+        spread = top_spread(self.rows, active.astype(float), start)
+        return float(spread.errors[active].mean())
+
+    def not_hopeless(self, variance: float) -> NDArray[np.bool_]:
+        """Return the rows within ten times what can be left when line 5 is content.
+
+        It is content when ``c_i |x_i - m|^2``, at most the top eigenvalue, is below
+        ``4 n sigma_0^2`` for each row, and c_i is at least 1/2. Rows of all sizes would otherwise
+        cost an iteration for each size.
+        """
+        n = len(self.squared_sizes)
+        near: NDArray[np.bool_] = self.squared_sizes <= 100 * 8 * n * variance
+        return near if 2 * near.sum() > n else np.ones(n, dtype=bool)
