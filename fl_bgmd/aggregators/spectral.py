@@ -264,12 +264,12 @@ class _PassView(_View):
         return float(spread.errors[active].mean())
 
     def not_hopeless(self, variance: float) -> NDArray[np.bool_]:
-        """Return the rows within ten times what can be left when line 5 is content.
+        """Return the rows within twice the distance that can be left when line 5 is content.
 
         It is content when ``c_i |x_i - m|^2``, at most the top eigenvalue, is below
         ``4 n sigma_0^2`` for each row, and c_i is at least 1/2. Rows of all sizes would otherwise
         cost an iteration for each size.
         """
         n = len(self.squared_sizes)
-        near: NDArray[np.bool_] = self.squared_sizes <= 100 * 8 * n * variance
+        near: NDArray[np.bool_] = self.squared_sizes <= 4 * 8 * n * variance
         return near if 2 * near.sum() > n else np.ones(n, dtype=bool)
