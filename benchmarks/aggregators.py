@@ -1,12 +1,12 @@
 """The aggregation rules against a plain sum over the rows and against the peers' own code.
 
 ``python -m benchmarks.aggregators`` prints one table for each shape: time as a multiple of
-``X.sum(0)`` in the same process on the same data (from 1,000 rows on in seconds), the geometric median's objective as a multiple
-of the best one reached, and the peak of extra memory in multiples of the (n, d) matrix. Needs
-``pip install byzfl geom-median`` for the peers' rows; they are left out, with a line that says so,
-where these are missing. All rules take their turns ``--repeats`` times, those of more than five
-seconds once, each beside the sum; the median of the ratios counts: machines change their pace
-within a run.
+``X.sum(0)`` in the same process on the same data (in seconds from 1,000 rows on), the geometric
+median's objective as a multiple of the best one reached, and the peak of extra memory in multiples
+of the (n, d) matrix. Needs ``pip install byzfl geom-median`` for the peers' rows; they are left
+out, with a line that says so, where these are missing. All rules take their turns ``--repeats``
+times, those of more than five seconds once, each beside the sum; the median of the ratios counts:
+machines change their pace within a run.
 """
 
 import argparse

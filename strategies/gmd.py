@@ -19,7 +19,7 @@ class GMD(RobustStrategy):
     ----------
     tol : float
         Certified relative accuracy of the median. Above 0.
-    solver : {"gram", "weiszfeld"}
+    solver : {"gram", "newton", "weiszfeld"}
         See :func:`fl_bgmd.aggregators.geometric_median`.
     **options
         Those of :class:`RobustStrategy`.

@@ -57,6 +57,7 @@ RULES: dict[str, Callable[[Tensor], Any]] = {
     "mean": mean,
     "geometric-median": geometric_median,
     "geometric-median-weiszfeld": partial(geometric_median, solver="weiszfeld"),
+    "geometric-median-newton": partial(geometric_median, solver="newton"),
     "geometric-median-weights": lambda rows: geometric_median(
         rows, weights=torch.arange(1.0, 1.0 + N)
     ),
@@ -123,6 +124,25 @@ def test_rules(name: str, dtype: torch.dtype, gpu: torch.device) -> None:
         if value is not None and other is not None:
             assert other.device.type == "cpu"
             torch.testing.assert_close(other, value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("geometric-median", "block-top-k", "coordinate-median", "trimmed-mean", "krum"),
+        *("centered-clipping", "nearest-neighbor-mixing", "bucketing", "spectral-filter"),
+    ],
+)
+def test_rules_on_many_rows(name: str, gpu: torch.device) -> None:
+    """More rows than any n x n matrix is made for."""
+    rows = torch.randn(1_050, 40, generator=torch.Generator().manual_seed(0)) + 0.3
+    rows[:100] *= 50
+    expected, result = RULES[name](rows), RULES[name](rows.to(gpu))
+    wanted, found = tensors_of(expected), tensors_of(result)
+    assert wanted.keys() == found.keys()
+    for key, value in wanted.items():
+        assert found[key].device.type == "cuda"
+        agree(found[key], value)
 
 
 @pytest.mark.parametrize("memory_rule", ["robust", "mean", "per-client"])

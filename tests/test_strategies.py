@@ -1188,7 +1188,7 @@ def test_the_base_class_names_no_rule() -> None:
         (GMD, "device", "meta", "auto, cpu, cuda"),
         (GMD, "tol", 0.0, "above 0"),
         (GMD, "tol", math.nan, "above 0"),
-        (GMD, "solver", "newton", "gram, weiszfeld"),
+        (GMD, "solver", "secant", "gram, newton, weiszfeld"),
         (BGMD, "block_fraction", 0.0, "above 0 to 1"),
         (BGMD, "block_fraction", 1.1, "above 0 to 1"),
         (BGMD, "block_fraction", math.nan, "above 0 to 1"),

@@ -3,7 +3,8 @@
 Few rows go through a sorting network: each comparator is one element-wise minimum and one maximum
 of two rows of a column block, without branches or indices; comparators that cannot reach the
 wanted order statistics are left out. Many rows on a CPU are transposed block by block and sorted
-by NumPy, whose vectorised sort then beats the network. Column ranges run on all cores.
+by NumPy, whose vectorised sort then beats the network. Column ranges run on all cores. Other
+devices sort where there are so many rows that the network would be thousands of small steps.
 """
 
 from functools import lru_cache
@@ -20,7 +21,7 @@ from .results import Aggregate
 from .rows import check_fraction, check_updates, empty, on_cores, refuse_non_finite, result_dtype
 
 _NETWORK_ELEMENTS, _SORT_WIDTH, _SORT_ELEMENTS = 1 << 18, 1 << 12, 1 << 20
-_NETWORK_ROWS = 16  # with more rows sorting is faster
+_NETWORK_ROWS, _NETWORK_ROWS_ON_DEVICE = 16, 128  # with more rows sorting is faster
 _MIN, _MAX, _BOTH = 1, 2, 3
 
 
@@ -73,7 +74,8 @@ def _mean_of_middle(updates: Tensor, trim: int) -> Aggregate:
     n, d = updates.shape
     vector = empty(d, updates, result_dtype(updates))
     if updates.device.type != "cpu":
-        _network(updates, trim, vector, slice(0, d))
+        few = n <= _NETWORK_ROWS_ON_DEVICE
+        (_network if few else _sort_on_device)(updates, trim, vector, slice(0, d))
         return Aggregate(vector, None)
     method = _network if n <= _NETWORK_ROWS else _sort
     on_cores(lambda columns: method(updates, trim, vector, columns), d)
@@ -126,6 +128,17 @@ def _sort(updates: Tensor, trim: int, vector: Tensor, columns: slice) -> None:
         block.sort(axis=1)
         _check_block(float(block[:, [0, -1]].sum()), updates)
         result[part] = block[:, trim : n - trim].mean(axis=1, dtype=np.float64)
+
+
+def _sort_on_device(updates: Tensor, trim: int, vector: Tensor, columns: slice) -> None:
+    """Write the means of the middle ranks of ``columns`` into ``vector``: sort where they are."""
+    n = updates.shape[0]
+    width = max(16, 16 * _SORT_ELEMENTS // n)
+    for start in range(columns.start, columns.stop, width):
+        part = slice(start, min(start + width, columns.stop))
+        block = updates[:, part].to(vector.dtype).sort(dim=0).values
+        _check_block(float(block[0].sum() + block[-1].sum()), updates)
+        vector[part] = block[trim : n - trim].mean(dim=0, dtype=torch.float64)
 
 
 def _block(updates: Tensor, columns: slice, dtype: torch.dtype) -> NDArray[np.floating]:
