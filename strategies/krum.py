@@ -44,8 +44,12 @@ class Krum(RobustStrategy):
     See :class:`RobustStrategy` for the parameters.
     """
 
+    num_selected = 1
+
     def aggregate(self, current: Round) -> Aggregate:
         """Return the selected row."""
         return multi_krum(
-            current.updates, byzantine_fraction=self.tolerated(current), num_selected=1
+            current.updates,
+            byzantine_fraction=self.tolerated(current),
+            num_selected=self.num_selected,
         )
