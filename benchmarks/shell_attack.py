@@ -52,6 +52,10 @@ def measure(n: int, eps: float, seeds: int) -> dict[str, list[float]]:
     return errors
 
 
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def main() -> None:
     """Measure, print and draw."""
     import matplotlib as mpl
@@ -63,7 +67,7 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=200)
     parser.add_argument("--eps", type=float, default=0.2)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("docs/shell-attack.png"))
+    parser.add_argument("--output", type=_path, default=Path("docs/shell-attack.png"))
     options = parser.parse_args()
     errors = measure(options.n, options.eps, options.seeds)
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")

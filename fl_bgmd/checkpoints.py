@@ -2,7 +2,7 @@
 
 One file for each checkpoint, named by its round and its SHA-256, written beside its place, flushed
 to the disk and renamed: whatever moment a process dies at, the newest file that carries its own
-checksum is whole.
+checksum is whole. A disk that is full costs the checkpoint, not the run.
 """
 
 import fcntl
@@ -12,13 +12,14 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
@@ -29,8 +30,27 @@ _ENTRY = "fl-bgmd"
 """The metadata entry of a file that holds everything but the tensors."""
 
 
+_UNREADABLE = (
+    *(OSError, SafetensorError, RecursionError),
+    *(AttributeError, KeyError, TypeError, ValueError),
+)
+"""What reading a file raises that no run has written."""
+
+
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used, or a folder that another run is using."""
+    """A checkpoint or a folder that cannot be used."""
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder where it is missing, and see that files can be written there.
+
+    Raises ``OSError`` where they cannot: also on a full disk, which still lets files be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=folder) as file:
+        file.write(bytes(4096))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class Checkpoints:
@@ -39,7 +59,7 @@ class Checkpoints:
     Parameters
     ----------
     folder : str or Path
-        Made when needed. One folder for each run.
+        Made when needed; ``~`` is the home folder. One folder for each run.
     keep : int
         How many checkpoints stay, 1 or more.
     every : int
@@ -63,20 +83,23 @@ class Checkpoints:
         identity: Mapping[str, Any] | None = None,
     ) -> None:
         for name, value in (("keep", keep), ("every", every)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; allowed: 1 or more")
-        if not str(folder):
-            raise ValueError("folder is ''; allowed: a folder")
-        self.folder = Path(folder).resolve()
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}; allowed: 1 or more, a whole number")
+        if not isinstance(folder, str | Path) or not str(folder):
+            raise ValueError(f"folder is {folder!r}; allowed: a folder")
+        self.folder = Path(folder).expanduser().resolve()
         self.keep = keep
         self.every = every
         self.identity = dict(identity or {})
 
-    def save(self, number: int, state: Mapping[str, Any], identity: Mapping[str, Any]) -> Path:
+    def save(
+        self, number: int, state: Mapping[str, Any], identity: Mapping[str, Any]
+    ) -> Path | None:
         """Write the state after round ``number``; delete what is older than the last ``keep``.
 
         ``state`` is a tree of dicts and lists whose leaves are tensors, bytes, numbers, strings and
-        None; ``identity`` adds to the one given at construction. Returns the file.
+        None; ``identity`` adds to the one given at construction. Returns the file; None where it
+        could not be written, for example to a full disk: the log says so, and nothing of it stays.
         """
         tensors: dict[str, Tensor] = {}
         described = {
@@ -86,60 +109,88 @@ class Checkpoints:
         }
         data = to_safetensors(tensors, metadata={_ENTRY: json.dumps(described)})
         path = self.folder / (f"round-{number:08d}-{hashlib.sha256(data).hexdigest()}.safetensors")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        with unfinished.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.rename(path)
-        self._flush_folder()
-        for _, old in self._found()[self.keep :]:
-            if old != path:
-                old.unlink()
-        return path
+        try:
+            self._write(path, data)
+            for _, old in [found for found in self._named() if found[1].is_file()][self.keep :]:
+                if old != path:
+                    old.unlink()
+        except OSError as error:
+            LOG.warning(
+                "the checkpoint of round %s is not complete in %s (%s): the run goes on",
+                number,
+                self.folder,
+                error.strerror or error,
+            )
+        return path if path.is_file() else None
 
     def load(self, identity: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
         """Return round and state of the newest checkpoint that is whole, None if there is none.
 
-        A damaged one is set aside (``.damaged``) with a warning.
+        What is damaged, or is no checkpoint in spite of its name, is set aside (``.damaged``) with
+        a warning.
 
         Raises
         ------
         CheckpointError
             If it belongs to another run, with what differs.
         """
-        for number, path in self._found():
-            if hashlib.sha256(path.read_bytes()).hexdigest() not in path.name:
-                LOG.warning("checkpoint %s is damaged: it is skipped", path)
-                path.rename(path.with_suffix(".damaged"))
+        for number, path in self._named():
+            try:
+                written, state = _read(path)
+            except _UNREADABLE as error:
+                LOG.warning("checkpoint %s is damaged (%s): it is skipped", path, error)
+                with suppress(OSError):  # it is skipped again where it cannot be moved
+                    path.rename(path.with_suffix(".damaged"))
                 continue
-            with safe_open(path, framework="pt") as file:
-                described = json.loads(file.metadata()[_ENTRY])
-                self._compare(path, described["identity"], self.identity | dict(identity))
-                return number, _restore(described["state"], file.get_tensor)
+            self._compare(path, written, self.identity | dict(identity))
+            return number, state
         return None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep the folder for this run; :class:`CheckpointError` while another run has it.
+        """Keep the folder for this run; delete what a crashed run has left unfinished.
 
-        What a crashed run has left unfinished is deleted.
+        Raises
+        ------
+        CheckpointError
+            While another run has it, and where no checkpoint can be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as lock:
+        try:
+            make_folder(self.folder)
+            lock = (self.folder / "lock").open("w")
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoints are to be kept in {str(self.folder)!r} ({error.strerror}); allowed: "
+                "a folder that can be written"
+            ) from error
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise CheckpointError(f"{self.folder} is in use by another run") from error
             for path in self.folder.glob("round-*.unfinished"):
-                path.unlink()
+                if path.is_symlink() or not path.is_dir():
+                    path.unlink()
             yield
 
-    def _found(self) -> list[tuple[int, Path]]:
-        """Return the checkpoints, newest first."""
+    def _named(self) -> list[tuple[int, Path]]:
+        """Return what has a checkpoint's name, newest first: it need not be one."""
         matches = ((_NAME.fullmatch(path.name), path) for path in self.folder.glob("round-*"))
         return sorted(((int(m[1]), path) for m, path in matches if m is not None), reverse=True)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        """Write a file that is there as a whole or not at all, whatever happens."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        try:
+            with unfinished.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.rename(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        self._flush_folder()
 
     def _flush_folder(self) -> None:
         """Make the rename itself survive a power cut."""
@@ -163,6 +214,23 @@ class Checkpoints:
                 f"checkpoint {path} is of another run: {'; '.join(differing)}. Use another folder, "
                 "or the configuration it was written with"
             )
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return identity and state of a checkpoint.
+
+    Raises one of ``_UNREADABLE`` for what is none, or not as it was written.
+    """
+    if not path.is_file():
+        raise ValueError("it is not a file")
+    if hashlib.sha256(path.read_bytes()).hexdigest() not in path.name:
+        raise ValueError("its content has another checksum")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if _ENTRY not in metadata:
+            raise ValueError(f"its metadata have no entry {_ENTRY!r}")
+        described = json.loads(metadata[_ENTRY])
+        return dict(described["identity"]), dict(_restore(described["state"], file.get_tensor))
 
 
 def _describe(value: Any, tensors: dict[str, Tensor]) -> Any:

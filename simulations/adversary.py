@@ -39,7 +39,7 @@ from fl_bgmd.replies import (
     partition_id,
     screen,
 )
-from simulations.grid import InProcessGrid
+from simulations.grid import InProcessGrid, asked_for
 
 
 class AdversarialGrid(Grid):
@@ -185,9 +185,14 @@ class AdversarialGrid(Grid):
         """Push messages; replies that are pulled one by one are not attacked here."""
         return self._inner.push_messages(messages)
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+    def pull_messages(  # type: ignore[override]  # both Flower's 1.42 and 1.43 call it
+        self,
+        reply_to_message_ids: Iterable[str] | None = None,
+        *,
+        message_ids: Iterable[str] | None = None,
+    ) -> Iterable[Message]:
         """Pull replies."""
-        return self._inner.pull_messages(message_ids)
+        return self._inner.pull_messages(asked_for(reply_to_message_ids, message_ids))
 
 
 def _update(reply: Message, layout: ModelLayout, compressor: Compressor | None) -> Tensor | None:

@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from rich.console import Console
 from rich.progress import (
@@ -21,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fl_bgmd.checkpoints import make_folder
 from fl_bgmd.data import DATASETS, DataUnavailableError, data_directory, load
 from simulations.backends import BACKENDS, ClientResources, run
 from simulations.config import (
@@ -30,6 +30,7 @@ from simulations.config import (
     ConfigError,
     beyond_guarantee,
     defaults,
+    expand_home,
     parse,
     validate,
 )
@@ -84,10 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     option. 3: the data cannot be had. 130: interrupted.
     """
     warnings.filterwarnings("ignore", message="Tip: In future versions of Ray")
-    options, unknown = _parser().parse_known_args(arguments)
-    if not getattr(options, "verbose", False):
-        logging.getLogger("flwr").setLevel(logging.CRITICAL)
     try:
+        options, unknown = _parser().parse_known_args(arguments)
+        if not getattr(options, "verbose", False):
+            logging.getLogger("flwr").setLevel(logging.CRITICAL)
         _refuse_unknown(unknown)
         for name in ("output", "picture"):
             if (folder := getattr(options, name, None)) is not None:
@@ -110,9 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _make_folder(option: str, folder: Path) -> Path:
     """Create the folder of an option; raise :class:`ConfigError` where nothing can be written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
+        make_folder(folder)
     except OSError as error:
         raise ConfigError(
             f"{option} is {str(folder)!r} ({error.strerror}); allowed: a folder that can be written"
@@ -132,6 +131,10 @@ def _refuse_unknown(unknown: list[str]) -> None:
                 + ("in --strategies, as bgmd+nearest-neighbor" if rows else "with run")
             )
         validate({key: value})
+
+
+def _path(text: str) -> Path:
+    return Path(expand_home(text))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -164,15 +167,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     several.add_argument(
         "--folder",
-        type=Path,
+        type=_path,
         help="of a grid; finished runs that it holds are not run again (default: a new one)",
     )
     _add_settings(several, leave_out=("strategy", "mixing"))
 
     report = commands.add_parser("report", help="table and heat map of finished grids")
     report.set_defaults(command=_report)
-    report.add_argument("results", nargs="+", type=Path, help="folders of compare with a grid")
-    report.add_argument("--output", type=Path, default=Path(), help="folder; default: this one")
+    report.add_argument("results", nargs="+", type=_path, help="folders of compare with a grid")
+    report.add_argument("--output", type=_path, default=Path(), help="folder; default: this one")
     report.add_argument("--title", default="", help="of the heat map")
 
     again = commands.add_parser("reproduce", help="an experiment of the papers", allow_abbrev=False)
@@ -184,14 +187,14 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--device", default="auto", help="of clients and server")
     again.add_argument("--backend", choices=BACKENDS[1:], default="inprocess", help="of the runs")
     again.add_argument("--no-run", action="store_true", help="report what has run so far")
-    again.add_argument("--results-dir", type=Path, default=Path("results"))
-    again.add_argument("--output", type=Path, help="folder of table and plots; default: results")
+    again.add_argument("--results-dir", type=_path, default=Path("results"))
+    again.add_argument("--output", type=_path, help="folder of table and plots; default: results")
 
     attacks = commands.add_parser("attacks", help="list the attacks, draw what they do to images")
     attacks.set_defaults(command=_attacks)
     attacks.add_argument("--dataset", choices=DATASETS, default="cifar10")
     attacks.add_argument("--data-dir", default="", help="default: $FL_BGMD_DATA or the cache")
-    attacks.add_argument("--picture", type=Path, metavar="FOLDER", help="draw data-attacks.png")
+    attacks.add_argument("--picture", type=_path, metavar="FOLDER", help="draw data-attacks.png")
 
     data = commands.add_parser("data", help="obtain and check data sets", allow_abbrev=False)
     data.set_defaults(command=_data)
@@ -435,6 +438,9 @@ def _run_all(options: argparse.Namespace, configs: dict[str, Config]) -> int:
     first, kind = next(iter(configs.values())), "compare" if len(configs) > 1 else "run"
     _tell_limits(configs.values())
     resources = _resources(options, first)
+    for config in configs.values():
+        if config["checkpoint-dir"]:
+            _make_folder("checkpoint-dir", Path(str(config["checkpoint-dir"])))
     folder = _make_folder("results-dir", _results_folder(first, kind))
     load(str(first["dataset"]), str(first["data-dir"]) or None, progress=CONSOLE.print)
     results: dict[str, RunResult] = {}

@@ -21,7 +21,7 @@ from fl_bgmd.attacks import ATTACKS, PRESETS, AttackPlan, attack_names, is_attac
 from fl_bgmd.attacks import SELECTIONS as BYZANTINE_SELECTIONS
 from fl_bgmd.broadcast import build_downlink
 from fl_bgmd.compression import COMPRESSORS, build_compressor
-from fl_bgmd.data import DATASETS, SCHEMES
+from fl_bgmd.data import DATASETS, SCHEMES, TRAINING_EXAMPLES
 from fl_bgmd.models import MODELS
 from fl_bgmd.plugins import is_path, load_object
 from fl_bgmd.shares import floor_share
@@ -64,6 +64,18 @@ class Setting:
     allowed: str
     holds: Callable[[Value], bool]
     help: str
+    is_folder: bool = False
+
+
+def expand_home(folder: str) -> str:
+    """Return a path whose ``~`` or ``~user`` at the beginning is that home folder.
+
+    Raises ``ValueError`` for a user who is not there.
+    """
+    try:
+        return str(Path(folder).expanduser()) if folder.startswith("~") else folder
+    except RuntimeError as error:
+        raise ValueError(f"no home folder is known for {folder!r}") from error
 
 
 def own_strategy(name: str) -> type[RobustStrategy] | None:
@@ -124,6 +136,12 @@ def _accepted_by(build: Callable[[str], object]) -> Callable[[Value], bool]:
     return holds
 
 
+def _folder(help: str, *, empty: bool = True) -> Setting:
+    allowed = "a folder (~ stands for home)" + (", or empty" if empty else "")
+    is_path = _accepted_by(expand_home)
+    return Setting(str, allowed, lambda v: is_path(v) and (empty or v != ""), help, is_folder=True)
+
+
 SETTINGS: dict[str, Setting] = {
     "num-server-rounds": _number(int, "rounds of the run", 1),
     "num-clients": _number(int, "clients; see min-available-clients", 1),
@@ -143,7 +161,7 @@ SETTINGS: dict[str, Setting] = {
     "server-momentum": _number(float, "of the server", 0, 1, below=True),
     "server-nesterov": _choice(ON_OFF, "whether that momentum is Nesterov's"),
     "dataset": _choice(DATASETS, "real data"),
-    "data-dir": Setting(str, "a folder, or empty", lambda _: True, "where data sets are kept"),
+    "data-dir": _folder("where data sets are kept"),
     "model": _choice(MODELS, "what is trained"),
     "partition": _choice(SCHEMES, "how the training examples are spread over the clients"),
     "num-shards": _number(int, "of partition shards; a multiple of num-clients", 1),
@@ -205,16 +223,15 @@ SETTINGS: dict[str, Setting] = {
         _accepted_by(resolve_device),
         "of clients and server",
     ),
-    "client-threads": _number(int, "torch threads of a client", 1),
+    # The client's machine is not this one; thousands of threads end a process without a word.
+    "client-threads": _number(int, "torch threads of a client", 1, 256),
     "evaluate-every": _number(int, "rounds between evaluations on all test examples", 1),
     "round-timeout": _number(float, "seconds to wait for replies", 0, above=True),
     "node-wait-timeout": _number(float, "seconds to wait for num-clients nodes", 0, above=True),
     "too-few-nodes": _choice(TOO_FEW_NODES, "what happens when they are not there by then"),
     "bench-after": _number(int, "bad rounds in a row after which a client sits out; 0: never"),
     "bench-rounds": _number(int, "for how many rounds", 1),
-    "checkpoint-dir": Setting(
-        str, "a folder, or empty", lambda _: True, "to go on from; one a run"
-    ),
+    "checkpoint-dir": _folder("to go on from; one a run"),
     "checkpoint-every": _number(int, "rounds between checkpoints", 1),
     "checkpoint-keep": _number(int, "how many of the last checkpoints stay", 1),
     "ray-address": Setting(
@@ -223,7 +240,7 @@ SETTINGS: dict[str, Setting] = {
         lambda value: value == "" or bool(re.fullmatch(r"[^\s/]+:\d{1,5}", str(value))),
         "where the clients of backend ray run",
     ),
-    "results-dir": Setting(str, "a folder", lambda value: value != "", "where results are written"),
+    "results-dir": _folder("where results are written", empty=False),
 }
 
 
@@ -249,6 +266,8 @@ def validate(given: Mapping[str, Value]) -> Config:
         config[key] = value
     for key, setting in SETTINGS.items():
         config[key] = _check(key, config[key], setting)
+        if setting.is_folder:
+            config[key] = expand_home(str(config[key]))
     _check_combinations(config)
     return config
 
@@ -287,6 +306,13 @@ def _check(key: str, value: Value, setting: Setting) -> Value:
 def _check_combinations(config: Config) -> None:
     """Refuse values that are fine alone and not together."""
     clients, fraction = int(config["num-clients"]), float(config["byzantine-fraction"])
+    examples = TRAINING_EXAMPLES[str(config["dataset"])]
+    for key in ("num-clients", *(("num-shards",) if config["partition"] == "shards" else ())):
+        if int(config[key]) > examples:
+            raise ConfigError(
+                f"{key} is {config[key]}; allowed: 1 to {examples}, the training examples of "
+                f"{config['dataset']}"
+            )
     if bool(config["local-steps"]) == bool(config["local-epochs"]):
         raise ConfigError(
             f"local-steps is {config['local-steps']} and local-epochs is "

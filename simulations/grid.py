@@ -33,6 +33,22 @@ CLIENT_FAILED = 2
 """Flower's error code for an exception in a ClientApp."""
 
 
+def asked_for(
+    reply_to_message_ids: Iterable[str] | None, message_ids: Iterable[str] | None
+) -> Iterable[str]:
+    """Return the ids under either of their names: ``message_ids`` is that of Flower up to 1.42.
+
+    Raises ``TypeError`` for both and for none.
+    """
+    given = [ids for ids in (reply_to_message_ids, message_ids) if ids is not None]
+    if len(given) != 1:
+        raise TypeError(
+            f"pull_messages was given {len(given)} of reply_to_message_ids and message_ids; "
+            "allowed: one of them"
+        )
+    return given[0]
+
+
 class InProcessGrid(Grid):
     """Flower's Grid over clients of this process.
 
@@ -125,9 +141,15 @@ class InProcessGrid(Grid):
             ids.append(message_id)
         return ids
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+    def pull_messages(  # type: ignore[override]  # both Flower's 1.42 and 1.43 call it
+        self,
+        reply_to_message_ids: Iterable[str] | None = None,
+        *,
+        message_ids: Iterable[str] | None = None,
+    ) -> Iterable[Message]:
         """Return the replies to the messages, each once."""
-        return [self._replies.pop(key) for key in message_ids if key in self._replies]
+        asked = asked_for(reply_to_message_ids, message_ids)
+        return [self._replies.pop(key) for key in asked if key in self._replies]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -38,11 +38,18 @@ class MultiKrum(RobustStrategy):
         )
 
 
-class Krum(MultiKrum):
-    """Follow the one update with the closest neighbours: Krum of Blanchard et al.
+class Krum(RobustStrategy):
+    """Follow the one update with the closest neighbors: Krum of Blanchard et al.
 
     See :class:`RobustStrategy` for the parameters.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(num_selected=1, **options)
+    num_selected = 1
+
+    def aggregate(self, current: Round) -> Aggregate:
+        """Return the selected row."""
+        return multi_krum(
+            current.updates,
+            byzantine_fraction=self.tolerated(current),
+            num_selected=self.num_selected,
+        )

@@ -31,6 +31,7 @@ from flwr.serverapp.strategy import FedAvg as MessageFedAvg
 from fl_bgmd.replies import PACKED_KEY, ModelLayout, declared_array, median_metrics
 
 from . import bgmd, clipping, cmd, gmd, krum, mean, norm_threshold, robust_filter
+from .checks import check_options, options_of
 from .robust import RobustStrategy
 
 __all__ = [
@@ -99,7 +100,7 @@ class LegacyStrategy(FedAvg):
     Raises
     ------
     TypeError
-        For an option that neither has.
+        For an option that neither has, with the nearest that they have.
     ValueError
         For a value that the rule refuses.
     """
@@ -116,6 +117,14 @@ class LegacyStrategy(FedAvg):
             raise TypeError(
                 f"{', '.join(foreign)}: not for the older API, whose rounds are Flower's"
             )
+        rule_options = options_of(self.rule_type)
+        for name in _MESSAGE_OPTIONS | _OWN_ROUNDS:
+            rule_options.pop(name, None)
+        check_options(
+            type(self).__name__,
+            {"parameter_names": parameter_names, **options},
+            rule_options | options_of(type(self)),
+        )
         super().__init__(**{name: options.pop(name) for name in _OPTIONS & options.keys()})
         self.parameter_names = None if parameter_names is None else list(parameter_names)
         self._combined: Metrics = {}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from fl_bgmd.compression import RandK, build_compressor
 from fl_bgmd.replies import ModelLayout, Rejection, median_metrics
 from fl_bgmd.shares import floor_share
 
-from .checks import is_number, require, resolve_device
+from .checks import check_options, options_of, require, resolve_device
 from .intake import LOG, Intake, Round, in_order, take_in
 from .reputation import Reputation
 from .roster import TOO_FEW_NODES, Roster
@@ -126,6 +126,8 @@ class RobustStrategy(FedAvg):
 
     Raises
     ------
+    TypeError
+        For an option that the strategy does not have, with the nearest that it has.
     ValueError
         For a value outside of the above.
     """
@@ -138,6 +140,11 @@ class RobustStrategy(FedAvg):
 
     weights_tell = False
     """Whether a weight near zero speaks against a client: not where rules leave out honest ones."""
+
+    def __new__(cls, *_: Any, **options: Any) -> Self:
+        """Check names and types of the options before any constructor computes with them."""
+        check_options(cls.__name__, options, options_of(cls))
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -167,8 +174,7 @@ class RobustStrategy(FedAvg):
         require(
             "server_learning_rate",
             server_learning_rate,
-            callable(server_learning_rate)
-            or (is_number(server_learning_rate) and 0 < server_learning_rate < math.inf),
+            callable(server_learning_rate) or 0 < server_learning_rate < math.inf,
             "above 0, or a function from the round to it",
         )
         require("server_momentum", server_momentum, 0 <= server_momentum < 1, "0 to below 1")

@@ -58,10 +58,11 @@ class Roster:
     def asked(self) -> dict[str, int] | None:
         """The node that each message of the phase went to, by message id, None if not known.
 
-        A grid of somebody's own may not number its messages.
+        A grid of somebody's own may not number its messages. Where others have a number, one
+        without has not been sent, and nobody can reply to it.
         """
-        asked = {sent.message_id: sent.dst_node_id for sent in self._asked}
-        return None if "" in asked or not asked else asked
+        asked = {sent.message_id: sent.dst_node_id for sent in self._asked if sent.message_id}
+        return asked or None
 
     def sample(
         self, grid: Grid, server_round: int, kind: str, fraction: float, minimum: int, needed: int

@@ -55,10 +55,15 @@ def run_rounds(
 ) -> Result:
     """Run the rounds from the newest checkpoint, or from the first, to ``num_rounds``."""
     result = Result()
-    identity = _identity(strategy, arrays)
+    identity = _identity(strategy, arrays, train_config)
     first = 1
     if checkpoints is not None and (found := checkpoints.load(identity)) is not None:
         done, state = found
+        if done > num_rounds:
+            raise CheckpointError(
+                f"num_rounds is {num_rounds} and {checkpoints.folder} has a checkpoint of round "
+                f"{done}; allowed: {done} or more, or another folder"
+            )
         arrays = arrays_from_state(state["arrays"])
         result = _to_result(state["history"], arrays)
         strategy.load_state_dict(state["strategy"])
@@ -130,8 +135,14 @@ _OPERATION = (
 """What an operator may change before a run goes on: whom it waits for, and when it ends."""
 
 
-def _identity(strategy: "RobustStrategy", arrays: ArrayRecord) -> dict[str, Any]:
-    """Return what a checkpoint must share with the run that uses it: strategy and model."""
+def _identity(
+    strategy: "RobustStrategy", arrays: ArrayRecord, train_config: ConfigRecord
+) -> dict[str, Any]:
+    """Return what a checkpoint must share with the run that uses it.
+
+    Strategy, model, and what clients are asked to do: ``train_config`` as it was given, before a
+    round writes into it.
+    """
     settings = {
         f"strategy.{name}": value
         for name, value in vars(strategy).items()
@@ -143,8 +154,16 @@ def _identity(strategy: "RobustStrategy", arrays: ArrayRecord) -> dict[str, Any]
     return settings | {
         "strategy": type(strategy).__name__,
         "strategy.compressor": "none" if compressor is None else compressor.name,
+        **{f"train_config.{key}": _as_json(value) for key, value in train_config.items()},
         "model": {key: f"{array.dtype}{list(array.shape)}" for key, array in arrays.items()},
     }
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value of a ConfigRecord for a comparison: bytes are no JSON."""
+    if isinstance(value, list):
+        return [_as_json(item) for item in value]
+    return value.hex() if isinstance(value, bytes) else value
 
 
 _HISTORIES = (

@@ -8,17 +8,21 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Result
 from safetensors import safe_open
+from safetensors.torch import save as to_safetensors
 
 from fl_bgmd.checkpoints import CheckpointError, Checkpoints
 from fl_bgmd.strategies import BGMD, GMD, CenteredClipping, RobustFilter, RobustStrategy
@@ -101,6 +105,83 @@ def test_a_damaged_checkpoint_is_skipped_with_a_message(
     assert f"checkpoint {newest} is damaged" in caplog.text
 
 
+def named_like_a_checkpoint(folder: Path, data: bytes) -> Path:
+    """Write a file with the right checksum in its name."""
+    path = folder / f"round-00000009-{hashlib.sha256(data).hexdigest()}.safetensors"
+    path.write_bytes(data)
+    return path
+
+
+def metadata(described: str) -> bytes:
+    return to_safetensors({}, metadata={"fl-bgmd": described})
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("directory", "it is not a file"),
+        ("dangling link", "it is not a file"),
+        ("pipe", "it is not a file"),
+        ("garbage", "another checksum"),
+        ("garbage with its checksum", ""),
+        ("no metadata", "no entry 'fl-bgmd'"),
+        ("no JSON", ""),
+        ("no object", ""),
+        ("no state", "state"),
+        ("missing tensor", ""),
+        ("unknown node", ""),
+        ("deep", ""),
+    ],
+)
+def test_what_only_has_the_name_of_a_checkpoint_is_skipped_with_a_message(
+    tmp_path: Path, kind: str, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, {"x": 1}, {})
+    contents = {
+        "garbage with its checksum": b"garbage",
+        "no metadata": to_safetensors({}),
+        "no JSON": metadata("{"),
+        "no object": metadata("[1]"),
+        "no state": metadata('{"identity": {}}'),
+        "missing tensor": metadata('{"identity": {}, "state": {"tensor": "0"}}'),
+        "unknown node": metadata('{"identity": {}, "state": {"a": 1, "b": 2}}'),
+        "deep": metadata("[" * 100_000),
+    }
+    odd = tmp_path / f"round-00000009-{'0' * 64}.safetensors"
+    if kind in contents:
+        odd = named_like_a_checkpoint(tmp_path, contents[kind])
+    elif kind == "directory":
+        odd.mkdir()
+        (odd / "file").touch()
+    elif kind == "dangling link":
+        odd.symlink_to(tmp_path / "nowhere")
+    elif kind == "pipe":
+        os.mkfifo(odd)
+    else:
+        odd.write_bytes(b"garbage")
+    with caplog.at_level(logging.WARNING, logger="flwr.fl_bgmd"):
+        assert checkpoints.load({}) == (1, {"x": 1})
+    assert f"checkpoint {odd} is damaged" in caplog.text
+    assert why in caplog.text
+    assert not odd.is_symlink()
+    assert not odd.exists()
+    assert checkpoints.save(2, {"x": 2}, {}) is not None
+    assert checkpoints.load({}) == (2, {"x": 2})
+
+
+def test_what_appears_beside_the_checkpoints_of_a_run_is_let_be(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    odd = tmp_path / f"round-00000009-{'0' * 64}.safetensors"
+    odd.mkdir()
+    (tmp_path / "round-00000009-abc.unfinished").mkdir()
+    with checkpoints.locked():
+        assert checkpoints.save(1, {}, {}) is not None
+        assert checkpoints.save(2, {}, {}) is not None
+    assert len([path for path in tmp_path.glob("round-*.safetensors") if path.is_file()]) == 1
+    assert odd.is_dir()
+
+
 def test_names_carry_the_checksum(tmp_path: Path) -> None:
     path = Checkpoints(tmp_path).save(3, {}, {})
     assert (
@@ -135,13 +216,135 @@ def test_what_a_crash_left_unfinished_is_deleted(tmp_path: Path) -> None:
         assert not left.exists()
 
 
-@pytest.mark.parametrize("given", [{"keep": 0}, {"every": 0}, {"every": -1}])
-def test_impossible_arguments_are_refused(given: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "given", [{"keep": 0}, {"every": 0}, {"every": -1}, {"keep": "3"}, {"every": 1.5}]
+)
+def test_impossible_arguments_are_refused(given: dict[str, Any]) -> None:
     [(name, value)] = given.items()
-    with pytest.raises(ValueError, match=f"{name} is {value}; allowed: 1 or more"):
+    with pytest.raises(ValueError, match=f"{name} is {value!r}; allowed: 1 or more"):
         Checkpoints("x", **given)
-    with pytest.raises(ValueError, match="folder is ''"):
-        Checkpoints("")
+    for folder in ("", None, 3):
+        with pytest.raises(ValueError, match=f"folder is {folder!r}; allowed: a folder"):
+            Checkpoints(folder)  # type: ignore[arg-type]
+
+
+def test_the_home_folder_is_meant_by_its_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Checkpoints("~/runs/a").folder == tmp_path.resolve() / "runs" / "a"
+
+
+# ------------------------------------------------------------------- folders that do not take any
+
+
+def broad() -> ArrayRecord:
+    """Return a model of 0.8 MB."""
+    return ArrayRecord([np.zeros(100_000)])
+
+
+def run_on_a_small_disk(folder: str) -> None:
+    """Run five rounds with checkpoints on a disk that has room for two; then one more run."""
+    log = logging.getLogger("flwr.fl_bgmd")
+    log.propagate = False
+    log.setLevel(logging.WARNING)
+    log.addHandler(logging.StreamHandler())
+    app = ClientApp()
+    app.train()(train)
+    for _ in range(2):
+        strategy = GMD(checkpoints=folder, fraction_evaluate=0.0, min_available_nodes=3, seed=1)
+        try:
+            result = strategy.start(InProcessGrid(app, 3, {}), broad(), num_rounds=5)
+        except CheckpointError as error:
+            print(f"refused: {error}")
+        else:
+            print("rounds", sorted(result.train_metrics_clientapp))
+        print("files", sorted(path.suffix for path in Path(folder).iterdir()))
+        loaded = Checkpoints(folder).load(checkpoint_identity(folder))
+        print("newest", loaded and loaded[0])
+        with suppress(OSError), (Path(folder) / "filling").open("wb") as filling:
+            filling.write(bytes(2**21))
+
+
+def checkpoint_identity(folder: str) -> dict[str, Any]:
+    """Return what the newest checkpoint says that it is of."""
+    with safe_open(max(Path(folder).glob("round-*")), framework="pt") as file:
+        identity: dict[str, Any] = json.loads(file.metadata()["fl-bgmd"])["identity"]
+    return identity
+
+
+def on_a_mount(folder: Path, prepare: str, code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a mount namespace of its own, after ``prepare``; skip where none is."""
+    folder.mkdir(exist_ok=True)
+    unshare = ["unshare", "--mount", "sh", "-c"]
+    tried = subprocess.run([*unshare, prepare], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"no file system can be mounted here: {tried.stderr.strip()}")
+    return subprocess.run(
+        [*unshare, f'{prepare} && exec "$0" -c "$1"', sys.executable, code],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(["..", *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    done = on_a_mount(
+        disk,
+        f"mount -t tmpfs -o size=2m none {disk}",
+        f"from test_checkpoints import *; run_on_a_small_disk({str(disk)!r})",
+    )
+    assert done.returncode == 0, done.stderr
+    first, files, newest, second, more_files, still = done.stdout.splitlines()
+    assert first == "rounds [1, 2, 3, 4, 5]"
+    assert files == "files ['', '.safetensors', '.safetensors']"  # and the lock
+    assert newest == still == "newest 2"
+    for number in (3, 4, 5):
+        message = f"the checkpoint of round {number} is not complete in {disk.resolve()} (No space"
+        assert done.stderr.count(message) == 1
+    # What is full from the start is an error before the first round.
+    assert second.startswith("refused: checkpoints are to be kept in")
+    assert "No space left on device" in second
+    assert ".unfinished" not in more_files
+
+
+def test_a_read_only_folder_is_an_error_before_the_first_round(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    code = f"from test_checkpoints import *; print(refused_at_once({str(disk)!r}))"
+    done = on_a_mount(disk, f"mount -t tmpfs -o ro none {disk}", code)
+    assert done.returncode == 0, done.stderr
+    assert "(Read-only file system); allowed: a folder that can be written" in done.stdout
+
+
+def refused_at_once(folder: str) -> str:
+    """Return why a run with checkpoints is refused, before it has asked any client."""
+    asked = []
+
+    class Asked(InProcessGrid):
+        def get_node_ids(self) -> Any:
+            asked.append(1)
+            return super().get_node_ids()
+
+    with pytest.raises(CheckpointError) as error:
+        GMD(checkpoints=folder).start(Asked(ClientApp(), 3, {}), ArrayRecord([np.zeros(3)]))
+    assert not asked
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["a file", "in a file", "with a folder as its lock"])
+def test_a_folder_that_cannot_be_used_is_an_error_before_the_first_round(
+    tmp_path: Path, kind: str
+) -> None:
+    folder = tmp_path / "x"
+    if kind == "with a folder as its lock":
+        (folder / "lock").mkdir(parents=True)
+    else:
+        folder.touch()
+    folder = folder / "sub" if kind == "in a file" else folder
+    assert f"checkpoints are to be kept in '{folder.resolve()}' (" in refused_at_once(str(folder))
 
 
 # ------------------------------------------------------------------------------ other people's
@@ -160,11 +363,14 @@ def train(message: Message, context: Context) -> Message:
     )
 
 
-def start(strategy: RobustStrategy, rounds: int) -> Result:
+def start(
+    strategy: RobustStrategy, rounds: int, train_config: ConfigRecord | None = None
+) -> Result:
     app = ClientApp()
     app.train()(train)
     grid = InProcessGrid(app, 5, {})
-    return strategy.start(grid, ArrayRecord([np.zeros((3, 4)), np.ones(2)]), num_rounds=rounds)
+    model = ArrayRecord([np.zeros((3, 4)), np.ones(2)])
+    return strategy.start(grid, model, num_rounds=rounds, train_config=train_config)
 
 
 STRATEGIES: dict[str, tuple[type[RobustStrategy], dict[str, Any]]] = {
@@ -199,6 +405,28 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     assert calls == []
     assert again.arrays == first.arrays
     assert again.train_metrics_clientapp == first.train_metrics_clientapp
+
+
+def test_fewer_rounds_than_were_done_are_refused(tmp_path: Path) -> None:
+    start(GMD(checkpoints=tmp_path, fraction_evaluate=0.0), 3)
+    with pytest.raises(CheckpointError, match=r"num_rounds is 2 .* of round 3; allowed: 3 or more"):
+        start(GMD(checkpoints=tmp_path, fraction_evaluate=0.0), 2)
+
+
+def test_what_clients_are_asked_to_do_is_what_a_run_is(tmp_path: Path) -> None:
+    def asked(**config: Any) -> ConfigRecord:
+        return ConfigRecord({"lr": 0.1, "key": b"k", "layers": [1, 2], **config})
+
+    options: dict[str, Any] = {"checkpoints": tmp_path, "fraction_evaluate": 0.0, "seed": 1}
+    options["compressor"] = "qsgd"  # more keys that the strategy writes
+    start(BGMD(**options), 1, asked())
+    assert list(start(BGMD(**options), 2, asked()).train_metrics_clientapp) == [1, 2]
+    with pytest.raises(CheckpointError, match=r"train_config.lr was 0.1 and is 0.2\. Use"):
+        start(BGMD(**options), 3, asked(lr=0.2))
+    with pytest.raises(CheckpointError, match=r"train_config.key was '6b' and is '78'\."):
+        start(BGMD(**options), 3, asked(key=b"x"))
+    with pytest.raises(CheckpointError, match=r"train_config.lr was 0.1 and is 'not set'"):
+        start(BGMD(**options), 3)
 
 
 def test_what_is_done_when_machines_fail_may_change(tmp_path: Path) -> None:

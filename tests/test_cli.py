@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fl_bgmd.data import data_directory
 from simulations.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,6 +97,9 @@ def test_averaging_diverges_and_is_a_result_not_a_crash(tmp_path: Path) -> None:
     [
         (["run", "--batch-size=0"], ["batch-size", "0", "1 or more"]),
         (["run", "--batch-size=many"], ["batch-size", "many", "integer"]),
+        (["run", "--client-threads=100000"], ["client-threads", "100000", "1 to 256"]),
+        (["run", "--num-clients=1000000000"], ["num-clients", "1000000000", "1 to 50000"]),
+        (["compare", "--dataset=mnist", "--num-clients=60001"], ["num-clients", "1 to 60000"]),
         (["run", "--bath-size", "3"], ["bath-size", "3", "batch-size"]),
         (["run", "--strategy=bmgd"], ["strategy", "bmgd", "bgmd"]),
         (["run", "--attack=bit-flip"], ["attack", "bit-flip", "byzantine-fraction"]),
@@ -158,21 +162,69 @@ def test_data_command_names_the_folder() -> None:
     ("arguments", "message"),
     [
         (["run", "--results-dir={file}"], "results-dir is"),
+        (["run", "--results-dir=r", "--checkpoint-dir={file}"], "checkpoint-dir is"),
+        (["compare", "--checkpoint-dir={file}"], "checkpoint-dir is"),
         (["compare", "--attack=none", "--seeds=2", "--folder={file}"], "folder is"),
         (["reproduce", "fig-toy", "--output={file}"], "output is"),
         (["attacks", "--picture={file}"], "picture is"),
     ],
 )
 def test_where_nothing_can_be_written_nothing_starts(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = tmp_path / "file"
     file.touch()
+    monkeypatch.chdir(tmp_path)
     given = [text.format(file=file) for text in arguments]
     assert main([*given, *(SMALL if given[0] in ("run", "compare") else [])]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message} ")
     assert "allowed: a folder that can be written" in error
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_folders_may_be_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FL_BGMD_DATA", str(data_directory()))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    rounds = ["--num-server-rounds=1", "--evaluate-every=1"]
+    run = [*SMALL, *rounds, "--results-dir=~/results", "--checkpoint-dir=~/checkpoints"]
+    assert main(["run", *run]) == 0
+    grid = [*SMALL, *rounds, "--strategies=mean", "--attack=none", "--seeds=2", "--folder=~/grid"]
+    assert main(["compare", *grid]) == 0
+    assert main(["report", "~/grid", "--output=~/report"]) == 0
+    assert main(["attacks", "--picture=~/picture"]) == 0
+    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {
+        *("results", "checkpoints", "grid", "report", "picture")
+    }
+    with pytest.raises(SystemExit):
+        main(["report", "~nobody-of-this-name/grid"])
+    assert "~nobody-of-this-name/grid" in capsys.readouterr().err
+
+
+def test_an_interrupt_during_the_imports_is_one_line(tmp_path: Path) -> None:
+    """Interrupted in the middle of an import, whose code takes any exception for its own."""
+    (tmp_path / "numpy.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    import time; time.sleep(60)\n"
+        "except BaseException as error:\n    raise ImportError('numpy is broken') from error\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "simulations", "run"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ BAD: dict[str, list[Any]] = {
     "server-momentum": [-0.1, 1.0, NAN],
     "server-nesterov": ["yes", ""],
     "dataset": ["imagenet", "", "CIFAR10"],
-    "data-dir": [],
+    "data-dir": ["~nobody-of-this-name/data"],
     "model": ["vgg", ""],
     "partition": ["random", ""],
     "num-shards": [0, -80],
@@ -91,7 +91,7 @@ BAD: dict[str, list[Any]] = {
     "seed": [-1, 2**31 + 1],
     "server-randomness": ["none", ""],
     "device": ["tpu", "", "meta", "cuda:99", "gpu"],
-    "client-threads": [0, -1],
+    "client-threads": [0, -1, 257, 100_000],
     "evaluate-every": [0, -1],
     "round-timeout": [0.0, -1.0, NAN, INF],
     "ray-address": ["auto", "10.0.0.1", "ray://10.0.0.1:10001"],
@@ -99,10 +99,10 @@ BAD: dict[str, list[Any]] = {
     "too-few-nodes": ["wait", ""],
     "bench-after": [-1],
     "bench-rounds": [0, -1],
-    "checkpoint-dir": [],
+    "checkpoint-dir": ["~nobody-of-this-name/runs"],
     "checkpoint-every": [0, -1],
     "checkpoint-keep": [0, -1],
-    "results-dir": [""],
+    "results-dir": ["", "~nobody-of-this-name/results"],
 }
 
 
@@ -201,6 +201,7 @@ def test_a_number_beyond_all_range_is_refused_like_any_other(key: str) -> None:
         ("bgmd.block-fraction", [1e-9, 1.0, 1]),
         ("norm-threshold.order", [1.0, 1, 100.0]),
         ("seed", [0, 2**31]),
+        ("client-threads", [1, 256]),
         ("alpha", [1e-9, 1e6]),
         ("device", ["cpu", "auto"]),
         ("data-dir", ["", "/somewhere/else"]),
@@ -257,6 +258,36 @@ def test_shards_are_a_multiple_of_the_clients() -> None:
         assert validate({**given, "partition": "iid"})
         assert validate({**given, "partition": "dirichlet"})
     assert validate({"partition": "shards", "num-shards": 84, "num-clients": 7})
+
+
+@pytest.mark.parametrize(
+    ("dataset", "examples"), [("cifar10", 50_000), ("mnist", 60_000), ("fashion-mnist", 60_000)]
+)
+@pytest.mark.parametrize("partition", ["shards", "iid", "dirichlet"])
+def test_there_is_an_example_for_each_client(dataset: str, examples: int, partition: str) -> None:
+    given: dict[str, Any] = {"dataset": dataset, "partition": partition, "num-shards": examples}
+    for clients in (examples + 1, 10**9):
+        assert refusal({**given, "num-clients": clients}) == (
+            f"num-clients is {clients}; allowed: 1 to {examples}, the training examples of "
+            f"{dataset}"
+        )
+    assert validate({**given, "num-clients": examples})
+
+
+def test_there_is_an_example_in_each_shard() -> None:
+    given: dict[str, Any] = {"dataset": "mnist", "num-shards": 10**9}
+    assert refusal({**given, "partition": "shards"}) == (
+        "num-shards is 1000000000; allowed: 1 to 60000, the training examples of mnist"
+    )
+    assert validate({**given, "partition": "iid"})
+
+
+@pytest.mark.parametrize("key", ["data-dir", "checkpoint-dir", "results-dir"])
+def test_the_home_folder_is_meant_by_its_sign(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert validate({key: "~/x"})[key] == "/home/me/x"
+    assert validate({key: "~"})[key] == "/home/me"
+    assert validate({key: "x/~"})[key] == "x/~"
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -153,6 +153,60 @@ def test_flwr_run_from_a_neutral_directory(superlink: dict[str, str], tmp_path: 
     assert record["status"] == "finished"
 
 
+def test_the_lines_of_the_readme_run_and_stop_what_they_started(tmp_path: Path) -> None:
+    """As they stand there, but for the port, the folders and the size of the run."""
+    section = (ROOT / "README.md").read_text().split("## The same app with `flwr run`")[1]
+    lines, port = section.split("```")[1], str(free_port())
+    small = f"num-clients=4 num-server-rounds=1 local-steps=1 results-dir='{tmp_path / 'results'}'"
+    for shown, here in (
+        ("39191", port),
+        ("$PWD/.venv/bin", str(BIN)),
+        ("$PWD/results", str(tmp_path)),
+        ("num-supernodes=10", "num-supernodes=4"),
+        ("byzantine-fraction=0.4", f"byzantine-fraction=0.4 model='tiny-cnn' {small}"),
+        ("flwr list", f"flwr list --format json > {tmp_path / 'list'}"),
+    ):
+        assert shown in lines
+        lines = lines.replace(shown, here)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("FLWR_")}
+    environment |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    # Without the environment's programs, as for whoever has just run `make install`.
+    folders = [f for f in environment["PATH"].split(os.pathsep) if not (Path(f) / "flwr").exists()]
+    done = subprocess.run(
+        ["bash", "-c", lines + '\nwait "$superlink"'],
+        cwd=ROOT,
+        env=environment | {"PATH": os.pathsep.join(folders)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (tmp_path / "list").exists(), done.stdout + done.stderr
+    [entry] = json.loads((tmp_path / "list").read_text())["runs"]
+    assert entry["status"] == "finished:completed", done.stdout + done.stderr
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", int(port))) != 0
+    deadline = time.monotonic() + 60
+    while left := [p for p in Path("/proc").glob("[0-9]*/environ") if str(tmp_path) in text_of(p)]:
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.5)
+
+
+def text_of(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:  # the process is gone, or somebody else's
+        return ""
+
+
+def test_nobody_is_told_to_stop_what_is_not_theirs() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*")]
+    for page in (page for page in pages if page.is_file() and page.suffix != ".npz"):
+        text = page.read_text(errors="replace")
+        assert "pkill" not in text, page
+        assert "killall" not in text, page
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

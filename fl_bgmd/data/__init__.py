@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from fl_bgmd.data.partitions import SCHEMES, partition
-from fl_bgmd.data.sources import DataUnavailableError, obtain
+from fl_bgmd.data.sources import SIZE, DataUnavailableError, obtain
 
 __all__ = [
     "DATASETS",
     "SCHEMES",
+    "TRAINING_EXAMPLES",
     "DataUnavailableError",
     "Dataset",
     "data_directory",
@@ -39,6 +40,9 @@ _NUM_CLASSES = {"cifar10": 10, "mnist": 10, "fashion-mnist": 10}
 
 DATASETS: tuple[str, ...] = tuple(_MOMENTS)
 """Names that :func:`load` knows."""
+
+TRAINING_EXAMPLES: dict[str, int] = {name: train for name, (train, _) in SIZE.items()}
+"""How many training examples each has, known before it is there."""
 
 _loaded: dict[tuple[str, Path], "Dataset"] = {}
 _loading = threading.Lock()

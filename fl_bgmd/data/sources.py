@@ -56,7 +56,8 @@ SHA256 = {
     ),
 }
 _IMAGE = {"cifar10": (32, 32, 3), "mnist": (28, 28), "fashion-mnist": (28, 28)}
-_SIZE = {"cifar10": (50_000, 10_000), "mnist": (60_000, 10_000), "fashion-mnist": (60_000, 10_000)}
+SIZE = {"cifar10": (50_000, 10_000), "mnist": (60_000, 10_000), "fashion-mnist": (60_000, 10_000)}
+"""Training and test examples of each data set."""
 
 # Under a directory, an unpacked package or torchvision's root: the folders that may hold files.
 _FOLDERS = {
@@ -365,7 +366,7 @@ def _verified(name: str, arrays: Arrays) -> Arrays:
     for part, known in zip(PARTS, SHA256[name], strict=True):
         array = arrays[part]
         split, kind = part.split("_")
-        shape = (_SIZE[name][_SPLITS.index(split)], *(_IMAGE[name] if kind == "images" else ()))
+        shape = (SIZE[name][_SPLITS.index(split)], *(_IMAGE[name] if kind == "images" else ()))
         if array.dtype != np.uint8 or array.shape != shape:
             raise ValueError(f"{part} must be uint8 {shape}, got {array.dtype} {array.shape}")
         digest = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
