@@ -597,6 +597,11 @@ def beyond_float32(message: Message) -> Message:
     return replace_values(message, np.full((4, 3), 1e300))
 
 
+@malformed(Rejection.METRICS)
+def too_many_metrics(message: Message) -> Message:
+    return replace_metrics(message, {"num-examples": 10, "list": [1.0] * 10_001})
+
+
 USELESS_METRICS: dict[str, dict[str, Any]] = {
     "nan": {"num-examples": 10, "loss": np.nan},
     "infinite": {"num-examples": 10, "loss": -np.inf},
