@@ -527,7 +527,19 @@ def test_a_run_in_which_every_client_fails_has_failed() -> None:
     app = app_of(raising)
     result = simulations.experiment.run_experiment(InProcessGrid(app, 5, config), config)
     assert result.status == "failed"
-    assert result.error == "no reply was accepted in any round; rejected: error 10"
+    assert result.error == (
+        "EmptyRoundsError: none of 2 rounds moved the model; in round 2: 5 nodes asked, 0 replies "
+        "accepted, rejected: error 5 (RuntimeError: never)"
+    )
+    assert [entry["round"] for entry in result.rounds] == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("synthetic")
+def test_a_run_whose_first_replies_were_not_finite_has_failed() -> None:
+    result = run_small(**{"learning-rate": 1e30, "num-server-rounds": 2, "attack": "none"})
+    assert result.status == "failed"
+    assert "none of 2 rounds moved the model" in result.error
+    assert "non-finite" in result.error
 
 
 def raising(message: Message, context: Context) -> Message:
