@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from io import BytesIO
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -331,7 +331,7 @@ def _one_line(text: str, limit: int = _MAX_DETAIL) -> str:
 
 
 def _error_line(reason: str) -> str:
-    """Return what went wrong from the reason of an error reply: the exception's own line.
+    """Return what went wrong from the reason of an error reply: the exception and its message.
 
     Flower writes ``<class 'X'>:<'text'>`` where the text may be a traceback with color codes, its
     own exception last. A text without a traceback is shown whole if it fits, else its end.
@@ -341,13 +341,13 @@ def _error_line(reason: str) -> str:
     text = text.rstrip().removesuffix("'>").rstrip() if wrapped else text.strip()
     lines = text.splitlines()
     raised = [
-        line
-        for before, line in pairwise(lines)
+        number
+        for number, (before, line) in enumerate(pairwise(lines), start=1)
         if before[:1].isspace() and _RAISED.match(line) and "ClientAppException" not in line
     ]
     if raised:
-        text = raised[-1]
-    elif wrapped:
+        return "\n".join(takewhile(str.strip, lines[raised[-1] :]))
+    if wrapped:
         text = f"{wrapped[1]}: {text}"
     return text if len(text) <= _MAX_DETAIL else "..." + text[3 - _MAX_DETAIL :]
 

@@ -334,7 +334,7 @@ class RobustStrategy(FedAvg):
             self.load_state_dict(self._before_run)
         else:
             self._before_run = self.state_dict()
-        self._layout = None
+        self._layout, self._failure = None, ""
         self.summary()
         try:
             with nullcontext() if self._checkpoints is None else self._checkpoints.locked():

@@ -1,7 +1,9 @@
 """The grid of this process: isolation, errors, state, reproducibility, and what runs on it."""
 
+import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,7 @@ import simulations.experiment
 from fl_bgmd.data import Dataset
 from fl_bgmd.mods import ByzantineMod
 from fl_bgmd.strategies import BGMD, GMD, RobustStrategy
-from simulations import backends
+from simulations import backends, server_app
 from simulations.backends import ConfiguredClientApp
 from simulations.config import Config, validate
 from simulations.experiment import RunResult
@@ -540,6 +542,17 @@ def test_a_run_whose_first_replies_were_not_finite_has_failed() -> None:
     assert result.status == "failed"
     assert "none of 2 rounds moved the model" in result.error
     assert "non-finite" in result.error
+
+
+@pytest.mark.usefixtures("synthetic")
+def test_the_server_app_raises_what_every_client_raised(tmp_path: Path) -> None:
+    config = SMALL | {"num-server-rounds": 2, "results-dir": str(tmp_path)}
+    grid = InProcessGrid(app_of(raising), 5, validate(config))
+    context = Context(1, 0, {}, RecordDict(), validate(config))
+    with pytest.raises(RuntimeError, match=r"none of 2 rounds moved .*RuntimeError: never"):
+        server_app.app(grid, context)
+    [written] = tmp_path.glob("*/run.json")
+    assert json.loads(written.read_text())["status"] == "failed"
 
 
 def raising(message: Message, context: Context) -> Message:
