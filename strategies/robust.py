@@ -335,6 +335,7 @@ class RobustStrategy(FedAvg):
         else:
             self._before_run = self.state_dict()
         self._layout, self._failure = None, ""
+        self._has_dropped_metric = self._may_untie = False
         self.summary()
         try:
             with nullcontext() if self._checkpoints is None else self._checkpoints.locked():
