@@ -6,13 +6,15 @@ row of the update matrix. It never raises for anything a client can send.
 """
 
 import math
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from io import BytesIO
-from typing import Any, TypeVar
+from itertools import pairwise, takewhile
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -43,8 +45,13 @@ MAX_METRIC_VALUES = 10_000
 _MAX_HEADER_BYTES = 4096
 _MAX_CONFIG_BYTES = 2**20
 _MAX_DETAIL = 300
+_MAX_REASON = 2**16
+_MAX_KEY = 80
 _BUFFER_SUFFIXES = ("running_mean", "running_var")
 _FLOATS = ("float16", "float32", "float64")
+_WRAPPED = re.compile(r"<class '([^'\n]{1,200})'>:<'")
+_COLORS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_RAISED = re.compile(r"[A-Za-z_][\w.]*(:|$)")
 
 
 class Rejection(StrEnum):
@@ -73,9 +80,9 @@ class Rejection(StrEnum):
     METRIC_RECORDS = "metric-records"
     """Not exactly one MetricRecord."""
     METRICS = "metrics"
-    """A metric is not a finite number or a list of finite numbers, or there are too many."""
+    """There are too many values of metrics."""
     NUM_EXAMPLES = "num-examples"
-    """The number of examples is not a finite number of 0 or more, or missing where needed."""
+    """The number of examples is needed and is missing or not a finite number of 0 or more."""
     SIZE = "size"
     """Its ConfigRecords hold more than a mebibyte: no part of the protocol."""
 
@@ -214,11 +221,13 @@ class Screened:
     reason : Rejection or None
         None when the reply was accepted.
     detail : str
-        The reason in words, for the log.
+        The reason in words, for the log; of an accepted reply, which metric was dropped first.
     num_examples : float
-        As reported, 1 where it was missing.
+        As reported, 1 where it was missing or not a finite number of 0 or more.
     metrics : dict
-        The other metrics of an accepted reply.
+        The other metrics of an accepted reply, those that are finite.
+    dropped : int
+        How many were not.
     norm : float or None
         The norm of its uncompressed update, where a packed reply reports it.
     """
@@ -227,6 +236,7 @@ class Screened:
     detail: str = ""
     num_examples: float = 1.0
     metrics: dict[str, MetricValue] = field(default_factory=dict)
+    dropped: int = 0
     norm: float | None = None
 
 
@@ -259,7 +269,8 @@ def screen(
     examples_key : str
         The metric with the number of examples.
     needs_examples : bool
-        Whether a reply without that metric is rejected rather than counted as 1.
+        Whether a reply without that metric, or with one that is not a finite number of 0 or more,
+        is rejected rather than counted as 1.
     seen_nodes : set of int, optional
         Nodes that have replied already; the reply's node is added.
     asked : dict of str to int, optional
@@ -278,7 +289,7 @@ def screen(
     norm: float | None = None
     try:
         if reply.has_error():
-            raise InvalidReplyError(Rejection.ERROR, f"error reply: {reply.error.reason}")
+            raise InvalidReplyError(Rejection.ERROR, _error_line(reply.error.reason or ""))
         node = reply.metadata.src_node_id
         if asked is not None and asked.get(reply.metadata.reply_to_message_id) != node:
             raise InvalidReplyError(Rejection.UNASKED, f"node {node} was not asked this")
@@ -287,7 +298,7 @@ def screen(
                 raise InvalidReplyError(Rejection.DUPLICATE, f"node {node} has replied already")
             seen_nodes.add(node)
         _check_size(reply)
-        num_examples, metrics = _read_metrics(reply, examples_key, needs_examples)
+        num_examples, metrics, dropped = _read_metrics(reply, examples_key, needs_examples)
         if layout is not None:
             assert row is not None
             assert buffers is not None
@@ -309,13 +320,36 @@ def screen(
         return Screened(invalid.reason, _one_line(str(invalid)))
     except Exception as unforeseen:  # a client must not be able to end the run
         return Screened(Rejection.ENCODING, _one_line(f"{type(unforeseen).__name__}: {unforeseen}"))
-    return Screened(None, "", num_examples, metrics, norm)
+    detail = f"metric {_one_line(dropped[0], _MAX_KEY)!r} is not finite" if dropped else ""
+    return Screened(None, detail, num_examples, metrics, len(dropped), norm)
 
 
-def _one_line(text: str) -> str:
+def _one_line(text: str, limit: int = _MAX_DETAIL) -> str:
     """Cut a text short and keep it on one line: clients write into the log through it."""
-    shown = "".join(c if c.isprintable() else " " for c in text[: _MAX_DETAIL + 1])
-    return shown if len(shown) <= _MAX_DETAIL else shown[:_MAX_DETAIL] + "..."
+    shown = "".join(c if c.isprintable() else " " for c in text[: limit + 1])
+    return shown if len(shown) <= limit else shown[:limit] + "..."
+
+
+def _error_line(reason: str) -> str:
+    """Return what went wrong from the reason of an error reply: the exception and its message.
+
+    Flower writes ``<class 'X'>:<'text'>`` where the text may be a traceback with color codes, its
+    own exception last. A text without a traceback is shown whole if it fits, else its end.
+    """
+    wrapped = _WRAPPED.match(reason)
+    text = _COLORS.sub("", reason[wrapped.end() if wrapped else 0 :][-_MAX_REASON:])
+    text = text.rstrip().removesuffix("'>").rstrip() if wrapped else text.strip()
+    lines = text.splitlines()
+    raised = [
+        number
+        for number, (before, line) in enumerate(pairwise(lines), start=1)
+        if before[:1].isspace() and _RAISED.match(line) and "ClientAppException" not in line
+    ]
+    if raised:
+        return "\n".join(takewhile(str.strip, lines[raised[-1] :]))
+    if wrapped:
+        text = f"{wrapped[1]}: {text}"
+    return text if len(text) <= _MAX_DETAIL else "..." + text[3 - _MAX_DETAIL :]
 
 
 def records_of(reply: Message, kind: type[Record]) -> list[Record]:
@@ -396,7 +430,8 @@ def _size_of(value: object) -> int:
 
 def _read_metrics(
     reply: Message, examples_key: str, needs_examples: bool
-) -> tuple[float, dict[str, MetricValue]]:
+) -> tuple[float, dict[str, MetricValue], list[str]]:
+    """Return the number of examples, the metrics, and the names of those that are not finite."""
     records = records_of(reply, MetricRecord)
     if len(records) != 1:
         raise InvalidReplyError(
@@ -404,29 +439,31 @@ def _read_metrics(
         )
     record = dict(records[0])
     examples = record.pop(examples_key, None)
-    if examples is None and needs_examples:
-        raise InvalidReplyError(Rejection.NUM_EXAMPLES, f"no metric {examples_key!r}")
-    num_examples = 1.0
-    if examples is not None:
-        if isinstance(examples, list) or not _is_finite(examples) or examples < 0:
-            shown = repr(examples)[:80]
-            raise InvalidReplyError(
-                Rejection.NUM_EXAMPLES,
-                f"{examples_key} is {shown}; allowed: a finite number of 0 or more",
-            )
-        num_examples = float(examples)
+    is_count = (
+        not isinstance(examples, list) and _is_finite(examples) and cast(float, examples) >= 0
+    )
+    if needs_examples and not is_count:
+        shown = "missing" if examples is None else repr(examples)[:_MAX_KEY]
+        raise InvalidReplyError(
+            Rejection.NUM_EXAMPLES,
+            f"{examples_key} is {shown}; allowed: a finite number of 0 or more",
+        )
+    num_examples = float(cast(float, examples)) if is_count else 1.0
     record.pop("partition-id", None)
     count = sum(len(value) if isinstance(value, list) else 1 for value in record.values())
+    count += len(examples) if isinstance(examples, list) else 0
     if count > MAX_METRIC_VALUES:
         raise InvalidReplyError(
             Rejection.METRICS, f"{count} values of metrics; allowed: {MAX_METRIC_VALUES}"
         )
     metrics: dict[str, MetricValue] = {}
+    dropped: list[str] = []
     for key, value in record.items():
         if not _is_finite(value):
-            raise InvalidReplyError(Rejection.METRICS, f"metric {key[:80]!r} is not finite")
-        metrics[key] = [float(v) for v in value] if isinstance(value, list) else float(value)
-    return num_examples, metrics
+            dropped.append(key)
+        else:
+            metrics[key] = [float(v) for v in value] if isinstance(value, list) else float(value)
+    return num_examples, metrics, dropped
 
 
 def _is_finite(value: object) -> bool:

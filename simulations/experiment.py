@@ -357,13 +357,8 @@ def _server_learning_rate(config: Config) -> float | Callable[[int], float]:
 
 def _judge(result: RunResult, plan: AttackPlan) -> None:
     """Say what became of a run: it may have diverged, have done nothing, or not been attacked."""
-    if _diverged(result):
+    if result.total("accepted") and _diverged(result):
         result.status, result.error = "diverged", ""
-    elif result.status == "finished" and not result.total("accepted"):
-        reasons = {key for entry in result.rounds for key in entry if key.startswith("rejected-")}
-        found = ", ".join(f"{key.partition('-')[2]} {result.total(key)}" for key in sorted(reasons))
-        result.status = "failed"
-        result.error = f"no reply was accepted in any round; rejected: {found or 'none'}"
     idle = [name for name in plan.attacks if not result.played.get(name)]
     if idle and result.status != "failed":
         # Its accuracy would say nothing about the attack.
@@ -376,9 +371,8 @@ def _diverged(result: RunResult) -> bool:
     last = result.rounds[-1]
     config = result.config
     hostile = floor_share(float(config["byzantine-fraction"]), int(config["num-clients"]))
-    # A client whose model is NaN says so in its arrays, or in its loss.
-    reasons = ("rejected-non-finite", "rejected-metrics")
-    rejected, not_finite = int(last.get("rejected", 0)), sum(int(last.get(r, 0)) for r in reasons)
+    # A client whose model is NaN says so in its arrays.
+    rejected, not_finite = (int(last.get(key, 0)) for key in ("rejected", "rejected-non-finite"))
     lost = int(last.get("accepted", 0)) == 0 and rejected == not_finite > hostile
     loss = float(last.get("loss", 0.0))
     return bool(last.get("diverged", 0)) or lost or not np.isfinite(loss)

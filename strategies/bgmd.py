@@ -116,6 +116,11 @@ class BGMD(RobustStrategy):
             node: memory.to(self.device) for node, memory in state["client-memory"].items()
         }
 
+    def forget(self) -> None:
+        """Drop the memory: the coordinates have become others."""
+        self._memory = None
+        self._client_memory = {}
+
     def _memory_for(self, current: Round) -> Tensor | None:
         """Return the memory in the shape the rule wants; clients not seen before have none."""
         if self.memory_rule != "per-client":

@@ -50,3 +50,7 @@ class CenteredClipping(RobustStrategy):
         """Continue from what :meth:`state_dict` returned."""
         super().load_state_dict(state)
         self._center = self._on_device(state["center"])
+
+    def forget(self) -> None:
+        """Start again from where a first round does: the coordinates have become others."""
+        self._center = None

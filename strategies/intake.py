@@ -25,7 +25,8 @@ class Round:
     Attributes
     ----------
     updates : Tensor
-        (n, d): row i is ``global - local_i``. The strategy owns it and may overwrite it.
+        (n, d): row i is ``global - local_i``, tied arrays once. The strategy owns it and may
+        overwrite it.
     weights : Tensor or None
         float64 (n,) under ``weighting="examples"``.
     nodes : list of int
@@ -55,11 +56,18 @@ class Intake:
     nodes : list of int
         Who sent them.
     contents : list of RecordDict
-        The accepted replies themselves, where they were to be kept.
+        The accepted replies themselves, where they were to be kept: those of which no metric was
+        dropped, each with a number of examples.
     suspects : list of int
         Who sent the rejected ones.
     rejected : Counter
         How many were rejected, by reason.
+    examples : dict of str to str
+        What was wrong with the first reply that was rejected for each reason.
+    dropped : int
+        How many metrics of accepted replies were dropped because they are not finite.
+    first_dropped : str
+        Which one was the first, and whose.
     bytes_up, bytes_rejected : int
         Bytes of arrays in accepted and in rejected replies.
     """
@@ -71,6 +79,9 @@ class Intake:
     contents: list[RecordDict] = field(default_factory=list)
     suspects: list[int] = field(default_factory=list)
     rejected: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    dropped: int = 0
+    first_dropped: str = ""
     bytes_up: int = 0
     bytes_rejected: int = 0
 
@@ -91,6 +102,8 @@ class Intake:
         metrics["rejected"] = self.rejected.total()
         for reason, number in sorted(self.rejected.items()):
             metrics[f"rejected-{reason}"] = number
+        if self.dropped:
+            metrics["dropped-metrics"] = self.dropped
         metrics["bytes-up"] = self.bytes_up
         if self.rejected:
             metrics["bytes-rejected"] = self.bytes_rejected
@@ -131,6 +144,7 @@ def take_in(
     *,
     width: int = 0,
     keep_contents: bool,
+    examples_key: str,
     **screening: Any,
 ) -> Intake:
     """Screen each reply alone, accepted ones into consecutive rows; log each rejection once.
@@ -145,6 +159,8 @@ def take_in(
         Number of directions in a row.
     keep_contents : bool
         Whether the accepted replies are needed after this.
+    examples_key : str
+        The metric with the number of examples.
     **screening
         Of :func:`fl_bgmd.replies.screen`.
     """
@@ -165,21 +181,36 @@ def take_in(
             None if layout is None else intake.rows[filled].numpy(),
             None if layout is None else intake.buffers[filled],
             seen_nodes=seen,
+            examples_key=examples_key,
             **screening,
         )
         if screened.reason is None:
             intake.accepted.append(screened)
             intake.nodes.append(node)
             intake.bytes_up += _array_bytes(message)
-            if keep_contents:
-                intake.contents.append(message.content)
+            if screened.dropped:
+                intake.dropped += screened.dropped
+                intake.first_dropped = intake.first_dropped or f"of node {node}: {screened.detail}"
+            elif keep_contents:
+                intake.contents.append(_with_examples(message.content, screened, examples_key))
         else:
             reason = screened.reason.value
             intake.rejected[reason] += 1
+            intake.examples.setdefault(reason, screened.detail)
             intake.suspects.append(node)
             intake.bytes_rejected += _array_bytes(message)
             LOG.warning("rejected the reply of node %s (%s): %s", node, reason, screened.detail)
     return intake
+
+
+def _with_examples(content: RecordDict, screened: Screened, key: str) -> RecordDict:
+    """Return a reply with the number of examples that it counts as."""
+    [(name, metrics)] = content.metric_records.items()
+    if metrics.get(key) == screened.num_examples:
+        return content
+    content = content.copy()
+    content[name] = MetricRecord({**metrics, key: screened.num_examples})
+    return content
 
 
 def in_order(replies: Iterable[Message]) -> list[Message]:

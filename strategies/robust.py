@@ -41,6 +41,7 @@ from .intake import LOG, Intake, Round, in_order, take_in
 from .reputation import Reputation
 from .roster import TOO_FEW_NODES, Roster
 from .rounds import EmptyRoundsError, EvaluateFn, run_rounds
+from .ties import Tied, equal_arrays, find_ties, part
 
 MIXINGS = ("none", "nearest-neighbor", "bucketing")
 WEIGHTINGS = ("uniform", "examples")
@@ -49,6 +50,7 @@ OWN_METRICS = (
     *("accepted", "rejected", "missing", "late", "benched", "bytes-up", "bytes-down"),
     *("bytes-rejected", "update-norm", "client-weights", "iterations", "gap", "diverged"),
     *("residual-ratio", "memory-norm", "dropped", "sigma0", "aggregation-seconds"),
+    *("dropped-metrics",),
 )
 """Names of a round's own metrics, beside those that begin with ``rejected-``."""
 
@@ -269,7 +271,11 @@ class RobustStrategy(FedAvg):
         self._model: ArrayRecord | None = None
         self._sent_bytes = 0
         self._empty_rounds = 0
+        self._ties: dict[str, str] = {}
+        self._may_untie = False
+        self._failure = ""
         self._has_dropped = False
+        self._has_dropped_metric = False
         self._warned = False
         self._has_run = False
         self._before_run: dict[str, Any] = {}
@@ -323,7 +329,8 @@ class RobustStrategy(FedAvg):
         Raises
         ------
         EmptyRoundsError
-            After ``max_empty_rounds`` rounds in a row without enough valid replies.
+            After ``max_empty_rounds`` rounds in a row without enough valid replies, and after the
+            last round if none has moved the model.
         MissingNodesError
             When ``too_few_nodes`` is ``fail`` and nodes are missing after ``node_wait_timeout``.
         CheckpointError
@@ -333,7 +340,8 @@ class RobustStrategy(FedAvg):
             self.load_state_dict(self._before_run)
         else:
             self._before_run = self.state_dict()
-        self._layout = None
+        self._layout, self._failure = None, ""
+        self._has_dropped_metric = self._may_untie = False
         self.summary()
         try:
             with nullcontext() if self._checkpoints is None else self._checkpoints.locked():
@@ -461,6 +469,7 @@ class RobustStrategy(FedAvg):
         self._roster.answered(server_round, messages)
         metrics = self._metrics("train", intake)
         self._drop_own(metrics)
+        self._warn_of_dropped(intake)
         intake.describe(metrics)
         metrics["missing"] = max(0, self._roster.num_asked - len(messages))
         if self._roster.late:
@@ -475,9 +484,10 @@ class RobustStrategy(FedAvg):
                 count,
                 self.min_valid_replies,
             )
-            self._count_empty_round(count, intake.rejected, metrics)
+            self._count_empty_round(intake, metrics)
         else:
             self._warn_of_majority(count, intake.rejected)
+            intake.rows = self._merge_ties(layout, intake.rows[:count])
             current = intake.round(self.weighting, self.device, self.byzantine_fraction)
             if self.bench_after and self.weights_tell:
                 norms = dict(zip(nodes, euclidean_norms(current.updates), strict=True))
@@ -497,7 +507,13 @@ class RobustStrategy(FedAvg):
         """Combine the clients' evaluation metrics by their median."""
         keep = not self._own_metrics["evaluate_metrics_aggr_fn"]
         intake = take_in(in_order(replies), None, keep_contents=keep, **self._screening())
-        return self._metrics("evaluate", intake) if intake.accepted else None
+        if not intake.accepted:
+            return None
+        metrics = self._metrics("evaluate", intake)
+        self._warn_of_dropped(intake)
+        if intake.dropped:
+            metrics["dropped-metrics"] = intake.dropped
+        return metrics
 
     # ------------------------------------------------------------------------------ state
 
@@ -508,6 +524,7 @@ class RobustStrategy(FedAvg):
             "generator": self.generator.get_state(),
             "velocity": self._velocity,
             "empty-rounds": self._empty_rounds,
+            "ties": dict(self._ties),
             "seed": self._roster.seed,
             "reputation": self._reputation.state_dict(),
         }
@@ -519,8 +536,21 @@ class RobustStrategy(FedAvg):
         self.generator.set_state(state["generator"])
         self._velocity = self._on_device(state["velocity"])
         self._empty_rounds = int(state["empty-rounds"])
+        self._ties = dict(state["ties"])
         self._roster.seed = int(state["seed"])
         self._reputation.load_state_dict(state["reputation"])
+
+    def forget(self) -> None:
+        """Drop what is kept of each coordinate of an update; nothing by default.
+
+        Called when arrays turn out to be tied, or no longer to be: the rows then have another
+        width.
+        """
+
+    @property
+    def failure(self) -> str:
+        """What the last round that left the model as it was came to, empty if none did."""
+        return self._failure
 
     def _on_device(self, tensor: Tensor | None) -> Tensor | None:
         """Bring back what a checkpoint held on the CPU."""
@@ -581,27 +611,74 @@ class RobustStrategy(FedAvg):
                 hostile,
             )
 
-    def _count_empty_round(
-        self, count: int, rejected: Counter[str], metrics: MetricRecord, failure: str = ""
-    ) -> None:
+    def _warn_of_dropped(self, intake: Intake) -> None:
+        """Say once whose metric was not finite: an honest client may want to know."""
+        if intake.dropped and not self._has_dropped_metric:
+            self._has_dropped_metric = True
+            LOG.warning("%s: it is dropped, the rest of the reply counts", intake.first_dropped)
+
+    def _merge_ties(self, layout: ModelLayout, rows: Tensor) -> Tensor:
+        """Return the rows with each tensor once; see :mod:`.ties`."""
+        if self._coordinates is not None:
+            self._warn_of_ties(layout)
+            return rows
+        ties = find_ties(layout.directions, layout.values, rows.numpy(), self._ties)
+        if ties != self._ties:
+            for key in ties.keys() - self._ties.keys():
+                LOG.info("arrays %r and %r are one tensor (tied): counted once", ties[key], key)
+            for key in self._ties.keys() - ties.keys():
+                LOG.warning("arrays %r and %r are no longer tied", self._ties[key], key)
+            self._ties = ties
+            self.forget()
+        self._warn_of_ties(layout)
+        return Tied(layout.directions, ties).merge(rows) if ties else rows
+
+    def _warn_of_ties(self, layout: ModelLayout) -> None:
+        """Say once that lossy replies, or a rounded model, do not show what is tied."""
+        if self._may_untie or (self.compressor is None and self._downlink is None):
+            return
+        self._may_untie = True
+        assert self._model is not None
+        own = layout if self._downlink is None else ModelLayout(self._model)
+        for group in equal_arrays(own.directions, own.values):
+            values = own.values[part(group[0])]
+            if group[-1].key not in self._ties and (values != values[0]).any():
+                LOG.warning(
+                    "arrays %r and %r go out equal; if they are one tensor (tied), compression "
+                    "hides it: they are counted apart and will not stay equal",
+                    group[0].key,
+                    group[-1].key,
+                )
+
+    def _count_empty_round(self, intake: Intake, metrics: MetricRecord, failure: str = "") -> None:
         """End the run if too many rounds in a row have come to nothing."""
         self._empty_rounds += 1
+        self._failure = self._account(intake, failure)
         if self._empty_rounds >= self.max_empty_rounds:
-            reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(rejected.items()))
             lack = f"had fewer than {self.min_valid_replies} valid replies"
             raise EmptyRoundsError(
                 f"{self._empty_rounds} rounds in a row {'came to nothing' if failure else lack}; "
-                f"in round {self._round}: {self._roster.num_asked} nodes asked, {count} replies "
-                f"accepted, rejected: {reasons or 'none'}" + (failure and f"; {failure}"),
+                f"{self._failure}",
                 metrics,
             )
+
+    def _account(self, intake: Intake, failure: str) -> str:
+        """Return what a round came to, with an example of each reason to reject a reply."""
+        reasons = ", ".join(
+            f"{reason} {number} ({intake.examples[reason]})"
+            for reason, number in sorted(intake.rejected.items())
+        )
+        return (
+            f"in round {self._round}: {self._roster.num_asked} nodes asked, "
+            f"{len(intake.accepted)} replies accepted, rejected: {reasons or 'none'}"
+            + (failure and f"; {failure}")
+        )
 
     def _screening(self) -> dict[str, Any]:
         """Return what :func:`fl_bgmd.replies.screen` needs to know beside the reply."""
         return {
             "examples_key": self.weighted_by_key,
-            # Flower's own combiners, and those written like them, read it from every reply.
-            "needs_examples": self.weighting == "examples" or not all(self._own_metrics.values()),
+            "needs_examples": self.weighting == "examples",
             "asked": self._roster.asked,
             "compressor": self.compressor,
             "coordinates": self._coordinates,
@@ -632,10 +709,12 @@ class RobustStrategy(FedAvg):
             except ValueError as error:
                 failure = f"the rule failed: {error}"
                 kept = self._keep(before, failure, metrics)
-                self._count_empty_round(len(current.nodes), intake.rejected, metrics, failure)
+                self._count_empty_round(intake, metrics, failure)
                 return kept, None
             self._empty_rounds = 0
-            update = result.vector
+            update, tied = result.vector, Tied(layout.directions, self._ties)
+            if self._ties:
+                update = tied.spread(update)
             if self._coordinates is not None:
                 update = torch.zeros(layout.num_directions, dtype=update.dtype)
                 update[torch.from_numpy(self._coordinates)] = result.vector.cpu()
@@ -657,6 +736,7 @@ class RobustStrategy(FedAvg):
                 )
             moved = own.values - step * update.cpu().numpy()
             moved = moved.astype(layout.dtype, copy=False)
+            tied.level(moved)
         metrics["update-norm"] = vector_norm(result.vector)
         weights = None
         if result.weights is not None:
@@ -668,9 +748,15 @@ class RobustStrategy(FedAvg):
             metrics["gap"] = result.gap
         self.describe(result, metrics)
         if not layout.holds(moved):
-            return self._keep(before, "the new one is not finite", metrics), None
+            failure = "the new one is not finite"
+            self._failure = self._account(intake, failure)
+            return self._keep(before, failure, metrics), None
         buffers = intake.buffers[: len(intake.accepted)]
-        middle = np.median(buffers, axis=0) if buffers.size else layout.buffer_values
+        middle = layout.buffer_values
+        if buffers.size:
+            middle = np.median(buffers, axis=0)
+            shared = find_ties(layout.buffers, layout.buffer_values, buffers, {})
+            Tied(layout.buffers, shared).level(middle)
         return layout.to_arrays(moved, middle), weights
 
     def _keep(self, state: dict[str, Any], reason: str, metrics: MetricRecord) -> ArrayRecord:
@@ -703,6 +789,8 @@ class RobustStrategy(FedAvg):
     def _metrics(self, phase: str, intake: Intake) -> MetricRecord:
         """Combine the clients' metrics: by the user's function if given, else by medians."""
         own = self._own_metrics[f"{phase}_metrics_aggr_fn"]
+        if not own and intake.accepted and not intake.contents:
+            LOG.warning("%s_metrics_aggr_fn: no reply has only finite metrics; medians", phase)
         if not own and intake.contents:
             given = self.train_metrics_aggr_fn, self.evaluate_metrics_aggr_fn
             try:

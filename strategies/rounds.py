@@ -30,7 +30,10 @@ class RunEndedError(RuntimeError):
 
 
 class EmptyRoundsError(RunEndedError):
-    """Too many rounds in a row without enough valid replies; ``metrics`` are the last one's."""
+    """Too many rounds in a row, or all of a run, have come to nothing.
+
+    ``metrics`` are those of the last one.
+    """
 
     def __init__(self, message: str, metrics: MetricRecord) -> None:
         super().__init__(message)
@@ -56,7 +59,7 @@ def run_rounds(
     """Run the rounds from the newest checkpoint, or from the first, to ``num_rounds``."""
     result = Result()
     identity = _identity(strategy, arrays, train_config)
-    first = 1
+    first, has_moved = 1, False
     if checkpoints is not None and (found := checkpoints.load(identity)) is not None:
         done, state = found
         if done > num_rounds:
@@ -67,6 +70,7 @@ def run_rounds(
         arrays = arrays_from_state(state["arrays"])
         result = _to_result(state["history"], arrays)
         strategy.load_state_dict(state["strategy"])
+        has_moved = bool(state["moved"])
         if hasattr(grid, "load_state_dict"):
             if state["grid"] is None:
                 raise CheckpointError(
@@ -93,6 +97,7 @@ def run_rounds(
                 _keep(result.train_metrics_clientapp, number, error.metrics)
                 raise
             if moved is not None:
+                has_moved = has_moved or moved is not arrays
                 arrays = result.arrays = moved
             _keep(result.train_metrics_clientapp, number, metrics)
             messages = list(strategy.configure_evaluate(number, arrays, evaluate_config, grid))
@@ -107,11 +112,17 @@ def run_rounds(
             ):
                 state = {
                     "arrays": arrays_to_state(arrays),
+                    "moved": has_moved,
                     "history": _from_result(result),
                     "strategy": strategy.state_dict(),
                     "grid": grid.state_dict() if hasattr(grid, "state_dict") else None,
                 }
                 checkpoints.save(number, state, identity)
+        if num_rounds > 0 and strategy.fraction_train > 0 and not has_moved:
+            raise EmptyRoundsError(
+                f"none of {num_rounds} rounds moved the model; {strategy.failure}".rstrip("; "),
+                result.train_metrics_clientapp.get(num_rounds, MetricRecord()),
+            )
     except RunEndedError as error:
         error.result = result
         raise

@@ -598,43 +598,27 @@ def beyond_float32(message: Message) -> Message:
 
 
 @malformed(Rejection.METRICS)
-def nan_metric(message: Message) -> Message:
-    return replace_metrics(message, {"num-examples": 10, "loss": np.nan})
+def too_many_metrics(message: Message) -> Message:
+    return replace_metrics(message, {"num-examples": 10, "list": [1.0] * 10_001})
 
 
-@malformed(Rejection.METRICS)
-def infinite_metric(message: Message) -> Message:
-    return replace_metrics(message, {"num-examples": 10, "loss": -np.inf})
+USELESS_METRICS: dict[str, dict[str, Any]] = {
+    "nan": {"num-examples": 10, "loss": np.nan},
+    "infinite": {"num-examples": 10, "loss": -np.inf},
+    "nan-in-a-list": {"num-examples": 10, "losses": [0.5, np.nan]},
+    "huge-integer": {"num-examples": 10, "loss": 10**400},
+    "huge-key": {"num-examples": 10, "k" * 2_000_000: np.inf},
+}
+"""Metrics of which one is dropped while the reply counts."""
 
-
-@malformed(Rejection.METRICS)
-def nan_in_a_list(message: Message) -> Message:
-    return replace_metrics(message, {"num-examples": 10, "losses": [0.5, np.nan]})
-
-
-@malformed(Rejection.METRICS)
-def huge_metric_key(message: Message) -> Message:
-    return replace_metrics(message, {"num-examples": 10, "k" * 2_000_000: np.inf})
-
-
-@malformed(Rejection.NUM_EXAMPLES)
-def num_examples_nan(message: Message) -> Message:
-    return replace_metrics(message, {"num-examples": np.nan})
-
-
-@malformed(Rejection.NUM_EXAMPLES)
-def num_examples_infinite(message: Message) -> Message:
-    return replace_metrics(message, {"num-examples": np.inf})
-
-
-@malformed(Rejection.NUM_EXAMPLES)
-def num_examples_negative(message: Message) -> Message:
-    return replace_metrics(message, {"num-examples": -1})
-
-
-@malformed(Rejection.NUM_EXAMPLES)
-def num_examples_a_list(message: Message) -> Message:
-    return replace_metrics(message, {"num-examples": [10, 10]})
+USELESS_COUNTS: dict[str, Any] = {
+    "nan": np.nan,
+    "infinite": np.inf,
+    "negative": -1,
+    "huge-integer": 10**400,
+    "list": [10, 10],
+}
+"""Values of ``num-examples`` that count as 1, or are rejected where the number weights."""
 
 
 # ------------------------------------------------------------------------ a small real app

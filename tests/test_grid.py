@@ -1,8 +1,10 @@
 """The grid of this process: isolation, errors, state, reproducibility, and what runs on it."""
 
+import json
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,7 +41,7 @@ from fl_bgmd.attacks import AttackPlan
 from fl_bgmd.data import Dataset
 from fl_bgmd.mods import ByzantineMod
 from fl_bgmd.strategies import BGMD, GMD, RobustStrategy
-from simulations import backends
+from simulations import backends, server_app
 from simulations.adversary import AdversarialGrid
 from simulations.backends import ConfiguredClientApp
 from simulations.config import Config, validate
@@ -576,7 +578,30 @@ def test_a_run_in_which_every_client_fails_has_failed() -> None:
     app = app_of(raising)
     result = simulations.experiment.run_experiment(InProcessGrid(app, 5, config), config)
     assert result.status == "failed"
-    assert result.error == "no reply was accepted in any round; rejected: error 10"
+    assert result.error == (
+        "EmptyRoundsError: none of 2 rounds moved the model; in round 2: 5 nodes asked, 0 replies "
+        "accepted, rejected: error 5 (RuntimeError: never)"
+    )
+    assert [entry["round"] for entry in result.rounds] == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("synthetic")
+def test_a_run_whose_first_replies_were_not_finite_has_failed() -> None:
+    result = run_small(**{"learning-rate": 1e30, "num-server-rounds": 2, "attack": "none"})
+    assert result.status == "failed"
+    assert "none of 2 rounds moved the model" in result.error
+    assert "non-finite" in result.error
+
+
+@pytest.mark.usefixtures("synthetic")
+def test_the_server_app_raises_what_every_client_raised(tmp_path: Path) -> None:
+    config = SMALL | {"num-server-rounds": 2, "results-dir": str(tmp_path)}
+    grid = InProcessGrid(app_of(raising), 5, validate(config))
+    context = Context(1, 0, {}, RecordDict(), validate(config))
+    with pytest.raises(RuntimeError, match=r"none of 2 rounds moved .*RuntimeError: never"):
+        server_app.app(grid, context)
+    [written] = tmp_path.glob("*/run.json")
+    assert json.loads(written.read_text())["status"] == "failed"
 
 
 def raising(message: Message, context: Context) -> Message:

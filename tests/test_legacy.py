@@ -343,11 +343,7 @@ HOSTILE: dict[str, tuple[Callable[[], FitRes], Rejection]] = {
     "three arrays": (with_tensors(lambda tensors: [*tensors, tensors[0]]), Rejection.KEYS),
     "other order": (with_tensors(lambda tensors: tensors[::-1]), Rejection.SHAPE),
     "arrays of nothing": (with_tensors(lambda tensors: [None, None]), Rejection.ERROR),
-    "examples NaN": (lambda: fit_res(plain_model(), np.nan), Rejection.NUM_EXAMPLES),
-    "examples negative": (lambda: fit_res(plain_model(), -1), Rejection.NUM_EXAMPLES),
-    "examples a list": (lambda: fit_res(plain_model(), [1, 2]), Rejection.NUM_EXAMPLES),
     "examples a text": (lambda: fit_res(plain_model(), "many"), Rejection.ERROR),
-    "metric NaN": (lambda: trained(plain_model(), 0, 1, {"a": np.nan}), Rejection.METRICS),
     "metrics nothing": (
         lambda: FitRes(OK, to_parameters(plain_model()), 1, None),
         Rejection.ERROR,
@@ -438,6 +434,27 @@ def test_the_users_functions_see_what_accepted_clients_sent() -> None:
     assert metrics == {"note": "combined", "sum": 15}
 
 
+@pytest.mark.parametrize("examples", [np.nan, -1, [1, 2]])
+def test_a_nan_metric_or_a_useless_count_costs_a_client_nothing(examples: Any) -> None:
+    """As in the message API, and a function of the user's own reads 1 for the count."""
+    seen: list[Any] = []
+
+    def combine(metrics: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
+        seen.extend(count for count, _ in metrics)
+        return {}
+
+    model = plain_model()
+    expected, _ = opened(BGMD(seed=0), model).aggregate_fit(1, results(model), [])
+    fit = results(model)
+    fit[0] = PROXIES[0], trained(model, 0, examples)
+    fit[1] = PROXIES[1], trained(model, 1, 10, {"loss": np.nan})
+    strategy = opened(BGMD(seed=0, fit_metrics_aggregation_fn=combine), model)
+    found, metrics = strategy.aggregate_fit(1, fit, [])
+    assert found.tensors == expected.tensors
+    assert (metrics["accepted"], metrics["dropped-metrics"]) == (N, 1)
+    assert seen == [1, *[10] * (N - 2)]
+
+
 def test_a_users_function_that_fails_does_not_end_the_run(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, logger="flwr.fl_bgmd")
 
@@ -459,9 +476,9 @@ def test_losses_are_combined_by_their_median() -> None:
         for i, loss in enumerate(losses)
     ]
     loss, metrics = GMD().aggregate_evaluate(1, replies, [OSError("gone")])
-    assert loss == 2.5
-    assert metrics == {"accuracy": pytest.approx(0.15)}
-    assert GMD().aggregate_evaluate(1, replies[4:], []) == (None, {})
+    assert loss == 2.5  # the loss that is NaN is dropped, the accuracy beside it counts
+    assert metrics == {"accuracy": pytest.approx(0.2), "dropped-metrics": 1}
+    assert GMD().aggregate_evaluate(1, replies[5:], []) == (None, {})
     assert GMD().aggregate_evaluate(1, [], []) == (None, {})
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ def test_too_many_empty_rounds_end_the_run_and_say_why() -> None:
         start(GMD(max_empty_rounds=3, fraction_evaluate=0.0), grid, 20)
     assert str(error.value) == (
         "3 rounds in a row had fewer than 1 valid replies; in round 5: 4 nodes asked, 0 replies "
-        "accepted, rejected: non-finite 4"
+        "accepted, rejected: non-finite 4 (array '0' leads to a non-finite update)"
     )
     result = error.value.result
     assert list(result.train_metrics_clientapp) == [1, 2, 3, 4, 5]
@@ -82,6 +83,81 @@ def test_a_round_that_moves_starts_the_count_anew() -> None:
     grid = InProcessGrid(app_with(update), 4, {})
     result = start(GMD(max_empty_rounds=3, fraction_evaluate=0.0), grid, 9)
     assert list(result.train_metrics_clientapp) == list(range(1, 10))
+
+
+def raising(number: int, partition: int) -> Any:
+    raise ValueError("x" * 1000 + "\n\x1b[31mno such file: data.csv\x1b[0m")
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_run_in_which_nothing_was_accepted_fails_at_its_end(rounds: int) -> None:
+    evaluated: list[int] = []
+
+    def evaluate(number: int, arrays: ArrayRecord) -> MetricRecord:
+        evaluated.append(number)
+        return MetricRecord({"number": number})
+
+    strategy = GMD(fraction_evaluate=0.0)
+    with pytest.raises(EmptyRoundsError) as error:
+        strategy.start(
+            InProcessGrid(app_with(raising), 4, {}),
+            ArrayRecord([np.zeros(SIZE)]),
+            num_rounds=rounds,
+            evaluate_fn=evaluate,
+        )
+    message = str(error.value)
+    assert message.startswith(
+        f"none of {rounds} rounds moved the model; in round {rounds}: 4 nodes asked, 0 replies "
+        "accepted, rejected: error 4 (..."
+    )
+    assert message.endswith("xxx no such file: data.csv)")
+    assert len(message) < 500
+    assert evaluated == list(range(rounds + 1))
+    assert list(error.value.result.train_metrics_clientapp) == list(range(1, rounds + 1))
+    assert error.value.metrics["rejected-error"] == 4
+
+
+def test_the_log_shows_the_end_of_a_clients_error(caplog: pytest.LogCaptureFixture) -> None:
+    grid = InProcessGrid(app_with(raising), 4, {})
+    with pytest.raises(EmptyRoundsError):
+        start(GMD(fraction_evaluate=0.0), grid, 1)
+    told = [r.getMessage() for r in caplog.records if "rejected the reply" in r.getMessage()]
+    assert len(told) == 4
+    assert all(line.endswith("x no such file: data.csv") for line in told)
+
+
+def test_one_round_that_moves_is_enough() -> None:
+    result = start(
+        GMD(fraction_evaluate=0.0), InProcessGrid(app_with(nothing_but_nan(2, 9)), 4, {}), 5
+    )
+    assert list(result.train_metrics_clientapp) == [1, 2, 3, 4, 5]
+
+
+def test_rounds_that_were_all_undone_are_nothing_either() -> None:
+    """The replies are finite, but the step of each round leaves the range of float64."""
+    grid = InProcessGrid(app_with(lambda number, partition: np.full(SIZE, -1e308)), 4, {})
+    with pytest.raises(EmptyRoundsError, match=r"4 replies accepted.*the new one is not finite"):
+        start(Mean(fraction_evaluate=0.0, server_learning_rate=10.0), grid, 2)
+
+
+def test_no_rounds_and_evaluation_only_are_no_failures() -> None:
+    grid = InProcessGrid(app_with(raising), 4, {})
+    start(GMD(fraction_evaluate=0.0), grid, 0)
+    start(GMD(fraction_train=0.0, fraction_evaluate=0.0), grid, 2)
+
+
+def test_a_resumed_run_counts_what_it_moved_before(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"checkpoints": tmp_path, "fraction_evaluate": 0.0}
+    start(GMD(**options), InProcessGrid(app_with(honest), 4, {}), 2)
+    start(GMD(**options), InProcessGrid(app_with(raising), 4, {}), 4)
+
+
+def test_a_resumed_run_that_has_moved_nothing_fails_as_well(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"checkpoints": tmp_path, "fraction_evaluate": 0.0}
+    for rounds in (2, 2, 3):
+        with pytest.raises(EmptyRoundsError, match=f"none of {rounds} rounds moved the model"):
+            start(GMD(**options), InProcessGrid(app_with(raising), 4, {}), rounds)
+    start(GMD(**options), InProcessGrid(app_with(honest), 4, {}), 4)
 
 
 class Failing(GMD):

@@ -18,6 +18,8 @@ import pytest
 import torch
 from flower_messages import (
     MALFORMED,
+    USELESS_COUNTS,
+    USELESS_METRICS,
     batch_norm_model,
     error_reply,
     honest_reply,
@@ -509,8 +511,8 @@ def test_a_claimed_partition_id_gains_nothing(claim: Any) -> None:
     def reply(messages: list[Message]) -> list[Message]:
         replies = honest_replies(messages)
         message = messages[BAD_NODE - 1]
-        metrics = {"num-examples": np.nan, "partition-id": claim}
-        replies[BAD_NODE - 1] = reply_with(message, sent_arrays(message), metrics)
+        metrics = {"num-examples": 10, "partition-id": claim}
+        replies[BAD_NODE - 1] = reply_with(message, {}, metrics)
         return replies
 
     arrays, _ = train_round(named("bgmd", mixing="bucketing"), plain_model(), reply=reply)
@@ -522,7 +524,7 @@ def test_a_claimed_partition_id_gains_nothing(claim: Any) -> None:
 
 def test_nine_kinds_at_once_and_one_honest_reply() -> None:
     kinds = ["nan", "missing-key", "two-metric-records", "garbage", "complex64", "error-reply"]
-    kinds += ["flattened", "num-examples-nan", "infinite-metric"]
+    kinds += ["flattened", "two-array-records", "too-many-metrics"]
 
     def reply(messages: list[Message]) -> list[Message]:
         bad = [MALFORMED[kind].build(m) for kind, m in zip(kinds, messages, strict=False)]
@@ -900,9 +902,12 @@ def test_all_without_examples_weigh_alike() -> None:
 
 
 @pytest.mark.parametrize("mixing", ["none", "nearest-neighbor", "bucketing"])
-def test_weighting_needs_the_number_of_examples(mixing: str) -> None:
+@pytest.mark.parametrize(
+    "examples", [{}, *({"num-examples": value} for value in USELESS_COUNTS.values())]
+)
+def test_weighting_needs_the_number_of_examples(mixing: str, examples: dict[str, Any]) -> None:
     def reply(messages: list[Message]) -> list[Message]:
-        bad = reply_with(messages[0], sent_arrays(messages[0]), {"loss": 1.0})
+        bad = reply_with(messages[0], sent_arrays(messages[0]), examples)
         return [bad, *honest_replies(messages[1:])]
 
     for weighting, accepted in (("uniform", NODES), ("examples", NODES - 1)):
@@ -1001,7 +1006,7 @@ def test_bad_evaluation_replies_are_left_out() -> None:
     extra = [error_reply(message), MALFORMED["empty-content"].build(message), replies[4]]
     metrics = strategy.aggregate_evaluate(1, [*extra, *replies])
     assert metrics is not None
-    assert metrics["accuracy"] == pytest.approx(0.65)
+    assert metrics["accuracy"] == pytest.approx(0.6)  # of 0.2 to 1.0: the count says nothing
     assert strategy.aggregate_evaluate(1, extra[:2]) is None
     assert strategy.aggregate_evaluate(1, []) is None
 
@@ -1028,7 +1033,7 @@ def test_metrics_can_be_combined_by_the_users_function() -> None:
 
 
 def test_an_accepted_reply_cannot_break_the_users_function() -> None:
-    """A combiner reads ``num-examples`` from every reply: one without it is not accepted then."""
+    """A combiner reads ``num-examples`` from every reply: one without it counts as 1 there too."""
 
     def reply(messages: list[Message]) -> list[Message]:
         bad = reply_with(messages[0], sent_arrays(messages[0]), {"loss": 1.0})
@@ -1040,9 +1045,67 @@ def test_an_accepted_reply_cannot_break_the_users_function() -> None:
 
     strategy = named("mean", train_metrics_aggr_fn=weighted)
     _, metrics = train_round(strategy, plain_model(), reply=reply)
-    assert metrics["accepted"] == NODES - 1
-    assert metrics["rejected-num-examples"] == 1
-    assert metrics["total"] == sum(10 * i for i in range(2, NODES + 1))
+    assert metrics["accepted"] == NODES
+    assert metrics["total"] == 1 + sum(10 * i for i in range(2, NODES + 1))
+
+
+@pytest.mark.parametrize("kind", USELESS_METRICS)
+def test_a_combiner_sees_only_replies_whose_metrics_are_finite(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def reply(messages: list[Message]) -> list[Message]:
+        bad = reply_with(messages[0], sent_arrays(messages[0]), USELESS_METRICS[kind])
+        return [bad, *honest_replies(messages[1:])]
+
+    def count(contents: list[RecordDict], key: str) -> MetricRecord:
+        return MetricRecord({"clients": len(contents)})
+
+    _, metrics = train_round(named("mean", train_metrics_aggr_fn=count), plain_model(), reply=reply)
+    assert (metrics["accepted"], metrics["clients"]) == (NODES, NODES - 1)
+    assert metrics["dropped-metrics"] == 1
+    _, metrics = train_round(
+        named("mean", train_metrics_aggr_fn=count),
+        plain_model(),
+        reply=lambda m: [reply_with(one, sent_arrays(one), USELESS_METRICS[kind]) for one in m],
+    )
+    assert (metrics["accepted"], "clients" in metrics) == (NODES, False)
+    assert "no reply has only finite metrics" in caplog.text
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_CLASS)
+def test_a_nan_loss_costs_an_honest_client_nothing(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its update moves the model as if it had not reported the loss at all."""
+
+    def replies(loss: float | None) -> Callable[[list[Message]], list[Message]]:
+        given = {} if loss is None else {"lo\nss": loss, "losses": [1.0, loss]}
+        return lambda messages: [
+            honest_reply(message, random_update(plain_model(), i), metrics=given if i == 2 else {})
+            for i, message in enumerate(messages)
+        ]
+
+    arrays, metrics = train_round(named(name), plain_model(), reply=replies(np.nan))
+    expected, _ = train_round(named(name), plain_model(), reply=replies(None))
+    assert same_bits(arrays, expected)
+    assert (metrics["accepted"], metrics["rejected"]) == (NODES, 0)
+    assert metrics["dropped-metrics"] == 2
+    told = [r.getMessage() for r in caplog.records if "not finite" in r.getMessage()]
+    assert told == [
+        "of node 3: metric 'lo ss' is not finite: it is dropped, the rest of the reply counts"
+    ]
+
+
+def test_a_dropped_metric_is_told_once_a_run_and_counted_when_evaluating_too(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    strategy = named("gmd")
+    for _ in range(2):
+        _, replies = evaluation_replies({3: {"loss": np.nan}})
+        metrics = strategy.aggregate_evaluate(1, replies)
+        assert metrics is not None
+        assert metrics["dropped-metrics"] == 1
+    assert caplog.text.count("is dropped") == 1
 
 
 def test_the_keys_of_the_records_can_be_chosen() -> None:
@@ -1286,6 +1349,8 @@ def test_the_state_holds_tensors_and_numbers_only() -> None:
                 assert all(isinstance(v, Tensor) for v in value.values())
             elif key == "reputation":
                 assert value == {"against": {}, "until": {}}
+            elif key == "ties":
+                assert value == {}
             else:
                 assert value is None or isinstance(value, int | Tensor), key
 
