@@ -124,9 +124,9 @@ def table(result: Result, own_metrics: Sequence[str]) -> list[str]:
     ):
         for name in dict.fromkeys(name for metrics in history.values() for name in metrics):
             counts = name in ("accepted", "rejected")
-            if phase == "train" and not counts:
-                if name in own_metrics or name.startswith("rejected-"):
-                    continue
+            own = name in own_metrics or name.startswith("rejected-")
+            if phase == "train" and own and not counts:
+                continue
             values = {
                 number: metrics[name]
                 for number, metrics in history.items()
@@ -142,10 +142,7 @@ def table(result: Result, own_metrics: Sequence[str]) -> list[str]:
     rows = [["round", *names]]
     rows += [[str(r), *(_cell(columns[name].get(r)) for name in names)] for r in rounds]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
+    lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
     if hidden := list(columns)[_MOST_COLUMNS:]:
         lines.append(f"and {len(hidden)} metrics more")
     return lines

@@ -280,8 +280,7 @@ class RobustStrategy(FedAvg):
         self._model: ArrayRecord | None = None
         self._sent_bytes = 0
         self._empty_rounds = 0
-        self._why_empty = ""
-        self._last_metrics = MetricRecord()
+        self._failure = ""
         self._said: set[str] = set()
         self._has_run = False
         self._before_run: dict[str, Any] = {}
@@ -406,14 +405,6 @@ class RobustStrategy(FedAvg):
         for number, note in enumerate(notes(self)):
             self.say_once(f"note {number}", "%s", note)
 
-    def check_moved(self, num_rounds: int) -> None:
-        """Raise :class:`.EmptyRoundsError` at the end of a run whose rounds all were empty."""
-        if 0 < num_rounds <= self._empty_rounds:
-            raise EmptyRoundsError(
-                f"none of {num_rounds} rounds moved the model; {self._why_empty}".rstrip("; "),
-                self._last_metrics,
-            )
-
     def expect(self, count: int) -> None:
         """Take note of how many are asked to train, where no messages say so."""
         self._roster.num_asked = count
@@ -516,7 +507,7 @@ class RobustStrategy(FedAvg):
                 self.min_valid_replies,
             )
             self._warn_of_liars(intake, {})
-            self._count_empty_round(count, intake.rejected, metrics)
+            self._count_empty_round(intake, metrics)
         else:
             self._warn_of_majority(count, intake.rejected)
             if count < FEWEST and self.byzantine_fraction and self.robust:
@@ -528,7 +519,8 @@ class RobustStrategy(FedAvg):
             current = intake.round(self.weighting, self.device, self.byzantine_fraction)
             judges = self.bench_after > 0 and self.weights_tell
             if judges or _LIARS not in self._said:
-                lengths = dict(zip(nodes, euclidean_norms(current.updates), strict=True))
+                with np.errstate(over="ignore"):  # longer than a number can say
+                    lengths = dict(zip(nodes, euclidean_norms(current.updates), strict=True))
                 self._warn_of_liars(intake, lengths)
                 norms = lengths if judges else {}
             arrays, weights = self._step(layout, current, intake, metrics)
@@ -582,6 +574,11 @@ class RobustStrategy(FedAvg):
         self._empty_rounds = int(state["empty-rounds"])
         self._roster.seed = int(state["seed"])
         self._reputation.load_state_dict(state["reputation"])
+
+    @property
+    def failure(self) -> str:
+        """What the last round that left the model as it was came to, empty if none did."""
+        return self._failure
 
     def _on_device(self, tensor: Tensor | None) -> Tensor | None:
         """Bring back what a checkpoint held on the CPU."""
@@ -659,26 +656,29 @@ class RobustStrategy(FedAvg):
                 *(lied + len(far), asked, self._round, lied, len(far), far[:10]),
             )
 
-    def _count_empty_round(
-        self, count: int, rejected: Counter[str], metrics: MetricRecord, failure: str = ""
-    ) -> None:
+    def _count_empty_round(self, intake: Intake, metrics: MetricRecord, failure: str = "") -> None:
         """End the run if too many rounds in a row have come to nothing."""
         self._empty_rounds += 1
-        self._last_metrics = metrics
-        reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(rejected.items()))
-        few = count and self.min_valid_replies == FEWEST and not failure
-        self._why_empty = (
-            f"in round {self._round}: {self._roster.num_asked} nodes asked, {count} replies "
-            f"accepted, rejected: {reasons or 'none'}"
-            + (f"; {failure or TOO_FEW}" if failure or few else "")
-        )
+        few = not failure and intake.accepted and self.min_valid_replies == FEWEST
+        self._failure = self._account(intake, TOO_FEW if few else failure)
         if self._empty_rounds >= self.max_empty_rounds:
             lack = f"had fewer than {self.min_valid_replies} valid replies"
             raise EmptyRoundsError(
                 f"{self._empty_rounds} rounds in a row {'came to nothing' if failure else lack}; "
-                f"{self._why_empty}",
+                f"{self._failure}",
                 metrics,
             )
+
+    def _account(self, intake: Intake, failure: str) -> str:
+        """Return what a round came to."""
+        reasons = ", ".join(
+            f"{reason} {number}" for reason, number in sorted(intake.rejected.items())
+        )
+        return (
+            f"in round {self._round}: {self._roster.num_asked} nodes asked, "
+            f"{len(intake.accepted)} replies accepted, rejected: {reasons or 'none'}"
+            + (failure and f"; {failure}")
+        )
 
     def _screening(self) -> dict[str, Any]:
         """Return what :func:`fl_bgmd.replies.screen` needs to know beside the reply."""
@@ -716,7 +716,7 @@ class RobustStrategy(FedAvg):
             except ValueError as error:
                 failure = f"the rule failed: {error}"
                 kept = self._keep(before, failure, metrics)
-                self._count_empty_round(len(current.nodes), intake.rejected, metrics, failure)
+                self._count_empty_round(intake, metrics, failure)
                 return kept, None
             self._empty_rounds = 0
             update = result.vector
@@ -752,7 +752,9 @@ class RobustStrategy(FedAvg):
             metrics["gap"] = result.gap
         self.describe(result, metrics)
         if not layout.holds(moved):
-            return self._keep(before, "the new one is not finite", metrics), None
+            failure = "the new one is not finite"
+            self._failure = self._account(intake, failure)
+            return self._keep(before, failure, metrics), None
         buffers = intake.buffers[: len(intake.accepted)]
         middle = np.median(buffers, axis=0) if buffers.size else layout.buffer_values
         return layout.to_arrays(moved, middle), weights

@@ -33,9 +33,9 @@ class RunEndedError(RuntimeError):
 
 
 class EmptyRoundsError(RunEndedError):
-    """Too many rounds in a row, or all of a run's, came to nothing.
+    """Too many rounds in a row, or all of a run, have come to nothing.
 
-    ``metrics`` are the last one's.
+    ``metrics`` are those of the last one.
     """
 
     def __init__(self, message: str, metrics: MetricRecord) -> None:
@@ -69,12 +69,13 @@ def run_rounds(
     log_start(strategy, arrays, num_rounds, train_config, evaluate_config)
     result = Result()
     identity = _identity(strategy, arrays)
-    first, stopped = 1, False
+    first, has_moved, stopped = 1, False, False
     if checkpoints is not None and (found := checkpoints.load(identity)) is not None:
         done, state = found
         arrays = arrays_from_state(state["arrays"])
         result = _to_result(state["history"], arrays)
         strategy.load_state_dict(state["strategy"])
+        has_moved = bool(state["moved"])
         if hasattr(grid, "load_state_dict"):
             if state["grid"] is None:
                 raise CheckpointError(
@@ -105,6 +106,7 @@ def run_rounds(
                 _keep(result.train_metrics_clientapp, number, error.metrics, _TRAINED)
                 raise
             if moved is not None:
+                has_moved = has_moved or moved is not arrays
                 arrays = result.arrays = moved
             _keep(result.train_metrics_clientapp, number, metrics, _TRAINED)
             messages = list(strategy.configure_evaluate(number, arrays, evaluate_config, grid))
@@ -121,6 +123,7 @@ def run_rounds(
             ):
                 state = {
                     "arrays": arrays_to_state(arrays),
+                    "moved": has_moved,
                     "history": _from_result(result),
                     "strategy": strategy.state_dict(),
                     "grid": grid.state_dict() if hasattr(grid, "state_dict") else None,
@@ -128,7 +131,11 @@ def run_rounds(
                 checkpoints.save(number, state, identity)
         if stopped:
             LOG.info("should_stop ends the run after round %s of %s", number, num_rounds)
-        strategy.check_moved(number)
+        if number > 0 and strategy.fraction_train > 0 and not has_moved:
+            raise EmptyRoundsError(
+                f"none of {number} rounds moved the model; {strategy.failure}".rstrip("; "),
+                result.train_metrics_clientapp.get(number, MetricRecord()),
+            )
     except RunEndedError as error:
         error.result = result
         raise

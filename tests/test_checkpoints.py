@@ -21,7 +21,14 @@ from flwr.serverapp.strategy import Result
 from safetensors import safe_open
 
 from fl_bgmd.checkpoints import CheckpointError, Checkpoints
-from fl_bgmd.strategies import BGMD, GMD, CenteredClipping, RobustFilter, RobustStrategy
+from fl_bgmd.strategies import (
+    BGMD,
+    GMD,
+    CenteredClipping,
+    EmptyRoundsError,
+    RobustFilter,
+    RobustStrategy,
+)
 from simulations import backends
 from simulations.config import validate
 from simulations.experiment import RunResult
@@ -231,7 +238,8 @@ def test_a_grid_with_a_state_refuses_a_checkpoint_without(tmp_path: Path) -> Non
     arrays = ArrayRecord([np.zeros(3)])
     options: dict[str, Any] = {"checkpoints": tmp_path, "fraction_evaluate": 0.0, "seed": 3}
     options |= {"max_empty_rounds": 9}
-    GMD(**options).start(Stateless(ClientApp(), 3, {}), arrays, num_rounds=1)
+    with pytest.raises(EmptyRoundsError):
+        GMD(**options).start(Stateless(ClientApp(), 3, {}), arrays, num_rounds=1)
     with pytest.raises(CheckpointError, match="on a grid without a state"):
         GMD(**options).start(InProcessGrid(ClientApp(), 3, {}), arrays, num_rounds=2)
 

@@ -64,7 +64,7 @@ BAD: dict[str, list[Any]] = {
     "mixing": ["nnm", ""],
     "bucket-size": [0, -1],
     "assumed-byzantine-fraction": [-0.1, 0.5, 0.9, NAN],
-    "min-valid-replies": [0, -1],
+    "min-valid-replies": [-1, 1.5],
     "max-empty-rounds": [0, -1],
     "min-available-clients": [-1],
     "weighting": ["size", ""],
@@ -472,7 +472,7 @@ def test_at_least_one_node_trains() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"min-valid-replies": 11}, r"min-valid-replies is 11; allowed: 1 to 10, the share"),
+        ({"min-valid-replies": 11}, r"min-valid-replies is 11; allowed: 0 to 10, the share"),
         ({"attack": "backdoor", "attack.scale": 12.0}, "attack.scale is 12 .* integer, 1 to 9"),
         ({"attack": "backdoor", "attack.scale": 3.5}, "attack.scale is 3.5 .* integer, 1 to 9"),
         ({"attack": "delayed", "attack.scale": 0.5}, "attack.scale is 0.5 .* integer, 1 or more"),

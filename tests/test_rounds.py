@@ -66,7 +66,7 @@ def test_too_many_empty_rounds_end_the_run_and_say_why() -> None:
     with pytest.raises(EmptyRoundsError) as error:
         start(GMD(max_empty_rounds=3, fraction_evaluate=0.0), grid, 20)
     assert str(error.value) == (
-        "3 rounds in a row had fewer than 1 valid replies; in round 5: 4 nodes asked, 0 replies "
+        "3 rounds in a row had fewer than 3 valid replies; in round 5: 4 nodes asked, 0 replies "
         "accepted, rejected: non-finite 4"
     )
     result = error.value.result
