@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import Result
 
 from fl_bgmd.broadcast import MODEL_RECORD, build_downlink, pack_model, received_model
 from fl_bgmd.mods import CompressionMod
-from fl_bgmd.strategies import GMD, Mean, RobustStrategy
+from fl_bgmd.strategies import GMD, EmptyRoundsError, Mean, RobustStrategy
 from simulations import backends
 from simulations.config import validate
 from simulations.grid import InProcessGrid
@@ -96,8 +96,10 @@ def test_both_ways_at_once() -> None:
         assert np.allclose(array.numpy(), both.arrays[key].numpy(), atol=1e-4)
 
 
-def test_clients_without_the_mod_fail_and_the_run_goes_on() -> None:
-    result, _ = start(Mean(downlink_compressor="qsgd:2", fraction_evaluate=0.0), [], rounds=2)
+def test_clients_without_the_mod_fail_and_the_run_with_them() -> None:
+    with pytest.raises(EmptyRoundsError, match="none of 2 rounds moved the model") as error:
+        start(Mean(downlink_compressor="qsgd:2", fraction_evaluate=0.0), [], rounds=2)
+    result = error.value.result
     assert [m["rejected"] for m in result.train_metrics_clientapp.values()] == [3, 3]
 
 
