@@ -517,12 +517,9 @@ class RobustStrategy(FedAvg):
                     *(server_round, count, FEWEST),
                 )
             current = intake.round(self.weighting, self.device, self.byzantine_fraction)
-            judges = self.bench_after > 0 and self.weights_tell
-            if judges or _LIARS not in self._said:
-                with np.errstate(over="ignore"):  # longer than a number can say
-                    lengths = dict(zip(nodes, euclidean_norms(current.updates), strict=True))
-                self._warn_of_liars(intake, lengths)
-                norms = lengths if judges else {}
+            if self.bench_after and self.weights_tell:
+                norms = dict(zip(nodes, euclidean_norms(current.updates), strict=True))
+            self._warn_of_liars(intake, norms or self._lengths(current))
             arrays, weights = self._step(layout, current, intake, metrics)
         weight_of = dict(zip(nodes, weights, strict=True)) if norms and weights else {}
         benched = self._roster.judge(
@@ -638,6 +635,18 @@ class RobustStrategy(FedAvg):
                 self._roster.num_asked,
                 hostile,
             )
+
+    def _lengths(self, current: Round) -> dict[int, float]:
+        """Return about how long each node's update is; what is too long for its dtype is infinite.
+
+        One pass over the rows, and none where nobody needs it any more.
+        """
+        if _LIARS in self._said:
+            return {}
+        rows = current.updates
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        lengths = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
+        return dict(zip(current.nodes, lengths.tolist(), strict=True))
 
     def _warn_of_liars(self, intake: Intake, norms: dict[int, float]) -> None:
         """Say once a run when more look hostile than are expected to be."""

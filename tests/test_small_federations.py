@@ -47,8 +47,8 @@ def lie(message: Message, context: Context, call_next: Call) -> Message:
     return reply
 
 
-def run(strategy: RobustStrategy, nodes: int, mods: Any = (), rounds: int = 20) -> Result:
-    app = regression_app(mods, learning_rate=0.3)
+def run(strategy: RobustStrategy, nodes: int, mods: Any = (), rounds: int = 60) -> Result:
+    app = regression_app(mods)
     return strategy.start(InProcessGrid(app, nodes, {}), regression_model(), num_rounds=rounds)
 
 
@@ -165,7 +165,7 @@ def test_two_nodes_move_nothing_and_the_run_says_what_to_do(
 def test_an_operator_may_take_the_risk_and_is_told(
     cls: type[RobustStrategy], caplog: pytest.LogCaptureFixture
 ) -> None:
-    result = run(cls(seed=1, min_valid_replies=1, fraction_evaluate=0.0), 2, rounds=40)
+    result = run(cls(seed=1, min_valid_replies=1, fraction_evaluate=0.0), 2)
     assert regression_error(result.arrays) < 0.25
     [told] = [text for text in warnings_of(caplog) if text.startswith("min_valid_replies is 1")]
     assert "in a round of fewer than 3 valid replies" in told
@@ -180,7 +180,7 @@ def test_where_nobody_is_expected_to_lie_one_reply_is_enough(
 ) -> None:
     strategy.min_train_nodes = strategy.min_evaluate_nodes = strategy.min_available_nodes = nodes
     assert strategy.min_valid_replies == 1
-    assert regression_error(run(strategy, nodes, rounds=40).arrays) < 0.25
+    assert regression_error(run(strategy, nodes).arrays) < 0.25
 
 
 @pytest.mark.parametrize(
