@@ -408,6 +408,7 @@ class RobustStrategy(FedAvg):
     def expect(self, count: int) -> None:
         """Take note of how many are asked to train, where no messages say so."""
         self._roster.num_asked = count
+        self._warn_of_few_asked(count)
 
     def sent(self, messages: list[Message]) -> None:
         """Take note of what goes out, whoever has built it; other replies are rejected."""
@@ -648,6 +649,16 @@ class RobustStrategy(FedAvg):
         lengths = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
         return dict(zip(current.nodes, lengths.tolist(), strict=True))
 
+    def _warn_of_few_asked(self, count: int) -> None:
+        """Say once, before anybody trains, that so few cannot move the model."""
+        if count < self.min_valid_replies:
+            self.say_once(
+                "asked",
+                "%s nodes are asked to train and a round needs %s valid replies "
+                "(min_valid_replies): such rounds keep the model; %s",
+                *(count, self.min_valid_replies, TOO_FEW),
+            )
+
     def _warn_of_liars(self, intake: Intake, norms: dict[int, float]) -> None:
         """Say once a run when more look hostile than are expected to be."""
         far = sorted(far_out(norms))
@@ -829,13 +840,8 @@ class RobustStrategy(FedAvg):
         """Sample nodes once enough are there, the same ones for the same seed and node ids."""
         needed = max(self.min_available_nodes, minimum)
         chosen = self._roster.sample(grid, server_round, message_type, fraction, minimum, needed)
-        if message_type == MessageType.TRAIN and len(chosen) < self.min_valid_replies:
-            self.say_once(
-                "asked",
-                "%s nodes are asked to train and a round needs %s valid replies "
-                "(min_valid_replies): such rounds keep the model; %s",
-                *(len(chosen), self.min_valid_replies, TOO_FEW),
-            )
+        if message_type == MessageType.TRAIN:
+            self._warn_of_few_asked(len(chosen))
         record.config_records[self.configrecord_key]["server-round"] = server_round
         messages = list(self._construct_messages(record, chosen, message_type))
         self._roster.sent(messages)
