@@ -24,7 +24,7 @@ from fl_bgmd.compression import COMPRESSORS, build_compressor
 from fl_bgmd.data import DATASETS, SCHEMES, TRAINING_EXAMPLES
 from fl_bgmd.models import MODELS
 from fl_bgmd.plugins import is_path, load_object
-from fl_bgmd.shares import floor_share
+from fl_bgmd.shares import FEWEST, floor_share, hostile_count, largest_bucket
 from fl_bgmd.strategies import (
     MIXINGS,
     NORMS,
@@ -177,7 +177,9 @@ SETTINGS: dict[str, Setting] = {
     "assumed-byzantine-fraction": _number(
         float, "hostile fraction the server prepares for", 0, 0.5, below=True
     ),
-    "min-valid-replies": _number(int, "with fewer the round keeps the model", 1),
+    "min-valid-replies": _number(
+        int, "with fewer the round keeps the model; 0: 3, or 1 where nobody is expected to lie"
+    ),
     "max-empty-rounds": _number(int, "so many of these in a row end the run", 1),
     "min-available-clients": _number(int, "connected clients a round waits for; 0: num-clients"),
     "weighting": _choice(WEIGHTINGS, "of the clients"),
@@ -367,8 +369,17 @@ def _check_combinations(config: Config) -> None:
     asked = max(1, floor_share(float(config["fraction-train"]), clients))
     if int(config["min-valid-replies"]) > asked:
         raise ConfigError(
-            f"min-valid-replies is {config['min-valid-replies']}; allowed: 1 to {asked}, the share "
+            f"min-valid-replies is {config['min-valid-replies']}; allowed: 0 to {asked}, the share "
             "fraction-train of num-clients"
+        )
+    own = own_strategy(str(config["strategy"]))
+    robust = own.robust if own else config["strategy"] != "mean"
+    expects = robust and float(config["assumed-byzantine-fraction"]) > 0
+    if expects and asked < FEWEST and not config["min-valid-replies"]:
+        raise ConfigError(
+            f"min-valid-replies is 0 with {asked} clients asked in a round, of whom nobody can "
+            f"tell which one lies; allowed: {FEWEST} clients or more, where all can be trusted "
+            f"assumed-byzantine-fraction 0, or min-valid-replies 1 to {asked}"
         )
     if config["strategy"] == "norm-threshold" and config["norm-threshold.norms"] == "reported":
         for key, allowed in (("norm-threshold.order", 2.0), ("mixing", "none")):
@@ -382,7 +393,6 @@ def _check_combinations(config: Config) -> None:
                 "compressor is 'none' with norm-threshold.norms 'reported'; allowed: a compressor, "
                 "since clients report norms with packed updates only"
             )
-    own = own_strategy(str(config["strategy"]))
     weightable = own.weightable if own else config["strategy"] in ("mean", "gmd")
     if config["weighting"] != "uniform" and not weightable:
         raise ConfigError(
@@ -406,14 +416,15 @@ def beyond_guarantee(config: Config) -> list[str]:
     share, clients = float(config["assumed-byzantine-fraction"]), int(config["num-clients"])
     expected = f"assumed-byzantine-fraction is {share:g}"
     notes = []
-    if config["strategy"] == "krum" and clients <= 2 * floor_share(share, clients) + 2:
+    hostile, size = hostile_count(share, clients), int(config["bucket-size"])
+    if config["strategy"] == "krum" and clients <= 2 * hostile + 2:
         notes.append(f"{expected} of {clients} clients; krum is proved for n > 2 f + 2")
     if config["strategy"] == "robust-filter" and share > PROVEN_FRACTION:
         notes.append(f"{expected}; robust-filter is proved for up to {PROVEN_FRACTION}")
-    if config["mixing"] == "bucketing" and share * int(config["bucket-size"]) >= 0.5:
+    if config["mixing"] == "bucketing" and largest_bucket(size, hostile, clients) < size:
         notes.append(
-            f"{expected} with bucket-size {config['bucket-size']}: hostile buckets may be the "
-            "majority"
+            f"{expected} with bucket-size {size}: hostile buckets may be the majority, buckets of "
+            f"{largest_bucket(size, hostile, clients)} are used"
         )
     return notes
 

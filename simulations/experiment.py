@@ -292,7 +292,7 @@ def build_strategy(config: Config) -> RobustStrategy:
         "mixing": config["mixing"],
         "bucket_size": config["bucket-size"],
         "byzantine_fraction": float(config["assumed-byzantine-fraction"]),
-        "min_valid_replies": config["min-valid-replies"],
+        "min_valid_replies": int(config["min-valid-replies"]) or None,
         "max_empty_rounds": config["max-empty-rounds"],
         "node_wait_timeout": config["node-wait-timeout"],
         "too_few_nodes": config["too-few-nodes"],

@@ -75,6 +75,10 @@ class BGMD(RobustStrategy):
         self._memory: Tensor | None = None
         self._client_memory: dict[int, Tensor] = {}
 
+    def drawn(self) -> list[str]:
+        """Return what the server draws: the block too, unless it is the strongest coordinates."""
+        return super().drawn() if self.selection == "top-k" else ["blocks", *super().drawn()]
+
     def aggregate(self, current: Round) -> Aggregate:
         """Return the geometric median of the round's block and keep the memory."""
         result = block_geometric_median(

@@ -3,6 +3,7 @@
 from typing import Any
 
 from fl_bgmd.aggregators import Aggregate, coordinate_median, trimmed_mean
+from fl_bgmd.shares import floor_share
 
 from .checks import require
 from .intake import Round
@@ -26,7 +27,8 @@ class TrimmedMean(RobustStrategy):
     Parameters
     ----------
     trim_fraction : float, optional
-        Dropped at each end; the hostile share by default. 0 to below 1/2.
+        Dropped at each end; the hostile share by default, of three clients or more at least one.
+        0 to below 1/2.
     **options
         Those of :class:`RobustStrategy`.
     """
@@ -40,4 +42,11 @@ class TrimmedMean(RobustStrategy):
     def aggregate(self, current: Round) -> Aggregate:
         """Return the trimmed mean of every coordinate."""
         trim = self.tolerated(current) if self.trim_fraction is None else self.trim_fraction
+        n, hostile = len(current.updates), self.hostile(current)
+        if floor_share(trim, n) < hostile:
+            self.say_once(
+                "trim_fraction",
+                "trim_fraction is %s: %s of %s values go at each end and %s may be hostile",
+                *(trim, floor_share(trim, n), n, hostile),
+            )
         return trimmed_mean(current.updates, trim_fraction=trim)

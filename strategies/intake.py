@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_bgmd.replies import BUFFER_DTYPE, ModelLayout, Screened, partition_id, records_of, screen
-from fl_bgmd.shares import floor_share
+from fl_bgmd.shares import hostile_count
 
 LOG = logging.getLogger("flwr.fl_bgmd")
 
@@ -111,7 +111,7 @@ class Intake:
     def _capped_examples(self, byzantine_fraction: float) -> Tensor:
         """Return the numbers of examples, capped so that no minority can own the model."""
         examples = np.asarray([float(screened.num_examples) for screened in self.accepted])
-        hostile = floor_share(byzantine_fraction, len(examples))
+        hostile = hostile_count(byzantine_fraction, len(examples))
         capped = np.minimum(examples, example_cap(examples, hostile))
         return torch.from_numpy(capped if capped.any() else np.ones_like(capped))
 

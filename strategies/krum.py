@@ -30,11 +30,16 @@ class MultiKrum(RobustStrategy):
 
     def aggregate(self, current: Round) -> Aggregate:
         """Return the mean of the selected rows."""
-        selected = self.num_selected
+        n, hostile = len(current.updates), self.hostile(current)
+        selected = n - hostile if self.num_selected is None else min(self.num_selected, n)
+        if selected > n - hostile:
+            self.say_once(
+                "num_selected",
+                "num_selected is %s of %s updates, of which %s may be hostile",
+                *(self.num_selected, n, hostile),
+            )
         return multi_krum(
-            current.updates,
-            byzantine_fraction=self.tolerated(current),
-            num_selected=selected if selected is None else min(selected, len(current.updates)),
+            current.updates, byzantine_fraction=self.tolerated(current), num_selected=selected
         )
 
 

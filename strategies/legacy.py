@@ -141,6 +141,7 @@ class LegacyStrategy(FedAvg):
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
         """Return ``initial_parameters``; without them Flower asks one client, whoever it is."""
+        self.rule.warn_at_start()
         parameters = super().initialize_parameters(client_manager)
         if parameters is None:
             LOG.warning(

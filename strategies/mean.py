@@ -13,6 +13,7 @@ class Mean(RobustStrategy):
     """
 
     weightable = True
+    robust = False
 
     def aggregate(self, current: Round) -> Aggregate:
         """Return the (weighted) mean."""

@@ -5,6 +5,7 @@ from typing import Any
 from flwr.app import MetricRecord
 
 from fl_bgmd.aggregators import Aggregate, FilteredAggregate, norm_threshold
+from fl_bgmd.shares import ceil_share
 
 from .checks import require
 from .intake import Round
@@ -60,6 +61,13 @@ class NormThreshold(RobustStrategy):
     def aggregate(self, current: Round) -> Aggregate:
         """Return the mean of the rows that are kept."""
         drop = self.tolerated(current) if self.drop_fraction is None else self.drop_fraction
+        n, hostile = len(current.updates), self.hostile(current)
+        if ceil_share(drop, n) < hostile:
+            self.say_once(
+                "drop_fraction",
+                "drop_fraction is %s: %s of %s updates are dropped and %s may be hostile",
+                *(drop, ceil_share(drop, n), n, hostile),
+            )
         return norm_threshold(
             current.updates,
             drop_fraction=drop,

@@ -13,6 +13,15 @@ FAR_OUT = 10.0
 """It does if the node's update is longer than the round's median update by this factor."""
 
 
+def far_out(norms: Mapping[int, float]) -> set[int]:
+    """Return the nodes whose updates are longer than the median one by :data:`FAR_OUT`.
+
+    The median is above 0, or there are none.
+    """
+    middle = float(np.median(list(norms.values()))) if norms else 0.0
+    return {node for node, norm in norms.items() if norm > FAR_OUT * middle > 0}
+
+
 class Reputation:
     """Evidence against nodes, and the bench.
 

@@ -34,13 +34,15 @@ from fl_bgmd.broadcast import MODEL_RECORD, build_downlink, pack_model
 from fl_bgmd.checkpoints import Checkpoints
 from fl_bgmd.compression import RandK, build_compressor
 from fl_bgmd.replies import ModelLayout, Rejection, median_metrics
-from fl_bgmd.shares import floor_share
+from fl_bgmd.shares import FEWEST, floor_share, hostile_count, largest_bucket
 
 from .checks import check_options, options_of, require, resolve_device
 from .intake import LOG, Intake, Round, in_order, take_in
-from .reputation import Reputation
+from .notes import TOO_FEW, notes
+from .reporting import log_options
+from .reputation import Reputation, far_out
 from .roster import TOO_FEW_NODES, Roster
-from .rounds import EmptyRoundsError, EvaluateFn, run_rounds
+from .rounds import EmptyRoundsError, EvaluateFn, StopFn, run_rounds
 from .ties import Tied, equal_arrays, find_ties, part
 
 MIXINGS = ("none", "nearest-neighbor", "bucketing")
@@ -53,6 +55,8 @@ OWN_METRICS = (
     *("dropped-metrics",),
 )
 """Names of a round's own metrics, beside those that begin with ``rejected-``."""
+
+_LIARS = "liars"
 
 
 class RobustStrategy(FedAvg):
@@ -76,18 +80,21 @@ class RobustStrategy(FedAvg):
         different data: ``nearest-neighbor``.
     byzantine_fraction : float
         The hostile fraction to be tolerated, for the rules and mixings that need to know it.
-        0 to below 1/2.
+        0 to below 1/2. Above 0 it means at least one of three or more clients (see
+        :func:`fl_bgmd.shares.hostile_count`).
     bucket_size : int
-        Of ``mixing="bucketing"``.
+        Of ``mixing="bucketing"``; smaller in rounds where hostile buckets could be the majority.
     weighting : {"uniform", "examples"}
         Whether ``num-examples`` weights the clients, each capped at the median of all, and lower
-        where ``floor(byzantine_fraction n)`` of them would come near half of the weight. Only
+        where the hostile among them would come near half of the weight. Only
         strategies with ``weightable`` set allow it.
-    min_valid_replies : int
-        With fewer accepted replies the round keeps the model.
+    min_valid_replies : int, optional
+        With fewer accepted replies the round keeps the model. 1 or more. By default 3 where
+        ``byzantine_fraction`` is above 0 (of two replies nobody can tell which one lies), else 1;
+        1 for :class:`Mean`, which tolerates nobody.
     max_empty_rounds : int
         After so many rounds in a row with fewer, or in which the rule failed, the run ends with
-        :class:`.EmptyRoundsError`. 1 or more.
+        :class:`.EmptyRoundsError`. 1 or more. So does a run at its end whose rounds all were so.
     node_wait_timeout : float
         Seconds to wait for enough nodes to be connected. Above 0.
     too_few_nodes : {"fail", "go-on"}
@@ -120,7 +127,9 @@ class RobustStrategy(FedAvg):
         :class:`fl_bgmd.mods.CompressionMod`.
     seed : int, optional
         Of the sampling of nodes, blocks and buckets, for runs that can be repeated. By default
-        nobody knows it: who can foresee the block can be plausible there alone.
+        nobody knows it: who can foresee the block can be plausible there alone. A seed that is
+        given makes them public: clients see the ``round-seed`` that is made of it, and any seed
+        that a person would choose is found by trying. For experiments, not for deployments.
     device : str
         Where the update matrix lives: ``auto`` is CUDA where there is one, else the CPU.
     **fedavg_options
@@ -137,16 +146,24 @@ class RobustStrategy(FedAvg):
     weightable = False
     """Whether the rule accepts weights."""
 
+    robust = True
+    """Whether the rule holds up against a hostile minority."""
+
     can_share_coordinates = True
     """Whether rows may be of other coordinates in each round."""
 
     weights_tell = False
     """Whether a weight near zero speaks against a client: not where rules leave out honest ones."""
 
+    given: dict[str, Any]
+    """The options as they were given."""
+
     def __new__(cls, *_: Any, **options: Any) -> Self:
-        """Check names and types of the options before any constructor computes with them."""
+        """Check the options' names and types before any constructor computes with them."""
         check_options(cls.__name__, options, options_of(cls))
-        return super().__new__(cls)
+        strategy = super().__new__(cls)
+        strategy.given = options
+        return strategy
 
     def __init__(
         self,
@@ -158,7 +175,7 @@ class RobustStrategy(FedAvg):
         byzantine_fraction: float = 0.25,
         bucket_size: int = 2,
         weighting: str = "uniform",
-        min_valid_replies: int = 1,
+        min_valid_replies: int | None = None,
         max_empty_rounds: int = 10,
         node_wait_timeout: float = 600.0,
         too_few_nodes: str = "fail",
@@ -194,6 +211,8 @@ class RobustStrategy(FedAvg):
             "0 to below 0.5",
         )
         require("bucket_size", bucket_size, bucket_size >= 1, "1 or more")
+        if min_valid_replies is None:
+            min_valid_replies = FEWEST if self.robust and byzantine_fraction > 0 else 1
         allowed = WEIGHTINGS if self.weightable else WEIGHTINGS[:1]
         require("weighting", weighting, weighting in allowed, ", ".join(allowed))
         for name, count, least in (
@@ -227,12 +246,6 @@ class RobustStrategy(FedAvg):
         self.mixing = mixing
         self.byzantine_fraction = byzantine_fraction
         self.bucket_size = bucket_size
-        if mixing == "bucketing" and byzantine_fraction * bucket_size >= 0.5:
-            LOG.warning(
-                "byzantine_fraction is %s with buckets of %s: hostile buckets may be the majority",
-                byzantine_fraction,
-                bucket_size,
-            )
         self.weighting = weighting
         self.min_valid_replies = min_valid_replies
         self.max_empty_rounds = max_empty_rounds
@@ -274,35 +287,42 @@ class RobustStrategy(FedAvg):
         self._ties: dict[str, str] = {}
         self._may_untie = False
         self._failure = ""
-        self._has_dropped = False
-        self._has_dropped_metric = False
-        self._warned = False
+        self._said: set[str] = set()
         self._has_run = False
         self._before_run: dict[str, Any] = {}
 
     def tolerated(self, current: Round) -> float:
         """Return the hostile share of the rows that the rule has to expect.
 
-        A bucket is hostile if one of its rows is: after bucketing it is the same number of rows
-        out of fewer. Warns once when it is a share of so few that it is nobody.
+        ``byzantine_fraction`` where that is a client or more; of so few that it would be nobody
+        the share that one is. A bucket is hostile if one of its rows is: after bucketing it is the
+        same number of rows out of fewer.
         """
-        n = len(current.nodes)
-        if (
-            self.byzantine_fraction
-            and not self._warned
-            and not floor_share(self.byzantine_fraction, n)
-        ):
-            self._warned = True
-            LOG.warning(
-                "byzantine_fraction is %s of %s replies: the rule expects nobody to be hostile",
-                self.byzantine_fraction,
-                n,
-            )
-        if self.mixing != "bucketing":
+        n, rows = len(current.nodes), len(current.updates)
+        hostile = self.hostile(current)
+        if rows == n and hostile == floor_share(self.byzantine_fraction, n):
             return self.byzantine_fraction
-        rows = len(current.updates)
-        hostile = floor_share(self.byzantine_fraction, len(current.nodes))
-        return min(hostile, (rows - 1) // 2) / rows
+        return hostile / rows
+
+    def hostile(self, current: Round) -> int:
+        """Return how many rows of a round may be hostile, or hold something of one that is."""
+        return hostile_count(self.byzantine_fraction, len(current.nodes))
+
+    def say_once(self, subject: str, message: str, *args: object) -> None:
+        """Log a warning, the first of its subject in a run."""
+        if subject not in self._said:
+            self._said.add(subject)
+            LOG.warning(message, *args)
+
+    def drawn(self) -> list[str]:
+        """Return what the server draws that clients had better not foresee."""
+        found = ["buckets"] if self.mixing == "bucketing" else []
+        return found if self.fraction_train in (0.0, 1.0) else [*found, "nodes"]
+
+    @property
+    def combines_by_median(self) -> dict[str, bool]:
+        """Whether the metrics of each phase are combined by medians, not by a given function."""
+        return {name.partition("_")[0]: own for name, own in self._own_metrics.items()}
 
     @abstractmethod
     def aggregate(self, current: Round) -> Aggregate:
@@ -319,12 +339,15 @@ class RobustStrategy(FedAvg):
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
+        should_stop: StopFn | None = None,
     ) -> Result:
         """Run the rounds, as :meth:`flwr.serverapp.strategy.Strategy.start`.
 
         With ``checkpoints`` the run goes on from the newest one, ``initial_arrays`` then only says
         what the model looks like. A second run of the same strategy starts like the first, and with
-        a ``seed`` goes like it.
+        a ``seed`` goes like it. ``should_stop`` is called after each round with its number and the
+        results so far; the run ends, regularly, once it returns True. (Flower's own strategies
+        have it from 1.43 on.)
 
         Raises
         ------
@@ -341,8 +364,8 @@ class RobustStrategy(FedAvg):
         else:
             self._before_run = self.state_dict()
         self._layout, self._failure = None, ""
-        self._has_dropped_metric = self._may_untie = False
-        self.summary()
+        self._may_untie = False
+        self.warn_at_start()
         try:
             with nullcontext() if self._checkpoints is None else self._checkpoints.locked():
                 return run_rounds(
@@ -355,6 +378,7 @@ class RobustStrategy(FedAvg):
                     train_config=ConfigRecord(dict(train_config or {})),
                     evaluate_config=ConfigRecord(dict(evaluate_config or {})),
                     evaluate_fn=evaluate_fn,
+                    should_stop=should_stop,
                     checkpoints=self._checkpoints,
                 )
         finally:
@@ -382,9 +406,16 @@ class RobustStrategy(FedAvg):
             self.min_train_nodes,
         )
 
+    def warn_at_start(self) -> None:
+        """Begin a run's warnings: say what the settings cannot protect from, or give away."""
+        self._said.clear()
+        for number, note in enumerate(notes(self)):
+            self.say_once(f"note {number}", "%s", note)
+
     def expect(self, count: int) -> None:
         """Take note of how many are asked to train, where no messages say so."""
         self._roster.num_asked = count
+        self._warn_of_few_asked(count)
 
     def sent(self, messages: list[Message]) -> None:
         """Take note of what goes out, whoever has built it; other replies are rejected."""
@@ -484,17 +515,31 @@ class RobustStrategy(FedAvg):
                 count,
                 self.min_valid_replies,
             )
+            self._warn_of_liars(intake, {})
             self._count_empty_round(intake, metrics)
         else:
             self._warn_of_majority(count, intake.rejected)
             intake.rows = self._merge_ties(layout, intake.rows[:count])
+            if count < FEWEST and self.byzantine_fraction and self.robust:
+                self.say_once(
+                    "few",
+                    "round %s has %s valid replies: of fewer than %s a hostile one cannot be told",
+                    *(server_round, count, FEWEST),
+                )
             current = intake.round(self.weighting, self.device, self.byzantine_fraction)
             if self.bench_after and self.weights_tell:
                 norms = dict(zip(nodes, euclidean_norms(current.updates), strict=True))
+            self._warn_of_liars(intake, norms or self._lengths(current))
             arrays, weights = self._step(layout, current, intake, metrics)
         weight_of = dict(zip(nodes, weights, strict=True)) if norms and weights else {}
         benched = self._roster.judge(
-            server_round, intake.suspects, weight_of, norms, nodes, self.byzantine_fraction
+            server_round,
+            intake.suspects,
+            weight_of,
+            norms,
+            nodes,
+            self.byzantine_fraction,
+            self.min_valid_replies,
         )
         if benched:
             metrics["benched"] = benched
@@ -507,6 +552,11 @@ class RobustStrategy(FedAvg):
         """Combine the clients' evaluation metrics by their median."""
         keep = not self._own_metrics["evaluate_metrics_aggr_fn"]
         intake = take_in(in_order(replies), None, keep_contents=keep, **self._screening())
+        LOG.info(
+            "aggregate_evaluate: accepted %s replies, rejected %s",
+            len(intake.accepted),
+            intake.rejected.total(),
+        )
         if not intake.accepted:
             return None
         metrics = self._metrics("evaluate", intake)
@@ -557,12 +607,9 @@ class RobustStrategy(FedAvg):
         return None if tensor is None else tensor.to(self.device)
 
     def summary(self) -> None:
-        """Log the configuration of the strategy."""
+        """Log the configuration of the strategy: every option and its value."""
         super().summary()
-        LOG.info("\t└──> Robustness:")
-        LOG.info("\t\t├── Mixing: %s", self.mixing)
-        LOG.info("\t\t├── Byzantine fraction assumed: %s", self.byzantine_fraction)
-        LOG.info("\t\t└── Device: %s", self.device)
+        log_options(self)
 
     # ---------------------------------------------------------------------------- details
 
@@ -589,17 +636,20 @@ class RobustStrategy(FedAvg):
         dropped = [key for key in metrics if key in OWN_METRICS or key.startswith("rejected-")]
         for key in dropped:
             del metrics[key]
-        if dropped and not self._has_dropped:
-            self._has_dropped = True
+        if dropped:
             names = f"{dropped[:5]!r}"[:200]
-            LOG.warning("the clients' metrics %s are dropped: the server's have their names", names)
+            self.say_once(
+                "dropped",
+                "the clients' metrics %s are dropped: the server's have their names",
+                names,
+            )
 
     def _warn_of_majority(self, count: int, rejected: Counter[str]) -> None:
         """Say so when those whose replies are left may be hostile in the main.
 
         What was rejected for its content was not sent by an honest client.
         """
-        hostile = floor_share(self.byzantine_fraction, max(self._roster.num_asked, count))
+        hostile = hostile_count(self.byzantine_fraction, max(self._roster.num_asked, count))
         hostile -= rejected.total() - rejected[Rejection.ERROR.value]
         if count <= 2 * hostile:
             LOG.warning(
@@ -613,9 +663,12 @@ class RobustStrategy(FedAvg):
 
     def _warn_of_dropped(self, intake: Intake) -> None:
         """Say once whose metric was not finite: an honest client may want to know."""
-        if intake.dropped and not self._has_dropped_metric:
-            self._has_dropped_metric = True
-            LOG.warning("%s: it is dropped, the rest of the reply counts", intake.first_dropped)
+        if intake.dropped:
+            self.say_once(
+                "dropped",
+                "%s: it is dropped, the rest of the reply counts",
+                intake.first_dropped,
+            )
 
     def _merge_ties(self, layout: ModelLayout, rows: Tensor) -> Tensor:
         """Return the rows with each tensor once; see :mod:`.ties`."""
@@ -650,10 +703,50 @@ class RobustStrategy(FedAvg):
                     group[-1].key,
                 )
 
+    def _lengths(self, current: Round) -> dict[int, float]:
+        """Return about how long each node's update is; what is too long for its dtype is infinite.
+
+        One pass over the rows, and none where nobody needs it any more.
+        """
+        if _LIARS in self._said:
+            return {}
+        rows = current.updates
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        lengths = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
+        return dict(zip(current.nodes, lengths.tolist(), strict=True))
+
+    def _warn_of_few_asked(self, count: int) -> None:
+        """Say once, before anybody trains, that so few cannot move the model."""
+        if count < self.min_valid_replies:
+            self.say_once(
+                "asked",
+                "%s nodes are asked to train and a round needs %s valid replies "
+                "(min_valid_replies): such rounds keep the model; %s",
+                *(count, self.min_valid_replies, TOO_FEW),
+            )
+
+    def _warn_of_liars(self, intake: Intake, norms: dict[int, float]) -> None:
+        """Say once a run when more look hostile than are expected to be."""
+        far = sorted(far_out(norms))
+        lied = intake.rejected.total() - intake.rejected[Rejection.ERROR.value]
+        asked = max(self._roster.num_asked, len(intake.accepted) + intake.rejected.total())
+        fraction = self.byzantine_fraction if self.robust else 0.0
+        if lied + len(far) > hostile_count(fraction, asked):
+            self.say_once(
+                _LIARS,
+                "%s; %s of %s clients look hostile in round %s: %s replies rejected, %s updates "
+                "longer than ten times the median one (nodes %s)",
+                f"byzantine_fraction is {fraction}"
+                if self.robust
+                else f"{type(self).__name__} tolerates no hostile client",
+                *(lied + len(far), asked, self._round, lied, len(far), far[:10]),
+            )
+
     def _count_empty_round(self, intake: Intake, metrics: MetricRecord, failure: str = "") -> None:
         """End the run if too many rounds in a row have come to nothing."""
         self._empty_rounds += 1
-        self._failure = self._account(intake, failure)
+        few = not failure and intake.accepted and self.min_valid_replies == FEWEST
+        self._failure = self._account(intake, TOO_FEW if few else failure)
         if self._empty_rounds >= self.max_empty_rounds:
             lack = f"had fewer than {self.min_valid_replies} valid replies"
             raise EmptyRoundsError(
@@ -772,14 +865,24 @@ class RobustStrategy(FedAvg):
 
     def _mix(self, current: Round) -> tuple[Round, Mixing | None]:
         """Apply the pre-aggregation, in place where it keeps the number of rows."""
-        updates = current.updates
+        updates, n = current.updates, len(current.nodes)
         if self.mixing == "none" or updates.shape[0] == 1:
             return current, None
         if self.mixing == "nearest-neighbor":
-            mixing = nearest_neighbors(updates, byzantine_fraction=self.byzantine_fraction)
+            share = self.tolerated(current)
+            mixing = nearest_neighbors(updates, byzantine_fraction=share)
             mixed = mixing.apply(updates, out=updates)
         else:
-            mixing = buckets(updates.shape[0], self.bucket_size, self.generator)
+            hostile = self.hostile(current)
+            size = largest_bucket(self.bucket_size, hostile, n)
+            if size < self.bucket_size:
+                self.say_once(
+                    "buckets",
+                    "bucket_size is %s: of %s replies %s may be hostile, and hostile buckets must "
+                    "not be the majority: buckets of %s",
+                    *(self.bucket_size, n, hostile, size),
+                )
+            mixing = buckets(n, size, self.generator)
             mixed = mixing.apply(updates)
         weights = current.weights
         if weights is not None:
@@ -812,6 +915,8 @@ class RobustStrategy(FedAvg):
         """Sample nodes once enough are there, the same ones for the same seed and node ids."""
         needed = max(self.min_available_nodes, minimum)
         chosen = self._roster.sample(grid, server_round, message_type, fraction, minimum, needed)
+        if message_type == MessageType.TRAIN:
+            self._warn_of_few_asked(len(chosen))
         record.config_records[self.configrecord_key]["server-round"] = server_round
         messages = list(self._construct_messages(record, chosen, message_type))
         self._roster.sent(messages)

@@ -45,12 +45,20 @@ class RobustFilter(RobustStrategy):
 
     def aggregate(self, current: Round) -> Aggregate:
         """Return the mean of the rows that survive the filter."""
+        share = self.tolerated(current)
+        if share > PROVEN_FRACTION >= self.byzantine_fraction:
+            self.say_once(
+                "proven",
+                "a hostile one of %s is a share of %.2f: the guarantee of the robust filter ends "
+                "at %s",
+                *(len(current.updates), share, PROVEN_FRACTION),
+            )
         with warnings.catch_warnings():
             # Said once, when the strategy was made.
             warnings.filterwarnings("ignore", message="byzantine_fraction")
             return spectral_filter(
                 current.updates,
-                byzantine_fraction=self.tolerated(current),
+                byzantine_fraction=share,
                 sigma0=self.sigma0,
                 method=self.method,
             )

@@ -111,11 +111,17 @@ class Roster:
         norms: Mapping[int, float],
         accepted: list[int],
         byzantine_fraction: float,
+        min_valid_replies: int,
     ) -> int:
-        """Hold a round against the nodes that did badly; return how many sit out the next."""
+        """Hold a round against the nodes that did badly; return how many sit out the next.
+
+        At most the share that may be hostile, and never so many that those left cannot make up a
+        round.
+        """
         asked = {sent.dst_node_id for sent in self._asked}
         sitting_out = self._reputation.benched(server_round)
-        room = floor_share(byzantine_fraction, len(asked | sitting_out))
+        count = len(asked | sitting_out)
+        room = max(0, min(floor_share(byzantine_fraction, count), count - min_valid_replies))
         suspects = [node for node in suspects if node in asked]
         for node, rounds in self._reputation.judge(
             server_round, suspects, weights, norms, accepted, room

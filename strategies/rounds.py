@@ -15,10 +15,13 @@ from flwr.serverapp.strategy import Result
 from fl_bgmd.checkpoints import CheckpointError, Checkpoints
 from fl_bgmd.replies import arrays_from_state, arrays_to_state
 
+from .reporting import log_end, log_metrics, log_start
+
 if TYPE_CHECKING:
     from .robust import RobustStrategy
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+StopFn = Callable[[int, Result], bool]
 
 LOG = logging.getLogger("flwr.fl_bgmd")
 
@@ -54,12 +57,19 @@ def run_rounds(
     train_config: ConfigRecord,
     evaluate_config: ConfigRecord,
     evaluate_fn: EvaluateFn | None,
+    should_stop: StopFn | None,
     checkpoints: Checkpoints | None,
 ) -> Result:
-    """Run the rounds from the newest checkpoint, or from the first, to ``num_rounds``."""
+    """Run the rounds from the newest checkpoint, or from the first, to ``num_rounds``.
+
+    Ends sooner where ``should_stop`` says so of a round, also of the one a checkpoint is of.
+    """
+    from .robust import OWN_METRICS
+
+    log_start(strategy, arrays, num_rounds, train_config, evaluate_config)
     result = Result()
     identity = _identity(strategy, arrays, train_config)
-    first, has_moved = 1, False
+    first, has_moved, stopped = 1, False, False
     if checkpoints is not None and (found := checkpoints.load(identity)) is not None:
         done, state = found
         if done > num_rounds:
@@ -80,12 +90,16 @@ def run_rounds(
             grid.load_state_dict(state["grid"])
         first = done + 1
         LOG.info("resumed from the checkpoint of round %s in %s", done, checkpoints.folder)
+        stopped = should_stop is not None and should_stop(done, result)
     elif evaluate_fn is not None:
-        _keep(result.evaluate_metrics_serverapp, 0, evaluate_fn(0, arrays))
+        evaluated = evaluate_fn(0, arrays)
+        _keep(result.evaluate_metrics_serverapp, 0, evaluated, "Initial global evaluation")
 
     started = time.monotonic()
     try:
-        for number in range(first, num_rounds + 1):
+        number = first - 1
+        while number < num_rounds and not stopped:
+            number += 1
             LOG.info("")
             LOG.info("[ROUND %s/%s]", number, num_rounds)
             messages = list(strategy.configure_train(number, arrays, train_config, grid))
@@ -94,21 +108,23 @@ def run_rounds(
             try:
                 moved, metrics = strategy.aggregate_train(number, replies)
             except EmptyRoundsError as error:
-                _keep(result.train_metrics_clientapp, number, error.metrics)
+                _keep(result.train_metrics_clientapp, number, error.metrics, _TRAINED)
                 raise
             if moved is not None:
                 has_moved = has_moved or moved is not arrays
                 arrays = result.arrays = moved
-            _keep(result.train_metrics_clientapp, number, metrics)
+            _keep(result.train_metrics_clientapp, number, metrics, _TRAINED)
             messages = list(strategy.configure_evaluate(number, arrays, evaluate_config, grid))
             strategy.sent(messages)
             replies = grid.send_and_receive(messages, timeout=timeout)
             metrics = strategy.aggregate_evaluate(number, replies)
-            _keep(result.evaluate_metrics_clientapp, number, metrics)
+            _keep(result.evaluate_metrics_clientapp, number, metrics, _EVALUATED)
             if evaluate_fn is not None:
-                _keep(result.evaluate_metrics_serverapp, number, evaluate_fn(number, arrays))
+                evaluated = evaluate_fn(number, arrays)
+                _keep(result.evaluate_metrics_serverapp, number, evaluated, "Global evaluation")
+            stopped = should_stop is not None and should_stop(number, result)
             if checkpoints is not None and (
-                number % checkpoints.every == 0 or number == num_rounds
+                number % checkpoints.every == 0 or number == num_rounds or stopped
             ):
                 state = {
                     "arrays": arrays_to_state(arrays),
@@ -118,24 +134,31 @@ def run_rounds(
                     "grid": grid.state_dict() if hasattr(grid, "state_dict") else None,
                 }
                 checkpoints.save(number, state, identity)
-        if num_rounds > 0 and strategy.fraction_train > 0 and not has_moved:
+        if stopped:
+            LOG.info("should_stop ends the run after round %s of %s", number, num_rounds)
+        if number > 0 and strategy.fraction_train > 0 and not has_moved:
             raise EmptyRoundsError(
-                f"none of {num_rounds} rounds moved the model; {strategy.failure}".rstrip("; "),
-                result.train_metrics_clientapp.get(num_rounds, MetricRecord()),
+                f"none of {number} rounds moved the model; {strategy.failure}".rstrip("; "),
+                result.train_metrics_clientapp.get(number, MetricRecord()),
             )
     except RunEndedError as error:
         error.result = result
         raise
-    LOG.info("")
-    LOG.info("%s rounds in %.1f s", max(0, num_rounds - first + 1), time.monotonic() - started)
+    log_end(result, number - first + 1, time.monotonic() - started, OWN_METRICS)
     return result
 
 
-def _keep(history: dict[int, MetricRecord], number: int, metrics: MetricRecord | None) -> None:
+_TRAINED = "Aggregated train MetricRecord"
+_EVALUATED = "Aggregated evaluate MetricRecord"
+
+
+def _keep(
+    history: dict[int, MetricRecord], number: int, metrics: MetricRecord | None, label: str
+) -> None:
     """Put a round's metrics into the history and the log."""
     if metrics is not None:
         history[number] = metrics
-        LOG.info("\t└──> %s", dict(metrics))
+        log_metrics(label, metrics)
 
 
 _OPERATION = (

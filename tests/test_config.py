@@ -64,7 +64,7 @@ BAD: dict[str, list[Any]] = {
     "mixing": ["nnm", ""],
     "bucket-size": [0, -1],
     "assumed-byzantine-fraction": [-0.1, 0.5, 0.9, NAN],
-    "min-valid-replies": [0, -1],
+    "min-valid-replies": [-1, 1.5],
     "max-empty-rounds": [0, -1],
     "min-available-clients": [-1],
     "weighting": ["size", ""],
@@ -212,7 +212,8 @@ def test_a_number_beyond_all_range_is_refused_like_any_other(key: str) -> None:
 )
 def test_the_ends_of_a_range_are_allowed(key: str, values: list[Any]) -> None:
     for value in values:
-        assert validate({key: value})[key] == value
+        # Of the ten clients the least share asks one.
+        assert validate({key: value, "min-valid-replies": 1})[key] == value
 
 
 @pytest.mark.parametrize(
@@ -308,7 +309,7 @@ def test_alie_needs_two_hostile_clients() -> None:
 
 
 def test_the_share_that_the_message_names_is_enough() -> None:
-    given: dict[str, Any] = {"attack": "bit-flip", "partition": "iid"}
+    given: dict[str, Any] = {"attack": "bit-flip", "partition": "iid", "min-valid-replies": 1}
     for clients in (1, 3, 7, 11, 49, 97, 1000):
         share = float(refusal({**given, "num-clients": clients}).split()[-3])
         assert validate({**given, "num-clients": clients, "byzantine-fraction": share})
@@ -494,7 +495,7 @@ def test_the_own_settings_reach_the_strategy(
 
 def test_at_least_one_node_trains() -> None:
     strategy = build_strategy(
-        validate({"fraction-train": 0.01, "num-clients": 10, "num-shards": 80})
+        validate({"fraction-train": 0.01, "num-clients": 10, "min-valid-replies": 1})
     )
     assert strategy.min_train_nodes == 1
     assert strategy.min_available_nodes == 10
@@ -503,7 +504,7 @@ def test_at_least_one_node_trains() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"min-valid-replies": 11}, r"min-valid-replies is 11; allowed: 1 to 10, the share"),
+        ({"min-valid-replies": 11}, r"min-valid-replies is 11; allowed: 0 to 10, the share"),
         ({"attack": "backdoor", "attack.scale": 12.0}, "attack.scale is 12 .* integer, 1 to 9"),
         ({"attack": "backdoor", "attack.scale": 3.5}, "attack.scale is 3.5 .* integer, 1 to 9"),
         ({"attack": "delayed", "attack.scale": 0.5}, "attack.scale is 0.5 .* integer, 1 or more"),
@@ -533,6 +534,29 @@ def test_own_strategies_may_be_weighted_if_they_can() -> None:
     validate({"strategy": "fl_bgmd.strategies:GMD", "weighting": "examples"})
     with pytest.raises(ConfigError, match="weighting is 'examples'"):
         validate({"strategy": "fl_bgmd.strategies:CMD", "weighting": "examples"})
+
+
+def test_rounds_that_could_never_have_enough_replies_are_refused() -> None:
+    few: dict[str, Any] = {"num-clients": 2, "strategy": "bgmd"}
+    message = refusal(few)
+    assert message.startswith("min-valid-replies is 0 with 2 clients asked in a round")
+    assert "3 clients or more" in message
+    refusal({"fraction-train": 0.2, "strategy": "fl_bgmd.strategies:GMD"})
+    for given in (
+        {"min-valid-replies": 1},
+        {"min-valid-replies": 2},
+        {"assumed-byzantine-fraction": 0.0},
+        {"strategy": "mean"},
+        {"strategy": "fl_bgmd.strategies:Mean"},
+        {"num-clients": 4},
+    ):
+        assert validate(few | given)
+
+
+def test_the_default_of_the_valid_replies_is_the_strategys() -> None:
+    assert build_strategy(validate({"strategy": "gmd"})).min_valid_replies == 3
+    assert build_strategy(validate({"strategy": "mean"})).min_valid_replies == 1
+    assert build_strategy(validate({"min-valid-replies": 2})).min_valid_replies == 2
 
 
 @pytest.mark.parametrize(

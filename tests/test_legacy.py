@@ -213,6 +213,13 @@ def test_without_initial_parameters_the_user_is_warned(caplog: pytest.LogCapture
     assert not caplog.records
 
 
+def test_what_the_settings_give_away_is_said_here_too(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="flwr.fl_bgmd")
+    BGMD(seed=1, min_valid_replies=1).initialize_parameters(manager())
+    assert "seed is given" in caplog.text
+    assert "min_valid_replies is 1: in a round of fewer than 3" in caplog.text
+
+
 # ------------------------------------------------------------------------------ same results
 
 

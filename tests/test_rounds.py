@@ -67,7 +67,7 @@ def test_too_many_empty_rounds_end_the_run_and_say_why() -> None:
     with pytest.raises(EmptyRoundsError) as error:
         start(GMD(max_empty_rounds=3, fraction_evaluate=0.0), grid, 20)
     assert str(error.value) == (
-        "3 rounds in a row had fewer than 1 valid replies; in round 5: 4 nodes asked, 0 replies "
+        "3 rounds in a row had fewer than 3 valid replies; in round 5: 4 nodes asked, 0 replies "
         "accepted, rejected: non-finite 4 (array '0' leads to a non-finite update)"
     )
     result = error.value.result
@@ -211,13 +211,15 @@ def test_a_round_in_which_the_hostile_may_be_the_majority_is_logged(
     assert line.startswith("round 2: 4 valid replies of 10 asked, of which 2 may be hostile")
 
 
-def test_a_share_that_is_nobody_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    grid = InProcessGrid(app_with(honest), 3, {})
+@pytest.mark.parametrize("cls", [MultiKrum, GMD, BGMD])
+def test_too_few_replies_to_tell_who_lies_are_logged_once(
+    cls: type[RobustStrategy], caplog: pytest.LogCaptureFixture
+) -> None:
+    grid = InProcessGrid(app_with(honest), 2, {})
     with caplog.at_level(logging.WARNING, logger="flwr.fl_bgmd"):
-        start(MultiKrum(fraction_evaluate=0.0), grid, 3)
-    assert (
-        caplog.text.count("byzantine_fraction is 0.25 of 3 replies: the rule expects nobody") == 1
-    )
+        start(cls(fraction_evaluate=0.0, min_valid_replies=1), grid, 3)
+    told = "round 1 has 2 valid replies: of fewer than 3 a hostile one cannot be told"
+    assert caplog.text.count("a hostile one cannot be told") == caplog.text.count(told) == 1
 
 
 # -------------------------------------------------------------- what a run leaves and what it takes
@@ -459,6 +461,18 @@ def test_the_bench_has_room_for_the_assumed_fraction_only() -> None:
     result = bench_run(GMD, attack("nan", lambda n: set(range(6))), 20)
     rounds = result.train_metrics_clientapp.values()
     assert min(m["accepted"] + m["rejected"] for m in rounds) == N - HOSTILE
+
+
+def test_the_bench_leaves_enough_for_a_round() -> None:
+    """Two of three would be too few for one; so would seven of ten where eight are wanted."""
+    grid = InProcessGrid(app_with(attack("nan", lambda n: {0} if n % 3 else set())), 3, {})
+    strategy = GMD(byzantine_fraction=0.4, bench_after=1, bench_rounds=5, fraction_evaluate=0.0)
+    rounds = list(start(strategy, grid, 6).train_metrics_clientapp.values())
+    assert [m["accepted"] + m["rejected"] for m in rounds] == [3] * 6
+    update = attack("nan", lambda n: {0, 1, 2} if n < 5 else set())
+    result = bench_run(GMD, update, 8, min_valid_replies=N - 2)
+    rounds = list(result.train_metrics_clientapp.values())
+    assert [m["accepted"] for m in rounds] == [N - 3] * 4 + [N - 2] * 4
 
 
 def test_those_who_sit_out_count_towards_the_room() -> None:
