@@ -17,7 +17,8 @@ import fl_bgmd.strategies
 from fl_bgmd.checkpoints import Checkpoints
 from fl_bgmd.strategies import BGMD, CMD, GMD, Krum, Mean, RobustStrategy
 from simulations.grid import InProcessGrid
-from strategies.reporting import declared_options, options_of, table
+from strategies.checks import options_of
+from strategies.reporting import table, values_of
 
 CLASSES = sorted(
     (
@@ -54,20 +55,20 @@ def test_every_option_and_its_value_is_logged(
     cls: type[RobustStrategy], log: pytest.LogCaptureFixture
 ) -> None:
     run(cls(byzantine_fraction=0.125), nodes=5, rounds=1)
-    flower = declared_options(FedAvg)
-    for name in declared_options(cls).keys() - flower.keys():
+    flower = options_of(FedAvg)
+    for name in options_of(cls).keys() - flower.keys():
         assert f"── {name}: " in log.text
     assert "── byzantine_fraction: 0.125\n" in log.text
 
 
 def test_the_values_are_those_in_force() -> None:
-    found = options_of(BGMD(memory="none", block_fraction=0.5, compressor="top-k:0.5"))
+    found = values_of(BGMD(memory="none", block_fraction=0.5, compressor="top-k:0.5"))
     assert found["memory"] == "none"
     assert found["block_fraction"] == 0.5
     assert found["compressor"] == "top-k:0.5"
     assert found["min_valid_replies"] == 3
-    assert options_of(Krum())["num_selected"] == 1
-    assert options_of(fl_bgmd.strategies.QBGMD())["compressor"] == "qsgd"
+    assert values_of(Krum())["num_selected"] == 1
+    assert values_of(fl_bgmd.strategies.QBGMD())["compressor"] == "qsgd"
 
 
 def test_an_option_of_a_subclass_is_logged(log: pytest.LogCaptureFixture) -> None:
