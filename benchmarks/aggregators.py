@@ -23,6 +23,7 @@ from torch import Tensor
 
 from benchmarks.measure import peak_extra_bytes, seconds
 from fl_bgmd.aggregators import (
+    BlockMemory,
     block_geometric_median,
     centered_clipping,
     coordinate_median,
@@ -43,7 +44,7 @@ CONSOLE = Console(width=120)
 Rule = Callable[[Tensor], Any]
 
 
-def own_rules(memory: Tensor) -> dict[str, Rule]:
+def own_rules(memory: BlockMemory | None) -> dict[str, Rule]:
     """Return this project's rules; the block rule starts with a memory, as in every later round."""
     return {
         "geometric median": geometric_median,
@@ -109,7 +110,7 @@ def measure_shape(n: int, d: int, device: torch.device, options: argparse.Namesp
     """Print the table of one shape."""
     torch.manual_seed(0)
     rows = torch.randn(n, d, device=device)
-    rules = own_rules(torch.randn(d, device=device))
+    rules = own_rules(block_geometric_median(rows).memory)
     if n >= MANY_ROWS:
         del rules["spectral filter, saddle"]
     elif not options.no_peers:

@@ -196,6 +196,7 @@ SETTINGS: dict[str, Setting] = {
     "gmd.solver": _choice(SOLVERS, "of the geometric median"),
     "bgmd.solver": _choice(SOLVERS, "of the geometric median of the block"),
     "bgmd.block-fraction": _number(float, "share of the coordinates in a block", 0, 1, above=True),
+    "bgmd.min-block-size": _number(int, "coordinates that a block has at least", 1),
     "bgmd.selection": _choice(BLOCK_SELECTIONS, "how the block is chosen"),
     "bgmd.score": _choice(SCORES, "what a coordinate is worth"),
     "bgmd.memory": _choice(MEMORY_RULES, "what becomes of the rest"),

@@ -315,6 +315,7 @@ def build_strategy(config: Config) -> RobustStrategy:
             {
                 "solver": config["bgmd.solver"],
                 "block_fraction": config["bgmd.block-fraction"],
+                "min_block_size": config["bgmd.min-block-size"],
                 "selection": config["bgmd.selection"],
                 "score": config["bgmd.score"],
                 "memory": config["bgmd.memory"],

@@ -6,8 +6,13 @@ import torch
 from flwr.app import MetricRecord
 from torch import Tensor
 
-from fl_bgmd.aggregators import Aggregate, BlockGeometricMedian, block_geometric_median
-from fl_bgmd.aggregators.block import MEMORY_RULES, SCORES
+from fl_bgmd.aggregators import (
+    Aggregate,
+    BlockGeometricMedian,
+    BlockMemory,
+    block_geometric_median,
+)
+from fl_bgmd.aggregators.block import MEMORY_RULES, MIN_BLOCK_SIZE, SCORES
 from fl_bgmd.aggregators.geometric_median import SOLVERS
 from fl_bgmd.aggregators.rows import vector_norm
 from fl_bgmd.aggregators.sampling import SELECTIONS
@@ -21,13 +26,15 @@ class BGMD(RobustStrategy):
     """Block coordinate geometric median descent (BGmD): Algorithms 1 and 2 of Acharya et al.
 
     Each round aggregates a block of the coordinates and keeps the rest in a memory. The default
-    memory is this project's: the printed one lets attacks in (see
-    :func:`fl_bgmd.aggregators.block_geometric_median`).
+    memory is this project's: the printed ones let attacks in and diverge where clients train far in
+    a round (see :func:`fl_bgmd.aggregators.block_geometric_median`).
 
     Parameters
     ----------
     block_fraction : float
         Above 0, at most 1.
+    min_block_size : int
+        The block has at least this many coordinates, all of fewer. 1 or more.
     selection : {"sample", "top-k", "uniform"}
         How the block is chosen.
     score : {"clipped", "squared-norm", "norm"}
@@ -46,6 +53,7 @@ class BGMD(RobustStrategy):
         self,
         *,
         block_fraction: float = 0.1,
+        min_block_size: int = MIN_BLOCK_SIZE,
         selection: str = "sample",
         score: str = "clipped",
         memory: str = "robust",
@@ -54,6 +62,7 @@ class BGMD(RobustStrategy):
         **options: Any,
     ) -> None:
         require("block_fraction", block_fraction, 0 < block_fraction <= 1, "above 0 to 1")
+        require("min_block_size", min_block_size, min_block_size >= 1, "1 or more")
         require("selection", selection, selection in SELECTIONS, ", ".join(SELECTIONS))
         require("score", score, score in SCORES, ", ".join(SCORES))
         require("memory", memory, memory in MEMORY_RULES, ", ".join(MEMORY_RULES))
@@ -67,12 +76,13 @@ class BGMD(RobustStrategy):
                 "nearest-neighbor, since a bucket has no client of its own"
             )
         self.block_fraction = block_fraction
+        self.min_block_size = min_block_size
         self.selection = selection
         self.score = score
         self.memory_rule = memory
         self.tol = tol
         self.solver = solver
-        self._memory: Tensor | None = None
+        self._memory: BlockMemory | None = None
         self._client_memory: dict[int, Tensor] = {}
 
     def drawn(self) -> list[str]:
@@ -85,6 +95,7 @@ class BGMD(RobustStrategy):
             current.updates,
             self._memory_for(current),
             block_fraction=self.block_fraction,
+            min_block_size=self.min_block_size,
             selection=self.selection,
             score=self.score,
             memory_rule=self.memory_rule,
@@ -93,29 +104,33 @@ class BGMD(RobustStrategy):
             solver=self.solver,
         )
         if self.memory_rule == "per-client" and result.memory is not None:
-            self._client_memory.update(zip(current.nodes, result.memory.unbind(0), strict=True))
+            rows = result.memory.vector.unbind(0)
+            self._client_memory.update(zip(current.nodes, rows, strict=True))
         else:
             self._memory = result.memory
         return result
 
     def describe(self, result: Aggregate, metrics: MetricRecord) -> None:
-        """Report the residual ratio and the norm of the memory."""
+        """Report the residual ratio, the norm of the memory and the curvature it has seen."""
         assert isinstance(result, BlockGeometricMedian)
         metrics["residual-ratio"] = result.residual_ratio
         if result.memory is not None:
-            metrics["memory-norm"] = vector_norm(result.memory.flatten())
+            metrics["memory-norm"] = vector_norm(result.memory.vector.flatten())
+            if result.memory.curvature is not None:
+                metrics["curvature"] = result.memory.curvature
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next round depends on."""
         return super().state_dict() | {
-            "memory": self._memory,
+            "memory": None if self._memory is None else dict(vars(self._memory)),
             "client-memory": dict(self._client_memory),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned."""
         super().load_state_dict(state)
-        self._memory = self._on_device(state["memory"])
+        kept = state["memory"]
+        self._memory = None if kept is None else BlockMemory(**kept).to(self.device)
         self._client_memory = {
             node: memory.to(self.device) for node, memory in state["client-memory"].items()
         }
@@ -125,14 +140,15 @@ class BGMD(RobustStrategy):
         self._memory = None
         self._client_memory = {}
 
-    def _memory_for(self, current: Round) -> Tensor | None:
+    def _memory_for(self, current: Round) -> BlockMemory | None:
         """Return the memory in the shape the rule wants; clients not seen before have none."""
         if self.memory_rule != "per-client":
             return self._memory
         if not self._client_memory:
             return None
         empty = torch.zeros_like(current.updates[0])
-        return torch.stack([self._client_memory.get(node, empty) for node in current.nodes])
+        rows = [self._client_memory.get(node, empty) for node in current.nodes]
+        return BlockMemory(torch.stack(rows))
 
 
 class QBGMD(BGMD):

@@ -51,7 +51,7 @@ WEIGHTINGS = ("uniform", "examples")
 OWN_METRICS = (
     *("accepted", "rejected", "missing", "late", "benched", "bytes-up", "bytes-down"),
     *("bytes-rejected", "update-norm", "client-weights", "iterations", "gap", "diverged"),
-    *("residual-ratio", "memory-norm", "dropped", "sigma0", "aggregation-seconds"),
+    *("residual-ratio", "memory-norm", "curvature", "dropped", "sigma0", "aggregation-seconds"),
     *("dropped-metrics",),
 )
 """Names of a round's own metrics, beside those that begin with ``rejected-``."""

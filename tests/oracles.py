@@ -318,3 +318,23 @@ def update_matrices(
     dtype = draw(st.sampled_from(dtypes))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     return torch.from_numpy(np.ascontiguousarray(KINDS[kind](rng, n, d))).to(dtype)
+
+
+def redescending_weights(rows: np.ndarray) -> np.ndarray:
+    """Return the weights of what a robust memory takes in, by plain iteration in R^d, (n,).
+
+    Huber's location with the radius that holds a majority, then each row beyond that radius counts
+    by the square of radius over distance.
+    """
+    rows = np.asarray(rows, dtype=np.float64)
+    middle = len(rows) // 2
+    center = np.zeros(rows.shape[1])
+    for _ in range(2000):
+        distances = np.array([norm(row - center) for row in rows])
+        radius = max(np.sort(distances)[middle], 1e-12)
+        weights = np.array([min(1.0, radius / max(r, 1e-300)) for r in distances])
+        center = (weights[:, None] * rows).sum(axis=0) / weights.sum()
+    distances = np.array([norm(row - center) for row in rows])
+    radius = max(np.sort(distances)[middle], 1e-12)
+    weights = np.array([min(1.0, radius / max(r, 1e-300)) ** 2 for r in distances])
+    return weights / weights.sum()

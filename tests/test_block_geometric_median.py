@@ -1,6 +1,7 @@
 """The block rule: which coordinates it takes, what it keeps, and who gets into its memory."""
 
 import math
+from typing import Any
 
 import numpy as np
 import oracles
@@ -10,16 +11,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import few_examples, numpy64, update_matrices
 
-from fl_bgmd.aggregators import (
-    BlockGeometricMedian,
-    block_geometric_median,
-    geometric_median,
-)
+import fl_bgmd.aggregators as rules
+from fl_bgmd.aggregators import BlockGeometricMedian, BlockMemory, geometric_median
 from fl_bgmd.aggregators.sampling import inclusion_probabilities, select_block
 
 SELECTIONS = ("sample", "top-k", "uniform")
 SCORES = ("clipped", "squared-norm", "norm")
 MEMORY_RULES = ("robust", "mean", "per-client", "none")
+
+
+def block_geometric_median(
+    updates: torch.Tensor, memory: torch.Tensor | BlockMemory | None = None, **options: Any
+) -> BlockGeometricMedian:
+    """Apply the rule to few coordinates, whose blocks are smaller than what it would sample."""
+    if isinstance(memory, torch.Tensor):
+        memory = BlockMemory(memory)
+    return rules.block_geometric_median(updates, memory, **{"min_block_size": 1} | options)
+
+
+def waits(result: BlockGeometricMedian) -> torch.Tensor:
+    """Return what waits in the memory of a result."""
+    assert result.memory is not None
+    return result.memory.vector
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -223,8 +236,7 @@ def test_all_scores_zero(selection: str) -> None:
     assert_block(result.block, 5, 50)
     assert not result.vector.any()
     assert result.residual_ratio == 0.0
-    assert result.memory is not None
-    assert not result.memory.any()
+    assert not waits(result).any()
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -436,8 +448,7 @@ def test_vector_is_the_geometric_median_of_the_block_and_zero_elsewhere(
         result.weights.numpy() @ numpy64(chosen), numpy64(result.vector[result.block]), atol=1e-5
     )
     if memory_rule != "none":
-        assert result.memory is not None
-        assert result.memory.dtype == wide
+        assert waits(result).dtype == wide
 
 
 @pytest.mark.parametrize(
@@ -457,7 +468,7 @@ def test_a_whole_block_is_the_geometric_median() -> None:
         torch.testing.assert_close(result.vector, expected.vector)
         assert result.residual_ratio == 0.0
         if result.memory is not None:
-            assert not result.memory.any()
+            assert not waits(result).any()
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e30, 1e300])
@@ -470,9 +481,7 @@ def test_float64_rows_of_any_magnitude(memory_rule: str, scale: float) -> None:
     result = block_geometric_median(updates * scale, memory * scale, **options)
     assert torch.equal(result.block, expected.block)
     torch.testing.assert_close(result.vector / scale, expected.vector, rtol=1e-5, atol=1e-6)
-    assert result.memory is not None
-    assert expected.memory is not None
-    torch.testing.assert_close(result.memory / scale, expected.memory, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(waits(result) / scale, waits(expected), rtol=1e-5, atol=1e-6)
     assert result.residual_ratio == pytest.approx(expected.residual_ratio)
 
 
@@ -485,8 +494,7 @@ def test_float64_rows_at_both_ends_of_the_range(largest: float) -> None:
     result = block_geometric_median(updates, selection="uniform", generator=seeded(0))
     honest = float(updates[4:].norm(dim=1).max())
     assert float(result.vector.norm()) <= 20 * honest
-    assert result.memory is not None
-    assert float(result.memory.norm()) <= honest
+    assert float(waits(result).norm()) <= honest
 
 
 # --- The memory ---------------------------------------------------------------------------------
@@ -518,36 +526,41 @@ def test_memory_formulas(selection: str, score: str, with_memory: bool) -> None:
         if memory_rule == "none":
             assert result.memory is None
             continue
-        assert result.memory is not None
+        tolerance = 1e-9
         if memory_rule == "per-client":
             expected = residuals
         elif memory_rule == "mean":
             expected = residuals.mean(axis=0)
         else:
-            assert result.weights is not None
-            norms = np.sqrt((residuals**2).sum(axis=1))
-            clip = np.minimum(1, np.median(norms) / norms)
-            expected = (result.weights.numpy() * clip) @ residuals
-            assert clip.min() < 0.5  # the case is not trivial
-        np.testing.assert_allclose(result.memory.numpy(), expected, rtol=1e-9, atol=1e-12)
+            waited = residual_rows(rows[:1] - updates.numpy()[:1], result.block)[0]
+            weights = oracles.redescending_weights(residual_rows(updates.numpy(), result.block))
+            assert weights.min() < 0.5 * weights.max()  # the case is not trivial
+            expected = waited + weights @ residual_rows(updates.numpy(), result.block)
+            tolerance = 2e-3
+        size = np.abs(expected).max()
+        np.testing.assert_allclose(waits(result).numpy() / size, expected / size, atol=tolerance)
 
 
-def test_robust_memory_by_hand() -> None:
-    """An equilateral triangle in the block has weights 1/3; residuals 3, 4, 8 are cut to 4."""
-    height = 50 * math.sqrt(3)
-    updates = torch.tensor(
-        [[100.0, 0.0, 3.0], [-50.0, height, 4.0], [-50.0, -height, 8.0]], dtype=torch.float64
-    )
+def test_memories_by_hand() -> None:
+    """Residuals 3, 4, 5, 6 and 400: Huber's center is 5.25, the radius 1.25, and 400 is far out.
+
+    With the radius 1.25 around 5.25 the rows pull with -2.25 (cut to -1.25), -1.25, -0.25, 0.75 and
+    394.75 (cut to 1.25): the sum is 0.75 - 1.5 = -0.75 short of balance, so the center moves down
+    until it balances; the oracle finds where.
+    """
+    residuals = np.array([3.0, 4.0, 5.0, 6.0, 400.0])
+    updates = torch.zeros(5, 3, dtype=torch.float64)
+    updates[:, :2] = 1e4 * torch.tensor([[1, 0], [0, 1], [-1, 0], [0, -1], [1, 1]])
+    updates[:, 2] = torch.from_numpy(residuals)
     result = block_geometric_median(updates, block_fraction=0.67, selection="top-k")
     assert result.block.tolist() == [0, 1]
-    assert result.memory is not None
-    assert result.memory.tolist() == pytest.approx([0, 0, (3 + 4 + 4) / 3], rel=1e-5)
-    assert result.residual_ratio == pytest.approx((9 + 16 + 64) / (30000 + 89))
+    weights = oracles.redescending_weights(residuals[:, None])
+    assert waits(result).tolist() == pytest.approx([0, 0, weights @ residuals], rel=1e-3)
+    assert 4 < float(waits(result)[2]) < 5.1
     mean = block_geometric_median(
         updates, block_fraction=0.67, selection="top-k", memory_rule="mean"
     )
-    assert mean.memory is not None
-    assert mean.memory.tolist() == pytest.approx([0, 0, 5])
+    assert waits(mean).tolist() == pytest.approx([0, 0, residuals.mean()])
 
 
 @pytest.mark.parametrize("with_memory", [False, True])
@@ -559,15 +572,14 @@ def test_mean_memory_loses_nothing(with_memory: bool) -> None:
     mean = updates.mean(dim=0) + (0 if memory is None else memory)
     outside = torch.ones(50, dtype=torch.bool)
     outside[result.block] = False
-    assert result.memory is not None
-    torch.testing.assert_close(result.memory[outside], mean[outside])
-    assert not result.memory[result.block].any()
+    torch.testing.assert_close(waits(result)[outside], mean[outside])
+    assert not waits(result)[result.block].any()
     assert not result.vector[outside].any()
 
 
-@pytest.mark.parametrize("memory_rule", ["robust", "mean", "per-client"])
+@pytest.mark.parametrize("memory_rule", ["mean", "per-client"])
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_memory_is_added_to_every_row(selection: str, memory_rule: str) -> None:
+def test_printed_memories_are_added_to_every_row(selection: str, memory_rule: str) -> None:
     updates = normal(6, 50)
     memory = normal(6, 50, seed=1) if memory_rule == "per-client" else normal(1, 50, seed=1)[0]
     options = {"memory_rule": memory_rule, "selection": selection}
@@ -575,9 +587,7 @@ def test_memory_is_added_to_every_row(selection: str, memory_rule: str) -> None:
     added = block_geometric_median(updates + memory, generator=seeded(0), **options)
     assert torch.equal(fed.block, added.block)
     torch.testing.assert_close(fed.vector, added.vector, rtol=1e-6, atol=1e-7)
-    assert fed.memory is not None
-    assert added.memory is not None
-    torch.testing.assert_close(fed.memory, added.memory, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(waits(fed), waits(added), rtol=1e-5, atol=1e-6)
     assert fed.residual_ratio == pytest.approx(added.residual_ratio)
 
 
@@ -588,8 +598,7 @@ def test_nothing_given_is_modified_or_kept(memory_rule: str) -> None:
     before = updates.clone(), memory.clone()
     for given_memory in (memory, None):
         result = block_geometric_median(updates, given_memory, memory_rule=memory_rule)
-        assert result.memory is not None
-        result.memory.fill_(7.0)
+        waits(result).fill_(7.0)
         result.vector.fill_(7.0)
         assert torch.equal(updates, before[0])
         assert torch.equal(memory, before[1])
@@ -606,7 +615,7 @@ def test_nothing_given_is_modified_or_kept(memory_rule: str) -> None:
 def test_no_minority_makes_the_robust_memory_larger_than_the_honest_residuals(
     n: int, d: int, selection: str, magnitude: float, seed: int
 ) -> None:
-    """Each residual is clipped to a norm that some honest row reaches."""
+    """Rows count in full only within a radius that some honest row reaches."""
     rng = np.random.default_rng(seed)
     hostile = (n - 1) // 2
     rows = rng.standard_normal((n, d))
@@ -617,8 +626,7 @@ def test_no_minority_makes_the_robust_memory_larger_than_the_honest_residuals(
     )
     honest = residual_rows(numpy64(updates)[hostile:], result.block)
     largest = np.sqrt((honest**2).sum(axis=1)).max()
-    assert result.memory is not None
-    assert oracles.norm(numpy64(result.memory)) <= largest * (1 + 1e-5)
+    assert oracles.norm(numpy64(waits(result))) <= 3 * largest * (1 + 1e-5)
 
 
 # --- The algorithm ------------------------------------------------------------------------------

@@ -381,8 +381,8 @@ def start(
 
 
 STRATEGIES: dict[str, tuple[type[RobustStrategy], dict[str, Any]]] = {
-    "bgmd": (BGMD, {"block_fraction": 0.3}),
-    "bgmd-per-client": (BGMD, {"block_fraction": 0.3, "memory": "per-client"}),
+    "bgmd": (BGMD, {"block_fraction": 0.3, "min_block_size": 1}),
+    "bgmd-per-client": (BGMD, {"block_fraction": 0.3, "min_block_size": 1, "memory": "per-client"}),
     "gmd": (GMD, {"mixing": "bucketing"}),
     "robust-filter": (RobustFilter, {}),
     "centered-clipping": (CenteredClipping, {}),

@@ -71,6 +71,7 @@ BAD: dict[str, list[Any]] = {
     "gmd.solver": ["secant", ""],
     "bgmd.solver": ["secant", ""],
     "bgmd.block-fraction": [0.0, -0.1, 1.1, NAN],
+    "bgmd.min-block-size": [0, -1, 0.5],
     "bgmd.selection": ["first", ""],
     "bgmd.score": ["variance", ""],
     "bgmd.memory": ["median", ""],
@@ -457,6 +458,7 @@ def test_the_shared_settings_reach_the_strategy(name: str) -> None:
             "bgmd",
             {
                 "bgmd.block-fraction": 0.3,
+                "bgmd.min-block-size": 7,
                 "bgmd.selection": "top-k",
                 "bgmd.score": "norm",
                 "bgmd.memory": "mean",
@@ -464,6 +466,7 @@ def test_the_shared_settings_reach_the_strategy(name: str) -> None:
             },
             {
                 "block_fraction": 0.3,
+                "min_block_size": 7,
                 "selection": "top-k",
                 "score": "norm",
                 "memory_rule": "mean",

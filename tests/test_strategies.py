@@ -47,6 +47,7 @@ from torch import Tensor
 import strategies as source_package
 from fl_bgmd.aggregators import (
     Aggregate,
+    BlockMemory,
     block_geometric_median,
     bucketing,
     centered_clipping,
@@ -87,16 +88,26 @@ STRATEGIES: dict[str, tuple[type[RobustStrategy], dict[str, Any], Rule]] = {
     "mean": (Mean, {}, lambda rows, _: mean(rows)),
     "bgmd": (
         BGMD,
-        {"block_fraction": 0.4},
+        {"block_fraction": 0.4, "min_block_size": 1},
         lambda rows, generator: block_geometric_median(
-            rows, block_fraction=0.4, generator=generator
+            rows, block_fraction=0.4, min_block_size=1, generator=generator
         ),
     ),
     "bgmd-paper": (
         BGMD,
-        {"selection": "top-k", "score": "squared-norm", "memory": "mean", "block_fraction": 0.5},
+        {
+            "selection": "top-k",
+            "score": "squared-norm",
+            "memory": "mean",
+            **{"block_fraction": 0.5, "min_block_size": 1},
+        },
         lambda rows, _: block_geometric_median(
-            rows, selection="top-k", score="squared-norm", memory_rule="mean", block_fraction=0.5
+            rows,
+            selection="top-k",
+            score="squared-norm",
+            memory_rule="mean",
+            block_fraction=0.5,
+            min_block_size=1,
         ),
     ),
     "gmd": (GMD, {}, lambda rows, _: geometric_median(rows)),
@@ -168,11 +179,18 @@ ONE_OF_EACH_CLASS = [
 ]
 ONE_OF_EACH = [name for name in STRATEGIES if not name.endswith("-own")]
 MEMORIES = ("robust", "mean", "per-client", "none")
+SMALL_BLOCKS = {"block_fraction": 0.3, "min_block_size": 1}
 STATEFUL: dict[str, tuple[type[RobustStrategy], dict[str, Any]]] = {
-    **{f"bgmd-{rule}": (BGMD, {"memory": rule, "block_fraction": 0.3}) for rule in MEMORIES},
+    **{
+        f"bgmd-{rule}": (BGMD, {"memory": rule, "block_fraction": 0.3, "min_block_size": 1})
+        for rule in MEMORIES
+    },
     "centered-clipping": (CenteredClipping, {}),
     "momentum": (GMD, {"server_momentum": 0.9}),
-    "momentum-and-memory": (BGMD, {"server_momentum": 0.5, "block_fraction": 0.3}),
+    "momentum-and-memory": (
+        BGMD,
+        {"server_momentum": 0.5, "block_fraction": 0.3, "min_block_size": 1},
+    ),
     "bucketing": (CMD, {"mixing": "bucketing"}),
 }
 
@@ -365,7 +383,7 @@ def test_the_centre_of_clipping_is_the_previous_aggregate() -> None:
 
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_the_memory_of_the_block_rule_is_carried_on(memory: str) -> None:
-    strategy = make(BGMD, memory=memory, block_fraction=0.3)
+    strategy = make(BGMD, memory=memory, block_fraction=0.3, min_block_size=1)
     generator, arrays, carried = torch.Generator().manual_seed(SEED), plain_model(), None
     for server_round in (1, 2, 3):
         messages = messages_of(strategy, arrays, server_round)
@@ -375,6 +393,7 @@ def test_the_memory_of_the_block_rule_is_carried_on(memory: str) -> None:
             carried,
             memory_rule=memory,
             block_fraction=0.3,
+            min_block_size=1,
             generator=generator,
         )
         carried, before = expected.memory, arrays
@@ -389,7 +408,7 @@ def test_the_memory_of_the_block_rule_is_carried_on(memory: str) -> None:
 
 def test_per_client_memory_follows_the_node() -> None:
     """A client that stays away keeps its memory; one that is new has none."""
-    strategy = make(BGMD, memory="per-client", block_fraction=0.3)
+    strategy = make(BGMD, memory="per-client", block_fraction=0.3, min_block_size=1)
     generator, arrays = torch.Generator().manual_seed(SEED), plain_model()
     carried: dict[int, Tensor] = {}
     for server_round, present in ((1, {1, 2, 3, 4}), (2, {3, 4, 5}), (3, {1, 3, 5, 9})):
@@ -398,16 +417,18 @@ def test_per_client_memory_follows_the_node() -> None:
         nodes = sorted(present)
         memory = None
         if carried:
-            memory = torch.stack([carried.get(i, torch.zeros(16)) for i in nodes])
+            rows = [carried.get(i, torch.zeros(16)) for i in nodes]
+            memory = BlockMemory(torch.stack(rows))
         expected = block_geometric_median(
             rows_of(messages, replies),
             memory,
             memory_rule="per-client",
             block_fraction=0.3,
+            min_block_size=1,
             generator=generator,
         )
         assert expected.memory is not None
-        carried |= dict(zip(nodes, expected.memory, strict=True))
+        carried |= dict(zip(nodes, expected.memory.vector, strict=True))
         before = arrays
         result, _ = strategy.aggregate_train(server_round, replies)
         assert result is not None
@@ -862,7 +883,7 @@ def test_the_cap_is_no_lower_than_it_must_be() -> None:
 
 def test_what_is_drawn_is_secret_without_a_seed() -> None:
     def drawn(**seed: Any) -> tuple[list[Any], Any]:
-        strategy = BGMD(block_fraction=0.1, **seed)
+        strategy = BGMD(block_fraction=0.1, min_block_size=1, **seed)
         arrays, config = ArrayRecord([np.zeros(400, np.float32)]), ConfigRecord()
         strategy.open_round(1, arrays, config)
         replies = [
@@ -1255,6 +1276,7 @@ def test_the_base_class_names_no_rule() -> None:
         (GMD, "solver", "secant", "gram, newton, weiszfeld"),
         (BGMD, "block_fraction", 0.0, "above 0 to 1"),
         (BGMD, "block_fraction", 1.1, "above 0 to 1"),
+        (BGMD, "min_block_size", 0, "1 or more"),
         (BGMD, "block_fraction", math.nan, "above 0 to 1"),
         (BGMD, "selection", "first", "sample, top-k, uniform"),
         (BGMD, "score", "variance", "clipped, squared-norm, norm"),
@@ -1370,7 +1392,7 @@ def attacked_run(strategy: RobustStrategy, fraction: float, num_rounds: int = 60
 
 def test_the_papers_memory_lets_the_attack_in_and_the_robust_one_does_not() -> None:
     """40 % redrawn each round, bit flipped and inflated by 100, a real ClientApp."""
-    options = {"block_fraction": 0.3, "fraction_evaluate": 0.0, "byzantine_fraction": 0.4}
+    options = SMALL_BLOCKS | {"fraction_evaluate": 0.0, "byzantine_fraction": 0.4}
     start = regression_error(regression_model())
     unattacked = attacked_run(make(BGMD, memory="robust", **options), 0.0)
     robust = attacked_run(make(BGMD, memory="robust", **options), 0.4)

@@ -5,6 +5,7 @@ from .clipping import centered_clipping
 from .coordinates import coordinate_median, trimmed_mean
 from .geometric_median import geometric_median
 from .mean import mean
+from .memory import BlockMemory
 from .mixing import bucketing, nearest_neighbor_mixing
 from .norms import norm_clip, norm_threshold, project
 from .pipeline import Pipeline
@@ -15,6 +16,7 @@ from .spectral import SpectralFilter, spectral_filter
 __all__ = [
     "Aggregate",
     "BlockGeometricMedian",
+    "BlockMemory",
     "FilteredAggregate",
     "GeometricMedian",
     "Pipeline",

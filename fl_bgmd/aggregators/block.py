@@ -1,9 +1,6 @@
-"""The block coordinate geometric median of Acharya et al., and a memory attacks cannot enter.
+"""The block coordinate geometric median of Acharya et al., its printed memories and a robust one.
 
-Algorithm 1 as printed averages the residuals of all rows, corrupt ones included, into the memory
-and adds it to every row of the next round: the attack enters through the memory. The ``robust``
-memory, this project's own, averages the residuals with the weights that the geometric median of
-the block gave the rows, after clipping each residual to the median residual norm.
+What becomes of the coordinates outside the block: :mod:`fl_bgmd.aggregators.memory`.
 """
 
 import math
@@ -14,11 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .geometric_median import geometric_median
+from .location import robust_weights, sketch
+from .memory import BlockMemory, after_round
 from .norms import clip_factors
 from .results import BlockGeometricMedian
 from .rows import (
     Block,
     check_updates,
+    combine,
     dot,
     empty,
     fill_zeros,
@@ -34,12 +34,16 @@ from .sampling import SELECTIONS, select_block
 SCORES = ("clipped", "squared-norm", "norm")
 MEMORY_RULES = ("robust", "mean", "per-client", "none")
 
+MIN_BLOCK_SIZE = 1000
+"""Of so few coordinates there is no block worth sampling: what it saves is nothing."""
+
 
 def block_geometric_median(
     updates: Tensor,
-    memory: Tensor | None = None,
+    memory: BlockMemory | None = None,
     *,
     block_fraction: float = 0.1,
+    min_block_size: int = MIN_BLOCK_SIZE,
     selection: str = "sample",
     score: str = "clipped",
     memory_rule: str = "robust",
@@ -49,18 +53,19 @@ def block_geometric_median(
 ) -> BlockGeometricMedian:
     """Return the geometric median of a block of coordinates, zero elsewhere, and the next memory.
 
-    One step of Algorithm 1 with Algorithm 2 of Acharya et al. (BGMD): ``G_i = x_i + memory``, the
-    ``k = max(1, round(block_fraction * d))`` chosen columns are aggregated, the others are the
-    residual ``R_i`` that the memory keeps.
+    One step of Algorithm 1 with Algorithm 2 of Acharya et al. (BGMD): of ``G_i = x_i + memory`` the
+    ``k = round(block_fraction * d)`` chosen columns are aggregated, the others wait in the memory.
 
     Parameters
     ----------
     updates : Tensor
         (n, d), floating point.
-    memory : Tensor, optional
-        The previous result's ``memory``: (d,), or (n, d) under ``per-client``. Zero by default.
+    memory : BlockMemory, optional
+        The previous result's ``memory``. Nothing waits by default.
     block_fraction : float
         Above 0, at most 1.
+    min_block_size : int
+        The block has at least this many columns, all of fewer. 1 or more.
     selection : {"sample", "top-k", "uniform"}
         See :func:`~fl_bgmd.aggregators.sampling.select_block`. The paper samples; its code took
         the top k.
@@ -69,12 +74,15 @@ def block_geometric_median(
         after each row was scaled down to at most the median row norm (for scoring only), so that
         no row owns the block.
     memory_rule : {"robust", "mean", "per-client", "none"}
-        ``mean`` is the paper's Equation 8, ``mean_i R_i``. ``robust`` keeps
-        ``sum_i w_i min(1, median_j ||R_j|| / ||R_i||) R_i`` with ``w`` the weights of the
-        geometric median of the block. ``per-client`` keeps every ``R_i`` for its own row, as the
-        paper's code did.
+        ``mean`` is the paper's Equation 8: the memory is added to every row, and is the mean of
+        what the rows have outside the block. ``per-client`` keeps that for each row apart, as the
+        paper's code did. Both diverge where clients train far in a round, and let attacks in.
+        ``robust``, this project's own, adds a robust location of the rows outside the block
+        (:func:`~fl_bgmd.aggregators.location.robust_weights`) to what waits there, and lets it fade
+        as the measured curvature asks (:func:`~fl_bgmd.aggregators.memory.after_round`). The
+        block's median is that of the rows alone; what has waited there goes beside it.
     generator : torch.Generator, optional
-        CPU generator of the block; torch's global one by default.
+        CPU generator of the block and the sketch; torch's global one by default.
     tol, solver
         Of the geometric median of the block: see :func:`geometric_median`.
 
@@ -87,6 +95,8 @@ def block_geometric_median(
     n, d = updates.shape
     if not 0 < block_fraction <= 1:
         raise ValueError(f"block_fraction is {block_fraction}; allowed: above 0 to 1")
+    if min_block_size < 1:
+        raise ValueError(f"min_block_size is {min_block_size}; allowed: 1 or more")
     for name, value, allowed in (
         ("selection", selection, SELECTIONS),
         ("score", score, SCORES),
@@ -97,13 +107,8 @@ def block_geometric_median(
     largest = _check_memory(memory, memory_rule, n, d)
 
     dtype = result_dtype(updates)
-    # A second n x d matrix is made only where each row has a memory of its own, or where the
-    # memory's squares leave the range of float64.
-    if memory is not None and (memory_rule == "per-client" or largest > 1e100):
-        updates, memory = _finite(updates + memory), None
-    rows, scales = in_range(updates)
-    scale = float(scales.min())
-    offset = memory if memory is None or scale == 1.0 else memory / scale
+    rows, scale, memory = _prepared(updates, memory, memory_rule, largest)
+    offset = None if memory is None else memory.vector
     # Float32 is enough for what is only a probability or kept in float32, unless squares leave it.
     work = torch.float32 if dtype == torch.float32 else torch.float64
     # The block of rows and memory is rounded to float32 below: their norms need no more.
@@ -114,43 +119,43 @@ def block_geometric_median(
         work = torch.float64
         if rounded:
             norms = row_norms(rows, offset)
-    k = max(1, round(block_fraction * d))
+    k = min(d, max(min_block_size, round(block_fraction * d)))
     scores = _column_scores(rows, offset, norms, score, work)
     block = select_block(scores, k, selection=selection, generator=generator)
     # Fresh memory is dear: the vector's holds the block first, where that fits.
     vector = empty(d, updates, dtype)
     chosen = vector[: n * k].view(n, k) if n * k <= d else empty((n, k), updates, dtype)
-    _gather(rows, offset, block, chosen)
+    is_robust = memory_rule == "robust"
+    _gather(rows, None if is_robust else offset, block, chosen)
     median = geometric_median(chosen, tol=tol, solver=solver)
-    chosen_norms = row_norms(chosen)
-    del chosen
-
-    assert median.weights is not None
-    fill_zeros(vector)
-    indices = native(block, updates)
-    native(vector, updates)[indices] = native(median.vector * scale, updates)
+    step = waiting = median.vector
+    if is_robust and offset is not None:
+        waiting = offset[block]
+        step = _finite(step + waiting)
     squared = norms**2
-    # Below the rounding of the difference a residual counts as that large: it is clipped more.
-    rounding = 1e-6 if rounded else 1e-15
-    residual_squared = np.maximum(squared - chosen_norms**2, rounding * squared)
-    if k >= d:
-        residual_squared = np.zeros(n)
-    next_memory: Tensor | None = None
+    left = squared - row_norms(chosen, waiting if step is not median.vector else None) ** 2
+    next_memory: BlockMemory | None = None
     if memory_rule == "per-client":
-        next_memory = updates.to(dtype, copy=True)
-        next_memory[:, block] = 0.0
+        next_memory = BlockMemory((rows * scale).to(dtype).index_fill_(1, block, 0.0))
+    elif memory_rule != "none" and k == d:
+        next_memory = BlockMemory(torch.zeros_like(vector))
     elif memory_rule != "none":
-        coefficients = np.full(n, 1.0 / n)
-        if memory_rule == "robust":
-            residual_norms = np.sqrt(residual_squared)
-            clip = clip_factors(residual_norms, float(np.median(residual_norms)))
-            coefficients = median.weights.numpy() * clip
-        # That of the scores is used again, too.
-        next_memory = scores if scores.dtype == dtype else empty(d, updates, dtype)
-        _weighted_residual(coefficients, rows, offset, next_memory, work)
-        native(next_memory, updates)[indices] = 0.0
+        weights = np.full(n, 1.0 / n)
+        if is_robust:
+            weights = robust_weights(sketch(rows, block, generator, work))
+        # The scores' tensor is used again, too.
+        waits = scores if scores.dtype == dtype else empty(d, updates, dtype)
+        _weighted_sum(weights, rows, offset, waits, work)
+        if is_robust:
+            said = combine(weights * _moderate(chosen), chosen, dtype)
+            next_memory = after_round(memory, waits, block, said, step)
+        else:
+            next_memory = BlockMemory(waits.index_fill_(0, block, 0.0))
         if scale != 1.0:
-            _finite(next_memory.mul_(scale))
+            next_memory = next_memory.scaled(scale)
+            _finite(next_memory.vector)
+    del chosen
+    native(fill_zeros(vector), updates)[native(block, updates)] = native(step * scale, updates)
     total = float(squared.sum())
     return BlockGeometricMedian(
         vector=vector,
@@ -160,8 +165,36 @@ def block_geometric_median(
         objective=median.objective * scale,
         memory=next_memory,
         block=block,
-        residual_ratio=float(residual_squared.sum()) / total if total > 0 else 0.0,
+        residual_ratio=float(left.clip(0.0).sum()) / total if total > 0 and k < d else 0.0,
     )
+
+
+def _prepared(
+    updates: Tensor, memory: BlockMemory | None, memory_rule: str, largest: float
+) -> tuple[Tensor, float, BlockMemory | None]:
+    """Return rows that are safe to square, what to multiply them by, and the memory beside them.
+
+    A second n x d matrix is made only where each row has a memory of its own, which is added to it,
+    or where squares leave the range of float64.
+    """
+    if memory is not None and (
+        memory_rule == "per-client" or (memory_rule == "mean" and largest > 1e100)
+    ):
+        updates, memory, largest = _finite(updates + memory.vector), None, 0.0
+    rows, scales = in_range(updates)
+    scale = float(scales.min())
+    if largest / scale > 1e100:
+        rows, scale = rows / (largest / scale), largest
+    return rows, scale, memory if memory is None or scale == 1.0 else memory.scaled(1 / scale)
+
+
+def _moderate(chosen: Tensor) -> NDArray[np.float64]:
+    """Return factors that keep rows of the block, (n, k), from being much longer than the others.
+
+    The weights beside them come from the other columns, and do not know.
+    """
+    norms = row_norms(chosen)
+    return clip_factors(norms, 3 * float(np.median(norms)))
 
 
 def _column_scores(
@@ -216,7 +249,7 @@ def _gather(rows: Tensor, offset: Tensor | None, block: Tensor, out: Tensor) -> 
     on_cores(gather, len(block), few=out.numel() < 1 << 16)
 
 
-def _weighted_residual(
+def _weighted_sum(
     coefficients: NDArray[np.float64],
     rows: Tensor,
     offset: Tensor | None,
@@ -249,19 +282,23 @@ def _finite(values: Tensor) -> Tensor:
     return values.clamp_(-limit, limit)
 
 
-def _check_memory(memory: Tensor | None, memory_rule: str, n: int, d: int) -> float:
-    """Raise ``ValueError`` unless ``memory`` suits the rule; return its largest absolute value."""
+def _check_memory(memory: BlockMemory | None, memory_rule: str, n: int, d: int) -> float:
+    """Raise unless ``memory`` suits the rule; return its vector's largest absolute value."""
     if memory is None:
         return 0.0
+    if not isinstance(memory, BlockMemory):
+        raise TypeError(
+            f"memory is a {type(memory).__name__}; allowed: None, or the memory of a result"
+        )
     if memory_rule == "none":
         raise ValueError("memory is given with memory_rule 'none'; allowed: None")
     shape = (n, d) if memory_rule == "per-client" else (d,)
-    if tuple(memory.shape) != shape:
+    if tuple(memory.vector.shape) != shape:
         raise ValueError(
-            f"memory has shape {tuple(memory.shape)}; allowed under memory_rule "
+            f"memory has shape {tuple(memory.vector.shape)}; allowed under memory_rule "
             f"{memory_rule!r}: {shape}"
         )
-    values = native(memory, memory)
+    values = native(memory.vector, memory.vector)
     largest = max(abs(float(values.min())), abs(float(values.max())))
     if not math.isfinite(largest):
         raise ValueError("memory holds a NaN or an infinity; allowed: finite values")

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .memory import BlockMemory
+
 
 @dataclass(frozen=True)
 class Aggregate:
@@ -62,15 +64,14 @@ class BlockGeometricMedian(GeometricMedian):
 
     Attributes
     ----------
-    memory : Tensor or None
-        What the next round adds to its updates: (d,), or (n, d) under ``per-client``, or None
-        under ``none``.
+    memory : BlockMemory or None
+        For the next round to be given; its ``vector`` is what waits. None under ``none``.
     block : Tensor
         int64 (k,): the chosen coordinates, ascending.
     residual_ratio : float
         ``||G - C_k(G)||_F^2 / ||G||_F^2`` (Lemma 1), 0 when G is 0.
     """
 
-    memory: Tensor | None
+    memory: BlockMemory | None
     block: Tensor
     residual_ratio: float
