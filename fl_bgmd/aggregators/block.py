@@ -128,12 +128,10 @@ def block_geometric_median(
     is_robust = memory_rule == "robust"
     _gather(rows, None if is_robust else offset, block, chosen)
     median = geometric_median(chosen, tol=tol, solver=solver)
-    step = waiting = median.vector
-    if is_robust and offset is not None:
-        waiting = offset[block]
-        step = _finite(step + waiting)
+    waited = offset[block] if is_robust and offset is not None else None
+    step = median.vector if waited is None else _finite(median.vector + waited)
     squared = norms**2
-    left = squared - row_norms(chosen, waiting if step is not median.vector else None) ** 2
+    left = squared - row_norms(chosen, waited) ** 2
     next_memory: BlockMemory | None = None
     if memory_rule == "per-client":
         next_memory = BlockMemory((rows * scale).to(dtype).index_fill_(1, block, 0.0))
@@ -148,7 +146,7 @@ def block_geometric_median(
         _weighted_sum(weights, rows, offset, waits, work)
         if is_robust:
             said = combine(weights * _moderate(chosen), chosen, dtype)
-            next_memory = after_round(memory, waits, block, said, step)
+            next_memory = after_round(memory, waits, block, said, waited, step)
         else:
             next_memory = BlockMemory(waits.index_fill_(0, block, 0.0))
         if scale != 1.0:

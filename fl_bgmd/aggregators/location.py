@@ -8,15 +8,18 @@ has least to say where it is furthest out. The center is Huber's, whose rows cou
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .rows import native, on_cores
+
 _FEW_ROWS = 512  # up to which the rows' Gram matrix is the cheaper way to their distances
 _MAX_ITER = 200
-_WIDTH, _ELEMENTS = 2048, 1 << 19  # least columns of a sketch, and its size with few rows
+_WIDTH, _ELEMENTS = 2048, 1 << 17  # least columns of a sketch, and its size with few rows
 _POOL, _STRIDE = 1 << 20, 40_503  # signs, of which every piece of the columns takes a run
 
 Array = NDArray[np.float64]
@@ -76,22 +79,35 @@ def sketch(
     """
     n, d = rows.shape
     width = min(d, max(_WIDTH, _ELEMENTS // n))
-    total = torch.zeros(n, width, dtype=dtype, device=rows.device)
+    secret, pool = 0, torch.ones(width, dtype=dtype)
     if d > width:
         secret, seed = torch.randint(2**62, (2,), generator=generator).tolist()
         bits = np.random.default_rng(seed).integers(0, 256, _POOL // 8, dtype=np.uint8)
-        pool = torch.from_numpy(np.unpackbits(bits)).to(total) * 2 - 1
-    else:
-        secret, pool = 0, total.new_ones(d)
-    edges = torch.arange(0, d + width, width, device=left_out.device)
-    bounds = torch.searchsorted(left_out, edges).tolist()
-    for i, start in enumerate(range(0, d, width)):
-        count = min(width, d - start)
-        offset = (secret + i * _STRIDE) % (len(pool) - count + 1)
-        signs = pool[offset : offset + count].clone()
-        signs[left_out[bounds[i] : bounds[i + 1]] - start] = 0.0
-        total[:, :count].addcmul_(rows[:, start : start + count].to(dtype), signs)
-    return np.asarray(total.double().cpu().numpy())
+        pool = torch.from_numpy(np.unpackbits(bits)).to(dtype) * 2 - 1
+    starts = range(0, d, width)
+    bounds = np.searchsorted(left_out.cpu().numpy(), [*starts, d])
+    chosen, signs_of_all = native(left_out, rows), native(pool, rows)
+
+    multiply: Callable[..., Any] = np.multiply if rows.device.type == "cpu" else torch.mul
+
+    def add_up(pieces: slice) -> Any:
+        """Return the sum of some pieces of the columns, with their signs."""
+        total = native(torch.zeros(n, width, dtype=dtype), rows)
+        signed = native(torch.empty(n, width, dtype=dtype), rows)
+        for i in range(pieces.start, pieces.stop):
+            count = min(width, d - starts[i])
+            offset = (secret + i * _STRIDE) % (len(pool) - count + 1)
+            signs = signs_of_all[offset : offset + count] * 1
+            signs[chosen[bounds[i] : bounds[i + 1]] - starts[i]] = 0.0
+            piece = native(rows[:, starts[i] : starts[i] + count].to(dtype), rows)
+            multiply(piece, signs, out=signed[:, :count])
+            total[:, :count] += signed[:, :count]
+        return total
+
+    if rows.device.type != "cpu":
+        return np.asarray(add_up(slice(0, len(starts))).double().cpu().numpy())
+    parts = on_cores(add_up, len(starts), few=rows.numel() < _ELEMENTS)
+    return np.asarray(sum(parts), dtype=np.float64)
 
 
 def _distances(points: Array) -> Callable[[Array], Array]:

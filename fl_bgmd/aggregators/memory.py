@@ -73,7 +73,12 @@ class BlockMemory:
 
 
 def after_round(
-    memory: BlockMemory | None, waits: Tensor, block: Tensor, said: Tensor, step: Tensor
+    memory: BlockMemory | None,
+    waits: Tensor,
+    block: Tensor,
+    said: Tensor,
+    waited: Tensor | None,
+    step: Tensor,
 ) -> BlockMemory:
     """Return the robust memory that a round leaves.
 
@@ -83,9 +88,9 @@ def after_round(
         The one that the round began with.
     waits : Tensor
         (d,): its vector plus the round's robust location of the rows. Becomes the next vector.
-    block, said, step : Tensor
-        (k,): where the round moved, a robust location of what the rows had there, and how far it
-        went.
+    block, said, waited, step : Tensor
+        (k,): where the round moved, a robust location of what the rows had there, what had waited
+        there (None: nothing), and how far it went.
 
     Notes
     -----
@@ -94,16 +99,16 @@ def after_round(
     ``d / k`` rounds go as far as ``1 / curvature`` of its steps at most, and as far as all of them
     where that is more.
     """
-    waited, slope, reach = None, 0.0, 0.0
-    if memory is not None:
-        waited = memory.vector[block]
-        if memory.block is not None:
-            # Nothing waited where the last step went: what is there now is what the rows say now.
-            waits[block] = said
-            slope, reach = _measured(memory, waits[memory.block])
+    slope, reach = 0.0, 0.0
+    if memory is not None and memory.block is not None:
+        # Nothing waited where the last step went: what is there now is what the rows say now.
+        waits[block] = said
+        slope, reach = _measured(memory, waits[memory.block])
     after = BlockMemory(waits, block, said, waited, step, slope, reach)
-    waits *= fading(after.curvature, len(waits) / len(block))
-    waits[block] = 0.0
+    kept = fading(after.curvature, len(waits) / len(block))
+    if kept < 1.0:
+        waits *= kept
+    waits.index_fill_(0, block, 0.0)
     return after
 
 
