@@ -639,7 +639,7 @@ class RobustStrategy(FedAvg):
         if dropped:
             names = f"{dropped[:5]!r}"[:200]
             self.say_once(
-                "dropped",
+                "own names",
                 "the clients' metrics %s are dropped: the server's have their names",
                 names,
             )
@@ -665,7 +665,7 @@ class RobustStrategy(FedAvg):
         """Say once whose metric was not finite: an honest client may want to know."""
         if intake.dropped:
             self.say_once(
-                "dropped",
+                "not finite",
                 "%s: it is dropped, the rest of the reply counts",
                 intake.first_dropped,
             )
