@@ -10,7 +10,7 @@ from .robust import RobustStrategy
 
 
 class MultiKrum(RobustStrategy):
-    """Average the updates with the closest neighbours: Multi-Krum of Blanchard et al.
+    """Average the updates with the closest neighbors: Multi-Krum of Blanchard et al.
 
     Parameters
     ----------

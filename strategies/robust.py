@@ -56,7 +56,7 @@ OWN_METRICS = (
 )
 """Names of a round's own metrics, beside those that begin with ``rejected-``."""
 
-_LIARS = "liars"
+_LIARS, _TIES = "liars", "ties"
 
 
 class RobustStrategy(FedAvg):
@@ -285,7 +285,6 @@ class RobustStrategy(FedAvg):
         self._sent_bytes = 0
         self._empty_rounds = 0
         self._ties: dict[str, str] = {}
-        self._may_untie = False
         self._failure = ""
         self._said: set[str] = set()
         self._has_run = False
@@ -364,7 +363,6 @@ class RobustStrategy(FedAvg):
         else:
             self._before_run = self.state_dict()
         self._layout, self._failure = None, ""
-        self._may_untie = False
         self.warn_at_start()
         try:
             with nullcontext() if self._checkpoints is None else self._checkpoints.locked():
@@ -639,7 +637,7 @@ class RobustStrategy(FedAvg):
         if dropped:
             names = f"{dropped[:5]!r}"[:200]
             self.say_once(
-                "dropped",
+                "own names",
                 "the clients' metrics %s are dropped: the server's have their names",
                 names,
             )
@@ -665,7 +663,7 @@ class RobustStrategy(FedAvg):
         """Say once whose metric was not finite: an honest client may want to know."""
         if intake.dropped:
             self.say_once(
-                "dropped",
+                "not finite",
                 "%s: it is dropped, the rest of the reply counts",
                 intake.first_dropped,
             )
@@ -688,9 +686,9 @@ class RobustStrategy(FedAvg):
 
     def _warn_of_ties(self, layout: ModelLayout) -> None:
         """Say once that lossy replies, or a rounded model, do not show what is tied."""
-        if self._may_untie or (self.compressor is None and self._downlink is None):
+        if _TIES in self._said or (self.compressor is None and self._downlink is None):
             return
-        self._may_untie = True
+        self._said.add(_TIES)
         assert self._model is not None
         own = layout if self._downlink is None else ModelLayout(self._model)
         for group in equal_arrays(own.directions, own.values):

@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 
 import fl_bgmd.strategies
 from fl_bgmd.checkpoints import Checkpoints
-from fl_bgmd.strategies import BGMD, CMD, GMD, Krum, Mean, RobustStrategy
+from fl_bgmd.strategies import BGMD, CMD, GMD, Krum, Mean, MultiKrum, RobustStrategy
 from simulations.grid import InProcessGrid
 from strategies.checks import options_of
 from strategies.reporting import table, values_of
@@ -67,7 +67,8 @@ def test_the_values_are_those_in_force() -> None:
     assert found["block_fraction"] == 0.5
     assert found["compressor"] == "top-k:0.5"
     assert found["min_valid_replies"] == 3
-    assert values_of(Krum())["num_selected"] == 1
+    assert values_of(MultiKrum(num_selected=2))["num_selected"] == 2
+    assert "num_selected" not in values_of(Krum())  # nobody can choose it
     assert values_of(fl_bgmd.strategies.QBGMD())["compressor"] == "qsgd"
 
 

@@ -1130,6 +1130,24 @@ def test_a_dropped_metric_is_told_once_a_run_and_counted_when_evaluating_too(
     assert caplog.text.count("is dropped") == 1
 
 
+def test_a_metric_with_the_servers_name_does_not_hush_up_one_that_is_not_finite(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def replies(messages: list[Message]) -> list[Message]:
+        return [
+            honest_reply(
+                message,
+                random_update(plain_model(), i),
+                metrics={"gap": 9.0} | ({"loss": np.nan} if i == 2 else {}),
+            )
+            for i, message in enumerate(messages)
+        ]
+
+    train_round(named("mean"), plain_model(), reply=replies)
+    assert "the clients' metrics ['gap'] are dropped" in caplog.text
+    assert "metric 'loss' is not finite: it is dropped" in caplog.text
+
+
 def test_the_keys_of_the_records_can_be_chosen() -> None:
     strategy = named(
         "mean",
