@@ -186,6 +186,13 @@ def settings(request: pytest.FixtureRequest) -> dict[str, dict[str, object]]:
     }
 
 
+def test_where_nobody_lies_a_small_model_loses_nothing(tmp_path: Path) -> None:
+    """650 parameters: all of them are in the block."""
+    averaged = play("sklearn", tmp_path, "FedAvg")
+    assert play("sklearn", tmp_path, "BGMD") >= averaged - 0.01
+    assert averaged > 0.8
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_patch_is_one_import_and_one_line_of_the_server(name: str) -> None:
     patch = (EXAMPLES / name / "bgmd.patch").read_text()
