@@ -40,7 +40,8 @@ class BGMD(RobustStrategy):
     score : {"clipped", "squared-norm", "norm"}
         What a coordinate is worth.
     memory : {"robust", "mean", "per-client", "none"}
-        What becomes of the coordinates outside the block; ``mean`` is the paper's.
+        What becomes of the coordinates outside the block. ``robust`` takes in a robust location of
+        the updates and fades as the measured curvature asks; ``mean`` is the paper's.
     tol, solver
         Of the block's median, certified: see :func:`fl_bgmd.aggregators.geometric_median`.
     **options
@@ -181,6 +182,7 @@ class FedBGMD(QBGMD):
     Clients train locally and send ``c_i = Q(x_t - y_i)`` (line 11); the server forms
     ``P = G + M`` (line 24), chooses a block of it (line 25), keeps the rest in its memory (line 26)
     and moves the model by the geometric median of the block (lines 27 and 28). The printed memory
-    has a row for each client, ``memory="per-client"``, which lets redrawn attackers in; the
-    default is this project's guarded one.
+    has a row for each client, ``memory="per-client"``, which lets redrawn attackers in and
+    diverges where clients train far in a round; the default is this project's, whose robust
+    location of the ``c_i`` takes the place of the rows.
     """
