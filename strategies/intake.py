@@ -92,11 +92,7 @@ class Intake:
         examples = [screened.num_examples for screened in self.accepted]
         return Round(
             self.rows[:count].to(device),
-            capped_examples(
-                [screened.num_examples for screened in self.accepted], byzantine_fraction
-            )
-            if weighting == "examples"
-            else None,
+            capped_examples(examples, byzantine_fraction) if weighting == "examples" else None,
             self.nodes,
             None if None in norms else torch.tensor(norms, dtype=torch.float64),
         )
