@@ -7,7 +7,7 @@ counts what was played, its own and the clients'.
 
 import copy
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from torch import Tensor
 
-from fl_bgmd.attacks import ATTACKS, AttackPlan, View
+from fl_bgmd.attacks import ATTACKS, OMNISCIENT, AttackPlan, View
 from fl_bgmd.broadcast import received_model
 from fl_bgmd.compression import Compressor
 from fl_bgmd.mods import (
@@ -41,6 +41,9 @@ from fl_bgmd.replies import (
 )
 from simulations.grid import InProcessGrid, asked_for
 
+Preview = Callable[[Tensor, list[int], list[float], int], Tensor]
+"""What a server would move by: see :meth:`fl_bgmd.strategies.RobustStrategy.preview`."""
+
 
 class AdversarialGrid(Grid):
     """Flower's Grid with an adversary on the line.
@@ -54,6 +57,9 @@ class AdversarialGrid(Grid):
         What is played, by whom.
     num_clients : int
         The number of clients that the plan's roles are drawn from.
+    preview : callable, optional
+        The server's :meth:`fl_bgmd.strategies.RobustStrategy.preview`, for attacks that know the
+        rule.
 
     Attributes
     ----------
@@ -61,8 +67,11 @@ class AdversarialGrid(Grid):
         How many lies of each attack have been sent so far.
     """
 
-    def __init__(self, inner: Grid, plan: AttackPlan, num_clients: int) -> None:
+    def __init__(
+        self, inner: Grid, plan: AttackPlan, num_clients: int, preview: Preview | None = None
+    ) -> None:
         self._inner = inner
+        self._preview = preview
         self._plan = plan
         self._num_clients = num_clients
         self.played: Counter[str] = Counter()
@@ -109,10 +118,11 @@ class AdversarialGrid(Grid):
                 f"than their own knowledge need ({', '.join(sorted(set(playing.values())))})"
             )
         updates: dict[int, Tensor] = {}
+        examples: dict[int, float] = {}
         for partition, reply in sorted(by_partition.items(), key=lambda item: item[0] or 0):
-            update = _update(reply, layout, compressor)
+            update, num_examples = _update(reply, layout, compressor)
             if update is not None and partition is not None:
-                updates[partition] = update
+                updates[partition], examples[partition] = update, num_examples
         if max(updates, default=0) >= self._num_clients:
             raise ValueError(
                 f"partition-id is {max(updates)} in a reply; allowed: 0 to "
@@ -132,15 +142,40 @@ class AdversarialGrid(Grid):
             colluder_ids=tuple(colluding),
             honest_ids=tuple(honest),
         )
+        nodes = {p: by_partition[p].metadata.src_node_id for p in updates}
         # Those who play the same attack send the same vector.
         for name in sorted({playing[p] for p in colluding}):
-            if ATTACKS[name].knows == "all" and not honest:
+            if ATTACKS[name].knows in OMNISCIENT and not honest:
                 continue
-            view = replace(everything, memory=self._memory.setdefault(name, {}))
+            players = [p for p in colluding if playing[p] == name]
+            view = replace(
+                everything,
+                memory=self._memory.setdefault(name, {}),
+                outcome=self._outcome(updates, nodes, examples, players),
+            )
             vector = malicious_update(name, self._plan, view)
-            for partition in colluding:
-                if playing[partition] == name:
-                    _replace(by_partition[partition], name, vector, layout, compressor)
+            for partition in players:
+                _replace(by_partition[partition], name, vector, layout, compressor)
+                updates[partition] = vector
+
+    def _outcome(
+        self,
+        updates: Mapping[int, Tensor],
+        nodes: Mapping[int, int],
+        examples: Mapping[int, float],
+        players: list[int],
+    ) -> Callable[[Tensor, int], Tensor] | None:
+        """Return what tells the players where a lie of theirs would take the server."""
+        preview = self._preview
+        if preview is None:
+            return None
+
+        def outcome(lie: Tensor, rounds: int) -> Tensor:
+            # By partitions, as the server sorts them: whose reply came first does not matter.
+            rows = torch.stack([lie if p in players else updates[p] for p in updates])
+            return preview(rows, list(nodes.values()), list(examples.values()), rounds)
+
+        return outcome
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the rounds to come depend on, the inner grid's included."""
@@ -195,12 +230,15 @@ class AdversarialGrid(Grid):
         return self._inner.pull_messages(asked_for(reply_to_message_ids, message_ids))
 
 
-def _update(reply: Message, layout: ModelLayout, compressor: Compressor | None) -> Tensor | None:
-    """Return the update in a reply, None for one that a server would reject."""
+def _update(
+    reply: Message, layout: ModelLayout, compressor: Compressor | None
+) -> tuple[Tensor | None, float]:
+    """Return the update in a reply, None for one that a server would reject, and its examples."""
     row = np.empty(layout.num_directions, dtype=layout.dtype)
     buffers = np.empty(layout.num_buffers, dtype=BUFFER_DTYPE)
     screened = screen(reply, layout, row, buffers, compressor=compressor)
-    return torch.from_numpy(row) if screened.reason is None else None
+    update = torch.from_numpy(row) if screened.reason is None else None
+    return update, float(screened.num_examples)
 
 
 def _replace(

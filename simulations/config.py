@@ -448,6 +448,7 @@ def _check_attack(config: Config, hostile: int) -> None:
         ("backdoor", scale.is_integer() and scale <= 9, "an integer, 1 to 9; 0: the preset's"),
         ("delayed", scale.is_integer(), "an integer, 1 or more; 0: the preset's"),
         ("impulse", scale <= 1, "up to 1; 0: the preset's"),
+        ("fang", scale == 0 or scale >= 1, "1 or more; 0: searched"),
     ):
         if name in attacks and not possible:
             raise ConfigError(

@@ -178,7 +178,7 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
     device = resolve_device(str(config["device"]))
     num_rounds, every = int(config["num-server-rounds"]), int(config["evaluate-every"])
     plan = AttackPlan.from_config(config)
-    adversary = AdversarialGrid(grid, plan, int(config["num-clients"]))
+    adversary = AdversarialGrid(grid, plan, int(config["num-clients"]), strategy.preview)
     started = clock = time.perf_counter()
 
     def measure(arrays: ArrayRecord) -> MetricRecord:

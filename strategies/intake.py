@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,9 +89,10 @@ class Intake:
         """Return the accepted replies for the rule."""
         count = len(self.accepted)
         norms = [screened.norm for screened in self.accepted]
+        examples = [screened.num_examples for screened in self.accepted]
         return Round(
             self.rows[:count].to(device),
-            self._capped_examples(byzantine_fraction) if weighting == "examples" else None,
+            capped_examples(examples, byzantine_fraction) if weighting == "examples" else None,
             self.nodes,
             None if None in norms else torch.tensor(norms, dtype=torch.float64),
         )
@@ -108,12 +109,13 @@ class Intake:
         if self.rejected:
             metrics["bytes-rejected"] = self.bytes_rejected
 
-    def _capped_examples(self, byzantine_fraction: float) -> Tensor:
-        """Return the numbers of examples, capped so that no minority can own the model."""
-        examples = np.asarray([float(screened.num_examples) for screened in self.accepted])
-        hostile = hostile_count(byzantine_fraction, len(examples))
-        capped = np.minimum(examples, example_cap(examples, hostile))
-        return torch.from_numpy(capped if capped.any() else np.ones_like(capped))
+
+def capped_examples(counts: Sequence[float], byzantine_fraction: float) -> Tensor:
+    """Return numbers of examples, float64 (n,), capped so that no minority can own the model."""
+    examples = np.asarray([float(count) for count in counts])
+    hostile = hostile_count(byzantine_fraction, len(examples))
+    capped = np.minimum(examples, example_cap(examples, hostile))
+    return torch.from_numpy(capped if capped.any() else np.ones_like(capped))
 
 
 def example_cap(examples: NDArray[np.float64], hostile: int) -> float:

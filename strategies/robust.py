@@ -1,5 +1,6 @@
 """What all strategies share: screening, the update matrix, mixing, momentum, metrics."""
 
+import copy
 import hashlib
 import math
 import secrets
@@ -37,7 +38,7 @@ from fl_bgmd.replies import ModelLayout, Rejection, median_metrics
 from fl_bgmd.shares import FEWEST, floor_share, hostile_count, largest_bucket
 
 from .checks import check_options, options_of, require, resolve_device
-from .intake import LOG, Intake, Round, in_order, take_in
+from .intake import LOG, Intake, Round, capped_examples, in_order, take_in
 from .notes import TOO_FEW, notes
 from .reporting import log_options
 from .reputation import Reputation, far_out
@@ -563,6 +564,81 @@ class RobustStrategy(FedAvg):
             metrics["dropped-metrics"] = intake.dropped
         return metrics
 
+    def preview(
+        self, updates: Tensor, nodes: list[int], examples: list[float], rounds: int
+    ) -> Tensor:
+        """Return what the server would move by if so many rounds brought these updates.
+
+        For simulated attackers that know the server, what it draws and remembers included; the
+        strategy stays as it is. Mixing and the rule, without momentum and learning rate; arrays
+        are tied where they were before the round. A round in which the rule fails moves nothing.
+
+        Parameters
+        ----------
+        updates : Tensor
+            (n, d), in the server's order (:func:`.intake.in_order`); not changed.
+        nodes : list of int
+            (n,): whose they are.
+        examples : list of float
+            (n,): how many examples they report.
+        rounds : int
+            1 or more.
+
+        Returns
+        -------
+        Tensor
+            (d,), float64 on the CPU: the sum of the rounds' aggregates.
+
+        Raises
+        ------
+        ValueError
+            For another shape, or number of rounds.
+        RuntimeError
+            Before :meth:`configure_train`.
+        """
+        layout = self._layout
+        if layout is None:
+            raise RuntimeError("preview was called before configure_train")
+        expected = (len(nodes), layout.num_directions)
+        if tuple(updates.shape) != expected or len(examples) != len(nodes):
+            raise ValueError(
+                f"updates have shape {tuple(updates.shape)} with {len(nodes)} nodes and "
+                f"{len(examples)} numbers of examples; allowed: {expected} and as many"
+            )
+        require("rounds", rounds, rounds >= 1, "1 or more")
+        moved = torch.zeros(layout.num_directions, dtype=torch.float64)
+        if len(nodes) < self.min_valid_replies:
+            return moved
+        if self._coordinates is not None:
+            updates = updates[:, torch.from_numpy(self._coordinates)]
+        elif self._ties:
+            updates = Tied(layout.directions, self._ties).merge(updates.clone())
+        weights = None
+        if self.weighting == "examples":
+            weights = capped_examples(examples, self.byzantine_fraction)
+        twin = self._twin()
+        for _ in range(rounds):
+            before = twin.state_dict()
+            # A copy: the rule may overwrite it.
+            current = Round(updates.to(self.device, copy=True), weights, nodes)
+            try:
+                with np.errstate(all="ignore"):
+                    vector = twin._mixed_and_aggregated(current)[0].vector
+            except ValueError:
+                twin.load_state_dict(before)
+                continue
+            moved += self._spread(layout, vector).cpu().double()
+        return moved
+
+    def _twin(self) -> Self:
+        """Return a strategy that goes on from this one's state, and leaves it alone."""
+        twin = copy.copy(self)
+        twin.generator = torch.Generator()
+        twin._reputation = copy.deepcopy(self._reputation)
+        twin._roster = copy.copy(self._roster)
+        twin.load_state_dict(copy.deepcopy(self.state_dict()))
+        return twin
+
     # ------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
@@ -790,25 +866,14 @@ class RobustStrategy(FedAvg):
         # Replies near the end of the range may overflow anywhere: the model is looked at below.
         with np.errstate(all="ignore"):
             try:
-                current, mixing = self._mix(current)
-                width = current.updates.shape[1]
-                result = self.aggregate(current)
-                if result.vector.shape != (width,):
-                    raise ValueError(
-                        f"its vector has shape {tuple(result.vector.shape)}; allowed: ({width},)"
-                    )
+                result, mixing = self._mixed_and_aggregated(current)
             except ValueError as error:
                 failure = f"the rule failed: {error}"
                 kept = self._keep(before, failure, metrics)
                 self._count_empty_round(intake, metrics, failure)
                 return kept, None
             self._empty_rounds = 0
-            update, tied = result.vector, Tied(layout.directions, self._ties)
-            if self._ties:
-                update = tied.spread(update)
-            if self._coordinates is not None:
-                update = torch.zeros(layout.num_directions, dtype=update.dtype)
-                update[torch.from_numpy(self._coordinates)] = result.vector.cpu()
+            update, tied = self._spread(layout, result.vector), Tied(layout.directions, self._ties)
             if self.server_momentum:
                 velocity = update
                 if self._velocity is not None:
@@ -849,6 +914,27 @@ class RobustStrategy(FedAvg):
             shared = find_ties(layout.buffers, layout.buffer_values, buffers, {})
             Tied(layout.buffers, shared).level(middle)
         return layout.to_arrays(moved, middle), weights
+
+    def _mixed_and_aggregated(self, current: Round) -> tuple[Aggregate, Mixing | None]:
+        """Apply the mixing and the rule. Raises ``ValueError`` where the rule fails."""
+        current, mixing = self._mix(current)
+        width = current.updates.shape[1]
+        result = self.aggregate(current)
+        if result.vector.shape != (width,):
+            raise ValueError(
+                f"its vector has shape {tuple(result.vector.shape)}; allowed: ({width},)"
+            )
+        return result, mixing
+
+    def _spread(self, layout: ModelLayout, vector: Tensor) -> Tensor:
+        """Return what a rule made of rows as an update of all coordinates, (d,)."""
+        if self._ties:
+            vector = Tied(layout.directions, self._ties).spread(vector)
+        if self._coordinates is None:
+            return vector
+        update = torch.zeros(layout.num_directions, dtype=vector.dtype)
+        update[torch.from_numpy(self._coordinates)] = vector.cpu()
+        return update
 
     def _keep(self, state: dict[str, Any], reason: str, metrics: MetricRecord) -> ArrayRecord:
         """Undo the round: the model and the state stay as they were."""

@@ -1,7 +1,18 @@
 """A laboratory of attacks, and who runs them when."""
 
-from .base import PRESETS, Attack, View
-from .collusion import alie, alie_deviations, ipm, memory_poison, mimic_victim, min_max, min_sum
+from .base import OMNISCIENT, PRESETS, Attack, View
+from .collusion import (
+    alie,
+    alie_deviations,
+    directed_deviation,
+    ipm,
+    memory_consistent,
+    memory_poison,
+    memory_takeover,
+    mimic_victim,
+    min_max,
+    min_sum,
+)
 from .data import backdoor, blur, image_noise, impulse, label_shift, random_labels
 from .plan import AttackPlan, attack_names
 from .registry import ATTACKS, is_attack
@@ -23,6 +34,7 @@ from .updates import (
 
 __all__ = [
     "ATTACKS",
+    "OMNISCIENT",
     "PRESETS",
     "SELECTIONS",
     "Attack",
@@ -39,6 +51,7 @@ __all__ = [
     "byzantine_clients",
     "byzantine_roles",
     "delayed",
+    "directed_deviation",
     "gaussian",
     "huge",
     "image_noise",
@@ -47,7 +60,9 @@ __all__ = [
     "ipm",
     "is_attack",
     "label_shift",
+    "memory_consistent",
     "memory_poison",
+    "memory_takeover",
     "mimic_victim",
     "min_max",
     "min_sum",

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Knowledge = Literal["own", "colluders", "all"]
+Knowledge = Literal["own", "colluders", "all", "rule"]
 Place = Literal["update", "data"]
 
 Images = NDArray[np.uint8]
@@ -17,6 +17,9 @@ Labels = NDArray[np.int64]
 Corruption = Callable[[Images, Labels, float, int, np.random.Generator], tuple[Images, Labels]]
 
 PRESETS = ("paper", "authors-code")
+
+OMNISCIENT: tuple[Knowledge, ...] = ("all", "rule")
+"""Who sees the honest clients' updates."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,19 @@ class View:
         ``remembers``.
     colluders : Tensor or None
         (m, d): the true updates of the hostile clients whose attack is played with more than their
-        own, in the order of their partitions. None unless the attack knows ``colluders`` or
-        ``all``.
+        own, in the order of their partitions. None unless the attack knows ``colluders`` or more.
     honest : Tensor or None
-        (h, d): the updates of the honest clients. None unless the attack knows ``all``.
+        (h, d): the updates of the honest clients. None unless the attack knows ``all`` or ``rule``.
     colluder_ids, honest_ids : tuple of int
         The partition ids of the rows of ``colluders`` and ``honest``.
     memory : dict
-        What the attack has noted in earlier rounds, for it to change: names to plain values that a
-        checkpoint can hold. Empty unless the attack ``remembers`` and knows more than its own.
+        What the attack has noted in earlier rounds, for it to change: names to plain values and
+        tensors, which a checkpoint can hold. Empty unless the attack ``remembers`` and knows more
+        than its own.
+    outcome : callable or None
+        ``(lie, rounds) -> (d,)``: by what the server would move in so many rounds, each as this
+        one, if all who play the attack sent ``lie`` (d,) and all others what they send now. None
+        unless the attack knows ``rule``, and where there is no rule to be tried.
     """
 
     update: Tensor
@@ -58,10 +65,11 @@ class View:
     colluder_ids: tuple[int, ...] = ()
     honest_ids: tuple[int, ...] = ()
     memory: dict[str, Any] = field(default_factory=dict)
+    outcome: Callable[[Tensor, int], Tensor] | None = None
 
     def limited_to(self, knows: Knowledge, *, remembers: bool = False) -> "View":
         """Return the view without what an attack that declares no more must not see."""
-        colludes, omniscient = knows != "own", knows == "all"
+        colludes, omniscient = knows != "own", knows in OMNISCIENT
         return replace(
             self,
             past=self.past if remembers and not colludes else (),
@@ -70,6 +78,7 @@ class View:
             honest=self.honest if omniscient else None,
             honest_ids=self.honest_ids if omniscient else (),
             memory=self.memory if remembers and colludes else {},
+            outcome=self.outcome if knows == "rule" else None,
         )
 
 
@@ -85,9 +94,10 @@ class Attack:
         Where it was described.
     place : {"update", "data"}
         Whether the update is replaced after training or the examples before it.
-    knows : {"own", "colluders", "all"}
-        What a hostile client sees. ``own`` attacks run on the client, on a SuperNode as in a
-        simulation; the others are played by a grid that sees all replies.
+    knows : {"own", "colluders", "all", "rule"}
+        What a hostile client sees; ``rule`` is all updates and what the server would make of a lie.
+        ``own`` attacks run on the client, on a SuperNode as in a simulation; the others are played
+        by a grid that sees all replies.
     knob : str
         What ``strength`` means, with its unit; empty where there is nothing to set.
     strength : float

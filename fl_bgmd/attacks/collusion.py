@@ -12,7 +12,10 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from fl_bgmd.aggregators import geometric_median
+
 _FEW_ATTACKERS_Z = 1.5
+_MEDIAN_TOL = 1e-4  # a lie need not be certified to the last digit
 
 
 def alie_deviations(num_clients: int, num_byzantine: int) -> float:
@@ -112,11 +115,60 @@ def memory_poison(honest: Tensor, scale: float = 100.0, strong: float = 0.2) -> 
     coordinates are the ``strong`` share with the largest squares.
     """
     mean = honest.mean(0)
-    count = max(1, int(strong * mean.shape[0]))
-    kept = torch.topk(honest.square().sum(0), count).indices
+    kept = _strongest(honest, strong)
     poisoned = -scale * mean
     poisoned[kept] = mean[kept]
     return poisoned
+
+
+def memory_takeover(
+    honest: Tensor, running: Tensor, scale: float = 10.0, strong: float = 0.3
+) -> Tensor:
+    """Return the honest geometric median on the strong coordinates, ``-scale * running`` elsewhere.
+
+    Against the memory of BGMD, this project's own: where the block is likely to be, equal rows in
+    the middle of the honest ones own its median, and with it what the memory replays; elsewhere
+    they push against ``running`` (d,), the running mean of the honest means.
+    """
+    lie = -scale * running
+    kept = _strongest(honest, strong)
+    lie[kept] = geometric_median(honest[:, kept], tol=_MEDIAN_TOL).vector.to(lie.dtype)
+    return lie
+
+
+def memory_consistent(
+    honest: Tensor, running: Tensor, scale: float = 1.0, strong: float = 0.2
+) -> Tensor:
+    """Return the honest mean on the strong coordinates, elsewhere a push against ``running``.
+
+    Against the memory of BGMD, this project's own: the push is minus the direction of ``running``
+    (d,), the running mean of the honest means, times ``scale`` and the median honest norm. It
+    hardly changes from round to round, as honest updates do not.
+    """
+    norms = torch.linalg.vector_norm(honest, dim=1)
+    length = float(torch.linalg.vector_norm(running))
+    lie = running * (-scale * float(norms.median()) / length if length > 0 else 0.0)
+    kept = _strongest(honest, strong)
+    lie[kept] = honest[:, kept].mean(0)
+    return lie
+
+
+def directed_deviation(honest: Tensor, beyond: float = 2.0) -> Tensor:
+    """Return, against the sign of each coordinate's mean, what lies beyond the honest extreme.
+
+    Fang et al. (USENIX Security 2020), Section 4.2, their attack on the trimmed mean with full
+    knowledge: below the least value ``low`` where the mean is above 0, by ``(beyond - 1) |low|``,
+    above the largest where it is below. They draw from an interval up to there (its end is
+    ``low / b`` for a ``low`` above 0), so that no two lies are alike; these are its far end.
+    """
+    mean, low, high = honest.mean(0), honest.amin(0), honest.amax(0)
+    against = torch.where(mean < 0, high + (beyond - 1) * high.abs(), mean)
+    return torch.where(mean > 0, low - (beyond - 1) * low.abs(), against)
+
+
+def _strongest(honest: Tensor, share: float) -> Tensor:
+    """Return the indices of the share of the coordinates with the largest sums of squares."""
+    return torch.topk(honest.square().sum(0), max(1, int(share * honest.shape[1]))).indices
 
 
 def _perturbation(honest: Tensor) -> tuple[Tensor, Tensor, Tensor]:

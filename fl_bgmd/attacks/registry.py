@@ -6,6 +6,7 @@ from fl_bgmd.plugins import is_path, load_object
 
 from . import collusion, data, updates
 from .base import Attack, View
+from .search import honest_mean, searched
 
 _BGMD = "Acharya et al. (BGMD), Section 7"
 
@@ -31,6 +32,33 @@ def _mimic(view: View) -> Tensor:
         victim = view.honest_ids[collusion.mimic_victim(honest)]
         view.memory.setdefault("victim", victim)
     return known[victim]
+
+
+def _memory_takeover(view: View, strength: float) -> Tensor:
+    honest, running = _honest(view), honest_mean(view)
+
+    def lie(scale: float) -> Tensor:
+        return collusion.memory_takeover(honest, running, scale)
+
+    return lie(strength or searched(view, lie, (0.5, 1.0, 3.0, 10.0, 30.0, 100.0)))
+
+
+def _memory_consistent(view: View, strength: float) -> Tensor:
+    honest, running = _honest(view), honest_mean(view)
+
+    def lie(scale: float) -> Tensor:
+        return collusion.memory_consistent(honest, running, scale)
+
+    return lie(strength or searched(view, lie, (0.25, 0.5, 1.0, 2.0, 5.0, 20.0)))
+
+
+def _fang(view: View, strength: float) -> Tensor:
+    honest = _honest(view)
+
+    def lie(beyond: float) -> Tensor:
+        return collusion.directed_deviation(honest, beyond)
+
+    return lie(strength or searched(view, lie, (1.0, 1.25, 2.0, 5.0), blind=2.0))
 
 
 _UPDATE_ATTACKS = (
@@ -166,6 +194,33 @@ _UPDATE_ATTACKS = (
         strength=100.0,
         sweep=(1.0, 10.0, 100.0),
         apply=lambda view, s: collusion.memory_poison(_honest(view), s),
+    ),
+    Attack(
+        "memory-takeover",
+        "this project",
+        knows="rule",
+        knob="factor; 0: searched",
+        sweep=(0.0, 10.0),
+        remembers=True,
+        apply=_memory_takeover,
+    ),
+    Attack(
+        "memory-consistent",
+        "this project",
+        knows="rule",
+        knob="length relative to the median update; 0: searched",
+        sweep=(0.0, 1.0),
+        remembers=True,
+        apply=_memory_consistent,
+    ),
+    Attack(
+        "fang",
+        "Fang et al. (USENIX Security 2020), Section 4.2",
+        knows="rule",
+        knob="multiple of the honest extreme, 1 or more; 0: searched (2 without the rule)",
+        sweep=(0.0, 2.0),
+        remembers=True,
+        apply=_fang,
     ),
 )
 
