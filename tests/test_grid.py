@@ -24,6 +24,7 @@ from flower_messages import (
     train_message,
 )
 from flwr.app import (
+    Array,
     ArrayRecord,
     ConfigRecord,
     Context,
