@@ -615,13 +615,13 @@ def test_the_outcome_is_of_all_rows_with_the_lie_in_the_players_places() -> None
         assert (examples, rounds) == ([1.0] * 10, 6)
         assert nodes == [replies[p].metadata.src_node_id for p in range(10)]
         for partition in range(10):
-            values = set(rows[partition].tolist())
+            values = rows[partition].numpy()
             if partition not in roles:
-                assert values == pytest.approx({partition + 1.0})
+                np.testing.assert_allclose(values, partition + 1.0, rtol=1e-5)
             elif roles[partition] == "zero":
-                assert values == {0.0}
+                assert not values.any()
             else:
-                assert min(values) < -100  # the last one tried, 100 times the mean
+                assert values.min() < -100  # the last one tried, 100 times the mean
         found.append(
             (asked, {p: reply.content["arrays"]["weight"] for p, reply in replies.items()})
         )
@@ -754,7 +754,8 @@ def test_the_backdoor_is_measured() -> None:
 # screened (nan, inf), or only a harder image (image-noise, impulse, blur).
 BREAKS_AVERAGING = {
     *("bit-flip", "gaussian", "replace-gaussian", "sign-flip", "ascent", "huge"),
-    *("block-hijack", "memory-poison", "backdoor", "label-shift"),
+    *("block-hijack", "memory-poison", "memory-takeover", "memory-consistent", "fang"),
+    *("backdoor", "label-shift"),
 }
 
 
