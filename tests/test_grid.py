@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flower_messages import (
     honest_reply,
     plain_model,
@@ -23,6 +24,7 @@ from flower_messages import (
     train_message,
 )
 from flwr.app import (
+    Array,
     ArrayRecord,
     ConfigRecord,
     Context,
@@ -40,7 +42,7 @@ import simulations.experiment
 from fl_bgmd.attacks import AttackPlan
 from fl_bgmd.data import Dataset
 from fl_bgmd.mods import ByzantineMod
-from fl_bgmd.strategies import BGMD, GMD, RobustStrategy
+from fl_bgmd.strategies import BGMD, GMD, CenteredClipping, RobustStrategy
 from simulations import backends, server_app
 from simulations.adversary import AdversarialGrid
 from simulations.backends import ConfiguredClientApp
@@ -408,6 +410,147 @@ def test_two_identical_runs_are_bit_identical(mixing: str) -> None:
     assert first.evaluate_metrics_clientapp == second.evaluate_metrics_clientapp
     third = small_run(BGMD(**{**options, "seed": 5}, device="cpu"))
     assert not same_bits(first.arrays, third.arrays)
+
+
+# ------------------------------------------------------------------ what a server would do
+
+TARGET = np.random.default_rng(0).normal(size=5000).astype(np.float32)
+
+
+def quadratic_app() -> ClientApp:
+    """Return an app that covers a tenth of its way to a noisy target, under two tied keys."""
+
+    def train(message: Message, context: Context) -> Message:
+        partition = int(context.node_config["partition-id"])
+        number = int(message.content["config"]["server-round"])
+        model = message.content["arrays"]["left"].numpy()
+        noise = np.random.default_rng([partition, number]).normal(size=TARGET.size)
+        goal = TARGET + 0.3 * noise.astype(np.float32)
+        trained = Array(model - np.float32(0.1) * (model - goal))
+        metrics = MetricRecord({"num-examples": 1 + partition, "partition-id": partition})
+        arrays = ArrayRecord(dict.fromkeys(message.content["arrays"], trained))
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+    return app_of(train)
+
+
+def quadratic_model(*keys: str) -> ArrayRecord:
+    start = np.random.default_rng(1).normal(size=TARGET.size).astype(np.float32)
+    return ArrayRecord({key: Array(start) for key in keys})
+
+
+class ForeseeingGrid(InProcessGrid):
+    """Asks the strategy in each round what it would make of the replies, before it gets them."""
+
+    strategy: RobustStrategy
+    foreseen: list[Any]
+    models: list[Any]
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+        sent = list(messages)
+        if not sent:  # nobody evaluates
+            return []
+        model = flat(sent[0].content["arrays"])
+        replies = list(super().send_and_receive(sent, timeout=timeout))
+        rows = torch.from_numpy(np.stack([model - flat(r.content["arrays"]) for r in replies]))
+        before = rows.clone()
+        nodes = [reply.metadata.src_node_id for reply in replies]
+        examples = [float(r.content["metrics"]["num-examples"]) for r in replies]
+        self.strategy.preview(rows, nodes, examples, 3)
+        self.foreseen.append(self.strategy.preview(rows, nodes, examples, 1).numpy())
+        assert torch.equal(rows, before)
+        self.models.append(model)
+        return replies
+
+
+def flat(arrays: ArrayRecord) -> Any:
+    return np.concatenate([array.numpy().ravel() for array in arrays.values()])
+
+
+@pytest.mark.parametrize("keys", [("left",), ("left", "right")])
+@pytest.mark.parametrize(
+    ("rule", "given"),
+    [
+        (BGMD, {}),
+        (BGMD, {"memory": "per-client"}),
+        (BGMD, {"memory": "mean", "mixing": "bucketing"}),
+        (BGMD, {"mixing": "nearest-neighbor", "byzantine_fraction": 0.2}),
+        (CenteredClipping, {}),
+        (GMD, {"weighting": "examples"}),
+        (GMD, {"compressor": "rand-k:0.5", "shared_coordinates": True}),
+    ],
+)
+def test_a_preview_is_what_happens_and_leaves_no_trace(
+    rule: Any, given: dict[str, Any], keys: tuple[str, ...]
+) -> None:
+    options = {"seed": 1, "device": "cpu", "fraction_evaluate": 0.0, "bench_after": 2, **given}
+    plain = rule(**options)
+    expected = plain.start(InProcessGrid(quadratic_app(), 7, {}), quadratic_model(*keys), 4)
+    strategy = rule(**options)
+    grid = ForeseeingGrid(quadratic_app(), 7, {})
+    grid.strategy, grid.foreseen, grid.models = strategy, [], []
+    result = strategy.start(grid, quadratic_model(*keys), 4)
+    assert same_bits(result.arrays, expected.arrays)
+    assert without_seconds(result.train_metrics_clientapp) == without_seconds(
+        expected.train_metrics_clientapp
+    )
+    moved = -np.diff(np.stack([*grid.models, flat(result.arrays)]), axis=0)
+    # Ties are known from the second round on.
+    for actual, foreseen in list(zip(moved, grid.foreseen, strict=True))[len(keys) - 1 :]:
+        np.testing.assert_allclose(actual, foreseen, rtol=1e-3, atol=1e-5)
+    # The second run of a strategy still begins like its first.
+    again = strategy.start(InProcessGrid(quadratic_app(), 7, {}), quadratic_model(*keys), 4)
+    assert same_bits(again.arrays, expected.arrays)
+
+
+class Refuses(GMD):
+    """Fails on its second round."""
+
+    def __init__(self) -> None:
+        super().__init__(seed=1, device="cpu")
+        self.rounds = 0
+
+    def aggregate(self, current: Any) -> Any:
+        self.rounds += 1
+        if self.rounds == 2:
+            raise ValueError("not again")
+        return super().aggregate(current)
+
+
+def test_a_preview_of_rounds_that_come_to_nothing() -> None:
+    model, rows = quadratic_model("left"), torch.ones(5, TARGET.size)
+    strategy = Refuses()
+    with pytest.raises(RuntimeError, match="before configure_train"):
+        strategy.preview(rows, [1, 2, 3, 4, 5], [1.0] * 5, 1)
+    strategy.open_round(1, model, ConfigRecord())
+    assert strategy.preview(rows, [1, 2, 3, 4, 5], [1.0] * 5, 3)[0] == pytest.approx(2.0)
+    assert not strategy.preview(rows[:2], [1, 2], [1.0] * 2, 1).any()
+    for wrong in ((rows[:, 1:], [1, 2, 3, 4, 5], 1), (rows, [1], 1), (rows, [1, 2, 3, 4, 5], 0)):
+        with pytest.raises(ValueError, match="allowed"):
+            strategy.preview(wrong[0], wrong[1], [1.0] * 5, wrong[2])
+
+
+@pytest.mark.parametrize("attack", ["memory-takeover", "memory-consistent", "fang"])
+def test_attacks_that_know_the_rule_find_what_the_printed_memory_lets_in(attack: str) -> None:
+    """The default memory ends about where the geometric median does, which has none to enter."""
+
+    def distance(rule: Any, **given: Any) -> float:
+        plan = AttackPlan((attack,), fraction=0.4, selection="fixed", seed=3)
+        strategy = rule(
+            seed=1, byzantine_fraction=0.4, fraction_evaluate=0.0, device="cpu", **given
+        )
+        inner = InProcessGrid(quadratic_app(), 10, {})
+        grid = AdversarialGrid(inner, plan, 10, strategy.preview)
+        result = strategy.start(grid, quadratic_model("left"), num_rounds=60)
+        assert grid.played == {attack: 240}
+        off = result.arrays["left"].numpy() - TARGET
+        return float(np.linalg.norm(off) / np.linalg.norm(TARGET))
+
+    median, robust, printed = distance(GMD), distance(BGMD), distance(BGMD, memory="mean")
+    assert robust < 1.1 * median
+    assert printed > 1.5 * robust
+    if attack != "fang":
+        assert printed > 1000
 
 
 def test_a_thousand_clients_take_a_moment() -> None:

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fl_bgmd import attacks
-from fl_bgmd.attacks import ATTACKS, AttackPlan, View, byzantine_clients, byzantine_roles
+from fl_bgmd.aggregators import geometric_median
+from fl_bgmd.attacks import (
+    ATTACKS,
+    OMNISCIENT,
+    AttackPlan,
+    View,
+    byzantine_clients,
+    byzantine_roles,
+)
 from fl_bgmd.data import load
 from fl_bgmd.mods import ByzantineMod
 from simulations.adversary import AdversarialGrid
@@ -51,6 +60,7 @@ def make_view(d: int = 50, honest: int = 6, hostile: int = 4, seed: int = 0) -> 
         colluder_ids=tuple(range(honest, honest + hostile)),
         honest_ids=tuple(range(honest)),
         memory={"noted": 3},
+        outcome=lambda lie, rounds: rounds * lie,
     )
 
 
@@ -61,8 +71,8 @@ def test_every_attack_of_the_papers_and_peers_is_there() -> None:
     assert set(ATTACKS) == {
         *("bit-flip", "gaussian", "replace-gaussian", "ascent", "sign-flip", "zero", "random"),
         *("nan", "inf", "huge", "free-rider", "delayed", "block-hijack", "alie", "ipm", "mimic"),
-        *("min-max", "min-sum", "memory-poison", "backdoor", "label-shift", "random-labels"),
-        *("image-noise", "impulse", "blur"),
+        *("min-max", "min-sum", "memory-poison", "memory-takeover", "memory-consistent", "fang"),
+        *("backdoor", "label-shift", "random-labels", "image-noise", "impulse", "blur"),
     }
 
 
@@ -110,7 +120,12 @@ def test_an_attack_works_with_what_it_declares_to_know_and_changes_nothing(name:
 
 @pytest.mark.parametrize(
     ("knows", "colluders", "honest"),
-    [("own", False, False), ("colluders", True, False), ("all", True, True)],
+    [
+        ("own", False, False),
+        ("colluders", True, False),
+        ("all", True, True),
+        ("rule", True, True),
+    ],
 )
 @pytest.mark.parametrize("remembers", [False, True])
 def test_a_view_shows_no_more_than_was_declared(
@@ -121,9 +136,10 @@ def test_a_view_shows_no_more_than_was_declared(
     assert (limited.honest is not None) == bool(limited.honest_ids) == honest
     assert bool(limited.past) == (remembers and knows == "own")
     assert bool(limited.memory) == (remembers and knows != "own")
+    assert (limited.outcome is not None) == (knows == "rule")
 
 
-@pytest.mark.parametrize("name", [n for n in UPDATE_ATTACKS if ATTACKS[n].knows != "all"])
+@pytest.mark.parametrize("name", [n for n in UPDATE_ATTACKS if ATTACKS[n].knows not in OMNISCIENT])
 def test_what_an_attack_does_not_know_cannot_change_what_it_sends(name: str) -> None:
     attack, view = ATTACKS[name], make_view()
     other = make_view(seed=1)
@@ -257,6 +273,116 @@ def test_memory_poison_is_plausible_where_it_is_looked_at() -> None:
     poisoned = attacks.memory_poison(rows, 100.0)
     torch.testing.assert_close(poisoned[:20], rows.mean(0)[:20])
     torch.testing.assert_close(poisoned[20:], -100 * rows.mean(0)[20:])
+
+
+def test_memory_takeover_is_the_median_where_the_block_is_and_a_push_elsewhere() -> None:
+    rows = torch.randn(5, 10, dtype=torch.float64) * 0.01
+    rows[:, :3] += torch.tensor([5.0, 5.0, 5.0, 5.0, 50.0])[:, None]
+    running = torch.arange(10, dtype=torch.float64)
+    lie = attacks.memory_takeover(rows, running, 3.0)
+    median = geometric_median(rows[:, :3]).vector
+    torch.testing.assert_close(lie[:3], median, rtol=0.0, atol=1e-2)
+    assert float(rows.mean(0)[0] - lie[0]) > 8  # not the mean, which one client moved
+    torch.testing.assert_close(lie[3:], -3 * running[3:])
+
+
+def test_memory_consistent_has_the_honest_length_against_the_running_mean() -> None:
+    rows = torch.zeros(3, 10)
+    rows[:, :2] = torch.tensor([[3.0, 4.0], [6.0, 8.0], [9.0, 12.0]])
+    running = torch.ones(10)
+    lie = attacks.memory_consistent(rows, running, 0.5)
+    assert lie[:2].tolist() == [6.0, 8.0]
+    # The median norm is 10, the direction has 1 / sqrt(10) in each coordinate.
+    torch.testing.assert_close(lie[2:], torch.full((8,), -0.5 * 10 / math.sqrt(10)))
+    assert attacks.memory_consistent(rows, torch.zeros(10))[2:].tolist() == [0.0] * 8
+
+
+def test_the_directed_deviation_is_beyond_the_extreme_against_the_mean() -> None:
+    rows = torch.tensor([[1.0, -1.0, -4.0, 0.0], [3.0, 5.0, -2.0, 0.0]])
+    assert attacks.directed_deviation(rows, 1.0).tolist() == [1.0, -1.0, -2.0, 0.0]
+    assert attacks.directed_deviation(rows, 2.0).tolist() == [0.0, -2.0, 0.0, 0.0]
+    assert attacks.directed_deviation(rows, 5.0).tolist() == [-3.0, -5.0, 6.0, 0.0]
+
+
+# ---------------------------------------------------------------------- searched strengths
+
+SEARCHED = {
+    "memory-takeover": (0.5, 1.0, 3.0, 10.0, 30.0, 100.0),
+    "memory-consistent": (0.25, 0.5, 1.0, 2.0, 5.0, 20.0),
+    "fang": (1.0, 1.25, 2.0, 5.0),
+}
+
+
+def lie_of(name: str, view: View, strength: float = 0.0) -> Tensor:
+    apply = ATTACKS[name].apply
+    assert apply is not None
+    return apply(view, strength)
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+@pytest.mark.parametrize("worst", [0, 2, -1])
+def test_the_strength_that_harms_most_is_found_and_kept_for_twelve_rounds(
+    name: str, worst: int
+) -> None:
+    """Under a rule that lets one strength through, and every other one undone."""
+    honest = make_view().honest
+    assert honest is not None
+    wanted = SEARCHED[name][worst]
+    allowed = lie_of(name, replace(make_view(), memory={}), wanted)
+    tried: list[int] = []
+
+    def outcome(lie: Tensor, rounds: int) -> Tensor:
+        tried.append(rounds)
+        return -rounds * honest.mean(0) if torch.equal(lie, allowed) else torch.zeros_like(lie)
+
+    view = replace(make_view(), memory={}, outcome=outcome)
+    for number in range(13):
+        # The honest updates stay, so the running mean does up to its rounding.
+        view.memory.pop("running-mean", None)
+        assert torch.equal(lie_of(name, view), allowed), number
+        searches = 1 + number // 12
+        assert tried == [6] * len(SEARCHED[name]) * searches
+    assert view.memory["strength"] == wanted
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_a_fixed_strength_asks_nobody(name: str) -> None:
+    def outcome(lie: Tensor, rounds: int) -> Tensor:
+        raise AssertionError
+
+    view = replace(make_view(), memory={}, outcome=outcome)
+    assert torch.equal(
+        lie_of(name, view, 3.0), lie_of(name, replace(view, memory={}, outcome=None), 3.0)
+    )
+
+
+def test_without_the_rule_nothing_is_searched() -> None:
+    view = replace(make_view(), memory={}, outcome=None)
+    assert torch.equal(lie_of("fang", view), lie_of("fang", view, 2.0))
+    for name in ("memory-takeover", "memory-consistent"):
+        with pytest.raises(ValueError, match=r"strength is 0 .*allowed: a strength above"):
+            lie_of(name, view)
+
+
+def test_an_outcome_that_is_no_number_is_not_the_worst() -> None:
+    def outcome(lie: Tensor, rounds: int) -> Tensor:
+        tried.append(rounds)
+        return lie * (1.0 if len(tried) == 2 else math.nan)
+
+    tried: list[int] = []
+    view = replace(make_view(), memory={}, outcome=outcome)
+    lie_of("fang", view)
+    assert view.memory["strength"] == SEARCHED["fang"][1]
+
+
+def test_the_running_mean_follows_the_honest_means() -> None:
+    view = replace(make_view(), memory={})
+    honest = view.honest
+    assert honest is not None
+    lie_of("memory-takeover", view, 1.0)
+    assert torch.equal(view.memory["running-mean"], honest.mean(0))
+    lie_of("memory-takeover", replace(view, honest=3 * honest), 1.0)
+    torch.testing.assert_close(view.memory["running-mean"], 1.2 * honest.mean(0))
 
 
 # -------------------------------------------------------------------------------- data
@@ -456,6 +582,80 @@ def test_alie_knows_how_many_are_hostile_when_others_play_another_attack() -> No
     assert lies == pytest.approx([expected] * 2, rel=1e-4)
 
 
+def test_the_outcome_is_of_all_rows_with_the_lie_in_the_players_places() -> None:
+    """By partitions, whatever the order in which replies arrive, and the same lie with it."""
+
+    class Shuffled(InProcessGrid):
+        def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+            return list(super().send_and_receive(messages, timeout=timeout))[::-1]
+
+    plan = AttackPlan(("memory-takeover", "zero"), fraction=0.4, seed=3)
+    roles = plan.roles(10, 1)
+    config = {"attack": "memory-takeover+zero", "byzantine-fraction": 0.4, "seed": 3}
+    found = []
+    for kind in (InProcessGrid, Shuffled):
+        asked: list[tuple[Tensor, list[int], list[float], int]] = []
+
+        def preview(rows: Tensor, nodes: list[int], examples: list[float], rounds: int) -> Tensor:
+            asked.append((rows, nodes, examples, rounds))  # noqa: B023 - used within the turn
+            return rows.mean(0)
+
+        inner = kind(echo_app([ByzantineMod()]), 10, config)
+        grid = AdversarialGrid(inner, plan, 10, preview)
+        messages = [
+            train_message(regression_model(), node, {"server-round": 1}, "train")
+            for node in grid.get_node_ids()
+        ]
+        replies = {
+            int(reply.content["metrics"]["partition-id"]): reply
+            for reply in grid.send_and_receive(messages)
+        }
+        assert len(asked) == len(SEARCHED["memory-takeover"])
+        rows, nodes, examples, rounds = asked[-1]
+        assert (examples, rounds) == ([1.0] * 10, 6)
+        assert nodes == [replies[p].metadata.src_node_id for p in range(10)]
+        for partition in range(10):
+            values = rows[partition].numpy()
+            if partition not in roles:
+                np.testing.assert_allclose(values, partition + 1.0, rtol=1e-5)
+            elif roles[partition] == "zero":
+                assert not values.any()
+            else:
+                assert values.min() < -100  # the last one tried, 100 times the mean
+        found.append(
+            (asked, {p: reply.content["arrays"]["weight"] for p, reply in replies.items()})
+        )
+    [(first, sent), (second, resent)] = found
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, second, strict=True))
+    assert all(np.array_equal(sent[p].numpy(), resent[p].numpy()) for p in range(10))
+
+
+def test_what_a_search_has_found_outlives_a_restart(tmp_path: Path) -> None:
+    plan = AttackPlan(("memory-takeover",), fraction=0.4, selection="fixed", seed=3)
+    asked: list[int] = []
+
+    def preview(rows: Tensor, nodes: list[int], examples: list[float], rounds: int) -> Tensor:
+        asked.append(rounds)
+        return rows.mean(0)
+
+    def lies(grid: AdversarialGrid, number: int) -> list[bytes]:
+        messages = [
+            train_message(regression_model(), node, {"server-round": number}, "train")
+            for node in grid.get_node_ids()
+        ]
+        return [r.content["arrays"]["weight"].data for r in grid.send_and_receive(messages)]
+
+    first, second = (
+        AdversarialGrid(InProcessGrid(echo_app(), 10, {}), plan, 10, preview) for _ in range(2)
+    )
+    lies(first, 1)
+    assert len(asked) == 6
+    torch.save(first.state_dict(), tmp_path / "state")
+    second.load_state_dict(torch.load(tmp_path / "state"))
+    assert lies(first, 2) == lies(second, 2)
+    assert len(asked) == 6
+
+
 def test_colluders_need_nobody_honest() -> None:
     [_, grid] = play(AttackPlan(("alie",), fraction=1.0))
     assert grid.played == {"alie": 10}
@@ -554,7 +754,8 @@ def test_the_backdoor_is_measured() -> None:
 # screened (nan, inf), or only a harder image (image-noise, impulse, blur).
 BREAKS_AVERAGING = {
     *("bit-flip", "gaussian", "replace-gaussian", "sign-flip", "ascent", "huge"),
-    *("block-hijack", "memory-poison", "backdoor", "label-shift"),
+    *("block-hijack", "memory-poison", "memory-takeover", "memory-consistent", "fang"),
+    *("backdoor", "label-shift"),
 }
 
 
@@ -598,6 +799,7 @@ def test_averaging_under_each_attack(name: str, averaging: Callable[[str], float
         ({"attack": "backdoor", "attack.scale": 10.0}, "an integer, 1 to 9; 0: the preset's"),
         ({"attack": "delayed", "attack.scale": 0.5}, "an integer, 1 or more; 0: the preset's"),
         ({"attack": "impulse", "attack.scale": 90.0}, "up to 1; 0: the preset's"),
+        ({"attack": "fang", "attack.scale": 0.5}, "1 or more; 0: searched"),
         (
             {"attack": "bit-flip+alie", "byzantine-fraction": 0.3},
             "with alie played by 1; allowed: by 2 hostile",
