@@ -1,7 +1,7 @@
 """The robust memory of the block rule: it converges, and colluders cannot enter it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import oracles
@@ -13,8 +13,19 @@ from fl_bgmd.aggregators import BlockMemory, block_geometric_median, geometric_m
 from fl_bgmd.aggregators.location import robust_weights, sketch
 from fl_bgmd.aggregators.memory import fading
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Rule = Callable[[Tensor], Tensor]
 CLIENTS, DIMENSIONS = 10, 12_000
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A second thread costs more than it saves on rows as short as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def block_rule(memory_rule: str = "robust") -> Rule:
