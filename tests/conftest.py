@@ -1,8 +1,12 @@
 """Settings of the whole suite: Flower and Ray keep quiet, torch uses the machine's two cores."""
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
@@ -11,3 +15,12 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 # The helper modules beside the tests.
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def flowers_log() -> Iterator[None]:
+    """Leave Flower's log as loud as it was: the command line turns it off."""
+    log = logging.getLogger("flwr")
+    before = log.level
+    yield
+    log.setLevel(before)

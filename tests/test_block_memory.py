@@ -21,7 +21,7 @@ CLIENTS, DIMENSIONS = 10, 12_000
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """A second thread costs more than it saves on rows as short as these."""
+    """Keep to one thread: a second costs more than it saves on rows as short as these."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
