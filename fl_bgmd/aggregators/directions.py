@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .rows import Block, combine, dot, native, sum_strips
+from .rows import Block, combine, dot, native, numbers, sum_strips
 
 Array = NDArray[np.float64]
 
@@ -88,8 +88,7 @@ def _multiply(rows: Tensor, middle: Tensor, weights: Array, vector: Array) -> tu
     direction = native(vector, rows)
 
     def multiply(part: slice, block: Block) -> Block:
-        inner = dot(block, direction)
-        along[part] = inner.cpu().numpy() if isinstance(inner, Tensor) else inner
+        along[part] = numbers(dot(block, direction))
         return dot(native(weights[part] * along[part], rows), block)
 
     product: Array = sum_strips(multiply, rows, -middle)

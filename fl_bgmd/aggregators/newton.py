@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .certificate import HullPoint, better
 from .coordinates import coordinate_median
-from .rows import Block, dot, native, squared_sizes, sum_strips
+from .rows import Block, dot, native, numbers, squared_sizes, sum_strips
 
 Array = NDArray[np.float64]
 
@@ -123,22 +123,16 @@ def _look(rows: Tensor, row_weights: Array, y: Array, step: Array | None = None)
     direction = None if step is None else native(step, rows)
 
     def look(part: slice, block: Block) -> Block:
-        distances[part] = np.sqrt(_numbers(squared_sizes(block)))
+        distances[part] = np.sqrt(numbers(squared_sizes(block)))
         near = distances[part] <= 8 * _EPSILON * (distances[part] + size)
         coincident[part] = near
         pulls[part] = np.where(near, 0.0, row_weights[part] / np.where(near, 1.0, distances[part]))
         if direction is not None:
-            along[part] = _numbers(dot(block, direction))
+            along[part] = numbers(dot(block, direction))
         return dot(native(pulls[part], rows), block)
 
     resultant = sum_strips(look, rows, torch.from_numpy(-y))
     return _View(y, distances, coincident, pulls, resultant, along)
-
-
-def _numbers(values: Block) -> Array:
-    """Return what was computed on a block as a NumPy array."""
-    result: Array = values.cpu().numpy() if isinstance(values, Tensor) else values
-    return result
 
 
 def _nearest(view: _View, row_weights: Array) -> int:
@@ -227,7 +221,7 @@ def _hessian_product(rows: Tensor, view: _View, vector: Array) -> tuple[Array, A
     direction = native(vector, rows)
 
     def multiply(part: slice, block: Block) -> Block:
-        along[part] = _numbers(dot(block, direction))
+        along[part] = numbers(dot(block, direction))
         shares = view.pulls[part] * (along[part] / safe[part] / safe[part])
         return dot(native(shares, rows), block)
 

@@ -153,7 +153,7 @@ def sum_blocks(
             if offset is not None:
                 block += offset[columns]
             total = total + function(columns, block)
-        return total.cpu().numpy() if isinstance(total, Tensor) else total
+        return numbers(total)
     values = None if updates.dtype in (torch.float16, torch.bfloat16) else updates.detach().numpy()
     shift = None if offset is None else offset.detach().numpy()
 
@@ -212,7 +212,7 @@ def sum_strips(
             if shift is not None:
                 block += shift
             total = total + function(rows, block)
-        return total.cpu().numpy() if isinstance(total, Tensor) else total
+        return numbers(total)
 
     if not on_cpu:
         return sum_range(slice(0, n))
@@ -224,6 +224,11 @@ def native(values: NDArray[Any] | Tensor, updates: Tensor) -> Any:
     if updates.device.type == "cpu":
         return values.detach().numpy() if isinstance(values, Tensor) else values
     return torch.as_tensor(values).to(updates.device)
+
+
+def numbers(values: Any) -> Any:
+    """Return what was computed on a block as NumPy values."""
+    return values.cpu().numpy() if isinstance(values, Tensor) else values
 
 
 def dot(a: Any, b: Any) -> Any:
@@ -364,7 +369,7 @@ def measure_strips(
             others = native(updates[:, columns].to(torch.float64, copy=True), updates)
             others += shift[columns]
             total += dot(others[rows], others.T)
-        return total.cpu().numpy() if isinstance(total, Tensor) else total
+        return numbers(total)
 
     def measure(part: slice) -> None:
         for start in range(part.start, part.stop, height):
