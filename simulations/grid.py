@@ -7,6 +7,7 @@ strategies: tests and long experiments use it.
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from itertools import count
+from threading import Lock
 from typing import Any
 
 from flwr.app import (
@@ -80,6 +81,7 @@ class InProcessGrid(Grid):
         self._client_app = client_app
         self._prepare = prepare
         self._message_ids = count(1)
+        self._one_at_a_time = Lock()  # the older API asks each client from a thread of its own
         self._replies: dict[str, Message] = {}
         self._contexts = {
             node: Context(
@@ -161,7 +163,8 @@ class InProcessGrid(Grid):
         """Call the ClientApp with content of its own, as if it had travelled."""
         message.content = _copy(message.content)
         try:
-            reply = self._client_app(message, self._contexts[message.metadata.dst_node_id])
+            with self._one_at_a_time:
+                reply = self._client_app(message, self._contexts[message.metadata.dst_node_id])
             if not isinstance(reply, Message):
                 raise TypeError(f"the ClientApp returned a {type(reply).__name__}, not a Message")
         except (Exception, SystemExit) as error:  # what a SuperNode does with a client that fails

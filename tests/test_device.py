@@ -171,7 +171,8 @@ def test_the_block_and_its_memory(memory_rule: str, dtype: torch.dtype, gpu: tor
 
 
 def test_a_sampled_block(gpu: torch.device) -> None:
-    result = block_geometric_median(rows_of(torch.float32).to(gpu), generator=seeded())
+    rows = rows_of(torch.float32).to(gpu)
+    result = block_geometric_median(rows, generator=seeded(), min_block_size=1)
     block = result.block.cpu()
     assert result.block.device.type == "cuda"
     assert len(block.unique()) == D // 10
