@@ -1,0 +1,268 @@
+"""Options, declared once: a parameter's annotation, default and docstring say all there is to say.
+
+``def rule(updates, *, trim_fraction: Share | None = None)`` is the whole declaration. Checks, error
+messages, configuration keys, command line and :func:`help` are derived from it.
+"""
+
+import difflib
+import functools
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+Share = Annotated[float, Ge(0), Lt(0.5)]
+"""A share of the clients that leaves the others the majority."""
+
+Fraction = Annotated[float, Gt(0), Le(1)]
+NonNegative = Annotated[float, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+Count = Annotated[int, Ge(1)]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class OptionError(TypeError, ValueError):
+    """An option that does not exist, or a value that is not allowed."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """In an annotation: what the option is called where it is not the parameter's name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """In an annotation: what may be given, in words, where bounds and type do not say it."""
+
+    text: str
+
+
+class Operation:
+    """In an annotation: how a run is operated, no part of what it computes.
+
+    A checkpoint may be resumed with another value.
+    """
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    Attributes
+    ----------
+    name : str
+        As in Python; :attr:`key` is its kebab-case form in configurations.
+    parameter : str
+        The parameter of the function or class that takes it.
+    annotation : type
+        With its bounds (``annotated_types``).
+    default : object
+        ``inspect.Parameter.empty`` where there is none.
+    help : str
+        The first sentence of its documentation.
+    """
+
+    name: str
+    parameter: str
+    annotation: Any
+    default: Any = inspect.Parameter.empty
+    help: str = ""
+
+    @property
+    def key(self) -> str:
+        """The name in run configurations and on the command line."""
+        return self.name.replace("_", "-")
+
+    @property
+    def allowed(self) -> str:
+        """What may be given, in words."""
+        return allowed_by(self.annotation)
+
+    @property
+    def is_operation(self) -> bool:
+        """Whether it is no part of what a run computes."""
+        return any(isinstance(mark, Operation) or mark is Operation for mark in self._marks)
+
+    @property
+    def _marks(self) -> tuple[Any, ...]:
+        return getattr(self.annotation, "__metadata__", ())
+
+    def check(self, value: Any) -> Any:
+        """Return the value; raise :class:`OptionError` unless it is allowed."""
+        if value is self.default:
+            return value
+        try:
+            return _adapter(self.annotation).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise self._error(value, error) from None
+
+    def parse(self, text: Any) -> Any:
+        """Return what a text stands for; values of other types are checked as they are."""
+        if not isinstance(text, str):
+            return self.check(text)
+        if text == "none" and _takes_none(self.annotation):
+            return None
+        try:
+            return _adapter(self.annotation).validate_python(text)
+        except ValidationError as error:
+            raise self._error(text, error) from None
+
+    def _error(self, value: Any, error: ValidationError) -> OptionError:
+        reasons = [e["ctx"]["error"] for e in error.errors() if e["type"] == "value_error"]
+        why = f" ({reasons[0]})" if reasons else ""
+        return OptionError(f"{self.name} is {value!r}{why}; allowed: {self.allowed}")
+
+
+Options = Mapping[str, Option]
+
+
+@functools.cache
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+
+
+def declared(
+    function: Callable[..., Any], but: Iterable[str] = (), documented_by: Any = None
+) -> dict[str, Option]:
+    """Return the keyword options that a function or class takes, by their names.
+
+    ``but`` names parameters that are no options; help comes from the NumPy docstring of the
+    function, or of ``documented_by``.
+    """
+    hints = typing.get_type_hints(function, include_extras=True)
+    help = documentation(documented_by or function)
+    found = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is not parameter.KEYWORD_ONLY or parameter.name in but:
+            continue
+        annotation = hints.get(parameter.name, Any)
+        marks = getattr(annotation, "__metadata__", ())
+        name = next((m.name for m in marks if isinstance(m, Named)), parameter.name)
+        text = help.get(name, help.get(parameter.name, ""))
+        found[name] = Option(name, parameter.name, annotation, parameter.default, text)
+    return found
+
+
+def documentation(documented: Any) -> dict[str, str]:
+    """Return the first sentence that a NumPy docstring has on each parameter."""
+    text = inspect.getdoc(documented) or ""
+    _, _, section = text.partition("Parameters\n----------\n")
+    section = re.split(r"\n\w[\w ]*\n-{3,}\n", section)[0]
+    found = {}
+    for names, body in re.findall(
+        r"^(\S[^\n]*?)(?: : [^\n]*)?\n((?:[ \t]+[^\n]*\n?|\n)*)", section, re.M
+    ):
+        sentence = re.split(r"(?<=[.:;])\s", " ".join(body.split()), maxsplit=1)[0].rstrip(".:;")
+        for name in names.split(","):
+            found[name.strip().lstrip("*")] = sentence
+    return found
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint at the nearest known name, or at all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return (
+        f"did you mean {close[0]!r}?" if close else f"it has: {', '.join(sorted(known)) or 'none'}"
+    )
+
+
+def check_all(owner: str, given: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """Return the given options by their parameters' names, each checked.
+
+    Raises :class:`OptionError` for one that does not exist, with the nearest that does, or whose
+    value is not allowed.
+    """
+    for name in given:
+        if name not in options:
+            raise OptionError(f"{owner} has no option {name!r}; {nearest(name, options)}")
+    return {options[name].parameter: options[name].check(value) for name, value in given.items()}
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Check a function's keyword options by their declaration whenever it is called."""
+    options = {option.parameter: option for option in declared(function).values()}
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name, value in kwargs.items():
+            if name in options:
+                options[name].check(value)
+        return function(*args, **kwargs)
+
+    return call
+
+
+# ------------------------------------------------------------------------------------ in words
+
+_WORDS: dict[Any, str] = {
+    int: "a whole number (int)",
+    float: "a number (int or float)",
+    bool: "True or False",
+    str: "a string",
+    type(None): "None",
+}
+
+
+def allowed_by(annotation: Any) -> str:
+    """Return what an annotation allows, in words."""
+    marks = getattr(annotation, "__metadata__", ())
+    for mark in marks:
+        if isinstance(mark, Allowed):
+            return mark.text
+    if marks:
+        inner = annotation.__origin__
+        members = _members(inner)
+        if len(members) == 1 and inner in (int, float):
+            return _bounds(inner, marks)
+        return allowed_by(inner)
+    members = _members(annotation)
+    if len(members) > 1:
+        # None last: it is the exception.
+        ordered = sorted(members, key=lambda member: member is type(None))
+        return ", or ".join(allowed_by(member) for member in ordered)
+    if typing.get_origin(annotation) is Literal:
+        return ", ".join(str(value) for value in typing.get_args(annotation))
+    origin = typing.get_origin(annotation) or annotation
+    if origin is Callable or origin is typing.get_origin(Callable[..., Any]):
+        return "a function"
+    return _WORDS.get(origin) or f"a {getattr(origin, '__name__', origin)}"
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """Return the types of a union, or the one that there is."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if is_union else (annotation,)
+
+
+def _takes_none(annotation: Any) -> bool:
+    inner = (
+        getattr(annotation, "__origin__", annotation)
+        if hasattr(annotation, "__metadata__")
+        else annotation
+    )
+    return any(member is type(None) for member in _members(inner))
+
+
+def _bounds(kind: type, marks: Iterable[Any]) -> str:
+    low, high, above, below = -math.inf, math.inf, False, False
+    for mark in marks:
+        if isinstance(mark, Ge | Gt):
+            low, above = float(getattr(mark, "ge", getattr(mark, "gt", 0))), isinstance(mark, Gt)
+        if isinstance(mark, Le | Lt):
+            high, below = float(getattr(mark, "le", getattr(mark, "lt", 0))), isinstance(mark, Lt)
+    whole = "a whole number, " if kind is int else ""
+    if high == math.inf:
+        return f"{whole}above {low:g}" if above else f"{whole}{low:g} or more"
+    return f"{whole}{'above ' if above else ''}{low:g} to {'below ' if below else ''}{high:g}"
