@@ -15,30 +15,10 @@ from torch import Tensor
 from fl_bgmd.replies import BUFFER_DTYPE, ModelLayout, Screened, partition_id, records_of, screen
 from fl_bgmd.shares import hostile_count
 
+from .figures import Figures
+from .step import Round
+
 LOG = logging.getLogger("flwr.fl_bgmd")
-
-
-@dataclass(frozen=True)
-class Round:
-    """The accepted replies of a round, in a reproducible order: what a rule works on.
-
-    Attributes
-    ----------
-    updates : Tensor
-        (n, d): row i is ``global - local_i``, tied arrays once. The strategy owns it and may
-        overwrite it.
-    weights : Tensor or None
-        float64 (n,) under ``weighting="examples"``.
-    nodes : list of int
-        The node id behind each row; after mixing, that of the row's own client.
-    norms : Tensor or None
-        float64 (n,): the norms of the uncompressed updates where all clients report them.
-    """
-
-    updates: Tensor
-    weights: Tensor | None
-    nodes: list[int]
-    norms: Tensor | None = None
 
 
 @dataclass
@@ -85,29 +65,29 @@ class Intake:
     bytes_up: int = 0
     bytes_rejected: int = 0
 
-    def round(self, weighting: str, device: torch.device, byzantine_fraction: float) -> Round:
-        """Return the accepted replies for the rule."""
-        count = len(self.accepted)
+    def round(
+        self, rows: Tensor, weighting: str, device: torch.device, byzantine_fraction: float
+    ) -> Round:
+        """Return the accepted replies for the rule, their rows (n, width) with each tensor once."""
         norms = [screened.norm for screened in self.accepted]
         examples = [screened.num_examples for screened in self.accepted]
         return Round(
-            self.rows[:count].to(device),
+            rows.to(device),
             capped_examples(examples, byzantine_fraction) if weighting == "examples" else None,
             self.nodes,
             None if None in norms else torch.tensor(norms, dtype=torch.float64),
         )
 
-    def describe(self, metrics: MetricRecord) -> None:
-        """Write the counts into a round's metrics."""
-        metrics["accepted"] = len(self.accepted)
-        metrics["rejected"] = self.rejected.total()
-        for reason, number in sorted(self.rejected.items()):
-            metrics[f"rejected-{reason}"] = number
-        if self.dropped:
-            metrics["dropped-metrics"] = self.dropped
-        metrics["bytes-up"] = self.bytes_up
-        if self.rejected:
-            metrics["bytes-rejected"] = self.bytes_rejected
+    def figures(self) -> Figures:
+        """Return the counts of a round."""
+        return Figures(
+            accepted=len(self.accepted),
+            rejected=self.rejected.total(),
+            reasons=dict(sorted(self.rejected.items())),
+            dropped_metrics=self.dropped or None,
+            bytes_up=self.bytes_up,
+            bytes_rejected=self.bytes_rejected if self.rejected else None,
+        )
 
 
 def capped_examples(counts: Sequence[float], byzantine_fraction: float) -> Tensor:

@@ -26,29 +26,13 @@ from flwr.common import (
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
-from flwr.serverapp.strategy import FedAvg as MessageFedAvg
 
+from fl_bgmd.options import check_all, declared
 from fl_bgmd.replies import PACKED_KEY, ModelLayout, declared_array, median_metrics
 
-from . import bgmd, clipping, cmd, gmd, krum, mean, norm_threshold, robust_filter
-from .checks import check_options, options_of
+from . import rules
 from .robust import RobustStrategy
-
-__all__ = [
-    "BGMD",
-    "CMD",
-    "GMD",
-    "QBGMD",
-    "CenteredClipping",
-    "FedBGMD",
-    "Krum",
-    "LegacyStrategy",
-    "Mean",
-    "MultiKrum",
-    "NormThreshold",
-    "RobustFilter",
-    "TrimmedMean",
-]
+from .settings import FLOWERS_OPTIONS, OWN_OPTIONS, OwnRounds, options_of
 
 LOG = logging.getLogger("flwr.fl_bgmd")
 
@@ -59,20 +43,9 @@ _FAILED = 2
 
 AnyRes = TypeVar("AnyRes", FitRes, EvaluateRes)
 
-_OWN_ROUNDS = frozenset(
-    (
-        "bench_after",
-        "bench_rounds",
-        "checkpoints",
-        "downlink_compressor",
-        "node_wait_timeout",
-        "too_few_nodes",
-    )
-)
-"""Options of the strategies' own rounds: those of the older API are Flower's."""
-
 _OPTIONS = frozenset(inspect.signature(FedAvg).parameters)
-_MESSAGE_OPTIONS = frozenset(inspect.signature(MessageFedAvg).parameters) - _OPTIONS
+_MESSAGE_OPTIONS = frozenset(FLOWERS_OPTIONS) - _OPTIONS
+_OWN_ROUNDS = frozenset(name for name, option in OWN_OPTIONS.items() if option.has(OwnRounds))
 
 
 class LegacyStrategy(FedAvg):
@@ -117,14 +90,15 @@ class LegacyStrategy(FedAvg):
             raise TypeError(
                 f"{', '.join(foreign)}: not for the older API, whose rounds are Flower's"
             )
-        rule_options = options_of(self.rule_type)
-        for name in _MESSAGE_OPTIONS | _OWN_ROUNDS:
-            rule_options.pop(name, None)
-        check_options(
-            type(self).__name__,
-            {"parameter_names": parameter_names, **options},
-            rule_options | options_of(type(self)),
-        )
+        left_out = _MESSAGE_OPTIONS | _OWN_ROUNDS
+        known = {
+            name: option
+            for name, option in options_of(self.rule_type).items()
+            if name not in left_out
+        }
+        known |= declared(FedAvg.__init__, ("self",), positional=True)
+        known |= declared(LegacyStrategy.__init__)
+        check_all(type(self).__name__, {"parameter_names": parameter_names, **options}, known)
         super().__init__(**{name: options.pop(name) for name in _OPTIONS & options.keys()})
         self.parameter_names = None if parameter_names is None else list(parameter_names)
         self._combined: Metrics = {}
@@ -330,73 +304,23 @@ def _scalars(metrics: MetricRecord | None) -> Metrics:
     return {key: value for key, value in (metrics or {}).items() if isinstance(value, int | float)}
 
 
-class BGMD(LegacyStrategy):
-    """:class:`fl_bgmd.strategies.BGMD` for the older API."""
-
-    rule_type = bgmd.BGMD
-
-
-class CMD(LegacyStrategy):
-    """:class:`fl_bgmd.strategies.CMD` for the older API."""
-
-    rule_type = cmd.CMD
+def _older(rule_type: type[RobustStrategy]) -> type[LegacyStrategy]:
+    """Return the older twin of a strategy."""
+    text = f":class:`fl_bgmd.strategies.{rule_type.__name__}` for the older API."
+    own = {"rule_type": rule_type, "__doc__": text, "__module__": __name__}
+    return type(rule_type.__name__, (LegacyStrategy,), own)
 
 
-class GMD(LegacyStrategy):
-    """:class:`fl_bgmd.strategies.GMD` for the older API."""
+_TWINS = {
+    name: _older(found)
+    for name, found in vars(rules).items()
+    if isinstance(found, type) and issubclass(found, RobustStrategy) and found.spec
+}
+globals().update(_TWINS)
 
-    rule_type = gmd.GMD
-
-
-class QBGMD(LegacyStrategy):
-    """:class:`fl_bgmd.strategies.QBGMD` for the older API."""
-
-    rule_type = bgmd.QBGMD
+__all__ = ["LegacyStrategy", *sorted(_TWINS)]
 
 
-class CenteredClipping(LegacyStrategy):
-    """:class:`fl_bgmd.strategies.CenteredClipping` for the older API."""
-
-    rule_type = clipping.CenteredClipping
-
-
-class FedBGMD(LegacyStrategy):
-    """:class:`fl_bgmd.strategies.FedBGMD` for the older API."""
-
-    rule_type = bgmd.FedBGMD
-
-
-class Krum(LegacyStrategy):
-    """:class:`fl_bgmd.strategies.Krum` for the older API."""
-
-    rule_type = krum.Krum
-
-
-class Mean(LegacyStrategy):
-    """:class:`fl_bgmd.strategies.Mean` for the older API."""
-
-    rule_type = mean.Mean
-
-
-class MultiKrum(LegacyStrategy):
-    """:class:`fl_bgmd.strategies.MultiKrum` for the older API."""
-
-    rule_type = krum.MultiKrum
-
-
-class NormThreshold(LegacyStrategy):
-    """:class:`fl_bgmd.strategies.NormThreshold` for the older API."""
-
-    rule_type = norm_threshold.NormThreshold
-
-
-class RobustFilter(LegacyStrategy):
-    """:class:`fl_bgmd.strategies.RobustFilter` for the older API."""
-
-    rule_type = robust_filter.RobustFilter
-
-
-class TrimmedMean(LegacyStrategy):
-    """:class:`fl_bgmd.strategies.TrimmedMean` for the older API."""
-
-    rule_type = cmd.TrimmedMean
+def __getattr__(name: str) -> type[LegacyStrategy]:
+    """Say which twins there are; for type checkers, too, who do not see them made."""
+    raise AttributeError(f"module {__name__!r} has no strategy {name!r}; it has {sorted(_TWINS)}")

@@ -3,13 +3,14 @@
 import inspect
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import FedAvg, Result
 
-from .checks import options_of
+from .figures import own_names
+from .settings import options_of
 
 if TYPE_CHECKING:
     from .robust import RobustStrategy
@@ -27,8 +28,8 @@ def values_of(strategy: "RobustStrategy") -> dict[str, Any]:
     there), else what was given, else the default.
     """
     values = {}
-    for name, (_, default) in options_of(type(strategy)).items():
-        given = strategy.given.get(name, default)
+    for name, option in options_of(type(strategy), strategy.rule.rule.kind.name).items():
+        given = strategy.given.get(name, option.default)
         own = getattr(strategy, name, given)
         simple = own is None or isinstance(own, bool | int | float | str) or callable(own)
         values[name] = own if simple else given
@@ -82,7 +83,7 @@ def log_metrics(label: str, metrics: MetricRecord) -> None:
     LOG.info("\t└──> %s: %s", label, shown)
 
 
-def log_end(result: Result, num_rounds: int, seconds: float, own_metrics: Sequence[str]) -> None:
+def log_end(result: Result, num_rounds: int, seconds: float) -> None:
     """Log how long a run took and a table of its results."""
     LOG.info("")
     LOG.info("Strategy execution finished in %.2fs (%s rounds)", seconds, num_rounds)
@@ -90,7 +91,7 @@ def log_end(result: Result, num_rounds: int, seconds: float, own_metrics: Sequen
     LOG.info("Final results:")
     LOG.info("")
     LOG.info("\tGlobal model: %s", model_size(result.arrays))
-    for line in table(result, own_metrics):
+    for line in table(result):
         LOG.info("\t%s", line)
     LOG.info("")
 
@@ -102,7 +103,7 @@ def model_size(arrays: ArrayRecord) -> str:
     return f"{parameters:,} parameters, {size:,} bytes ({size / 2**20:.2f} MB)"
 
 
-def table(result: Result, own_metrics: Sequence[str]) -> list[str]:
+def table(result: Result) -> list[str]:
     """Return the results as aligned lines, one a round, evenly chosen where there are many.
 
     Of the strategy's own figures the counts of replies; the others stand in each round's line.
@@ -115,7 +116,7 @@ def table(result: Result, own_metrics: Sequence[str]) -> list[str]:
     ):
         for name in dict.fromkeys(name for metrics in history.values() for name in metrics):
             counts = name in ("accepted", "rejected")
-            own = name in own_metrics or name.startswith("rejected-")
+            own = name in own_names()
             if phase == "train" and own and not counts:
                 continue
             values = {

@@ -10,12 +10,10 @@ from flwr.serverapp import Grid
 
 from fl_bgmd.shares import floor_share
 
+from .errors import MissingNodesError
 from .reputation import Reputation
-from .rounds import MissingNodesError
 
 LOG = logging.getLogger("flwr.fl_bgmd")
-
-TOO_FEW_NODES = ("fail", "go-on")
 
 
 class Roster:

@@ -15,7 +15,9 @@ from flwr.serverapp.strategy import Result
 from fl_bgmd.checkpoints import CheckpointError, Checkpoints
 from fl_bgmd.replies import arrays_from_state, arrays_to_state
 
-from .reporting import log_end, log_metrics, log_start
+from .errors import EmptyRoundsError, RunEndedError
+from .reporting import log_end, log_metrics, log_start, values_of
+from .settings import options_of
 
 if TYPE_CHECKING:
     from .robust import RobustStrategy
@@ -24,27 +26,6 @@ EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 StopFn = Callable[[int, Result], bool]
 
 LOG = logging.getLogger("flwr.fl_bgmd")
-
-
-class RunEndedError(RuntimeError):
-    """A run could not go on; ``result`` holds what it had come to."""
-
-    result: Result
-
-
-class EmptyRoundsError(RunEndedError):
-    """Too many rounds in a row, or all of a run, have come to nothing.
-
-    ``metrics`` are those of the last one.
-    """
-
-    def __init__(self, message: str, metrics: MetricRecord) -> None:
-        super().__init__(message)
-        self.metrics = metrics
-
-
-class MissingNodesError(RunEndedError):
-    """Fewer nodes than needed were connected by the deadline."""
 
 
 def run_rounds(
@@ -64,8 +45,6 @@ def run_rounds(
 
     Ends sooner where ``should_stop`` says so of a round, also of the one a checkpoint is of.
     """
-    from .robust import OWN_METRICS
-
     log_start(strategy, arrays, num_rounds, train_config, evaluate_config)
     result = Result()
     identity = _identity(strategy, arrays, train_config)
@@ -144,7 +123,7 @@ def run_rounds(
     except RunEndedError as error:
         error.result = result
         raise
-    log_end(result, number - first + 1, time.monotonic() - started, OWN_METRICS)
+    log_end(result, number - first + 1, time.monotonic() - started)
     return result
 
 
@@ -161,14 +140,6 @@ def _keep(
         log_metrics(label, metrics)
 
 
-_OPERATION = (
-    *("node_wait_timeout", "too_few_nodes", "max_empty_rounds", "min_valid_replies"),
-    *("bench_after", "bench_rounds", "min_available_nodes", "min_train_nodes"),
-    *("min_evaluate_nodes", "fraction_evaluate"),
-)
-"""What an operator may change before a run goes on: whom it waits for, and when it ends."""
-
-
 def _identity(
     strategy: "RobustStrategy", arrays: ArrayRecord, train_config: ConfigRecord
 ) -> dict[str, Any]:
@@ -177,17 +148,15 @@ def _identity(
     Strategy, model, and what clients are asked to do: ``train_config`` as it was given, before a
     round writes into it.
     """
+    options = options_of(type(strategy), strategy.rule.rule.kind.name)
     settings = {
-        f"strategy.{name}": value
-        for name, value in vars(strategy).items()
-        if not name.startswith("_")
-        and name not in _OPERATION
-        and isinstance(value, bool | int | float | str | None)
+        f"strategy.{name}": strategy.given.get(name, value) if name == "compressor" else value
+        for name, value in values_of(strategy).items()
+        if not options[name].is_operation and isinstance(value, bool | int | float | str | None)
     }
-    compressor = strategy.compressor
     return settings | {
         "strategy": type(strategy).__name__,
-        "strategy.compressor": "none" if compressor is None else compressor.name,
+        "strategy.rule": str(strategy.rule),
         **{f"train_config.{key}": _as_json(value) for key, value in train_config.items()},
         "model": {key: f"{array.dtype}{list(array.shape)}" for key, array in arrays.items()},
     }

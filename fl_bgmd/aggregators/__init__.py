@@ -8,31 +8,38 @@ from .mean import mean
 from .memory import BlockMemory
 from .mixing import bucketing, nearest_neighbor_mixing
 from .norms import norm_clip, norm_threshold, project
-from .pipeline import Pipeline
 from .results import Aggregate, BlockGeometricMedian, FilteredAggregate, GeometricMedian
+from .rule import MIXINGS, RECOMMENDED, RULES, Rule, build_mixings, build_rule, mixing, rule
 from .selection import krum, multi_krum
 from .spectral import SpectralFilter, spectral_filter
 
 __all__ = [
+    "MIXINGS",
+    "RECOMMENDED",
+    "RULES",
     "Aggregate",
     "BlockGeometricMedian",
     "BlockMemory",
     "FilteredAggregate",
     "GeometricMedian",
-    "Pipeline",
+    "Rule",
     "SpectralFilter",
     "block_geometric_median",
     "bucketing",
+    "build_mixings",
+    "build_rule",
     "centered_clipping",
     "coordinate_median",
     "geometric_median",
     "krum",
     "mean",
+    "mixing",
     "multi_krum",
     "nearest_neighbor_mixing",
     "norm_clip",
     "norm_threshold",
     "project",
+    "rule",
     "spectral_filter",
     "trimmed_mean",
 ]

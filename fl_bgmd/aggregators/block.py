@@ -4,13 +4,17 @@ What becomes of the coordinates outside the block: :mod:`fl_bgmd.aggregators.mem
 """
 
 import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .geometric_median import geometric_median
+from fl_bgmd.options import Count, Fraction, Named, Positive
+
+from .geometric_median import Solver, geometric_median
 from .location import robust_weights, sketch
 from .memory import BlockMemory, after_round
 from .norms import clip_factors
@@ -29,27 +33,41 @@ from .rows import (
     row_norms,
     sum_blocks,
 )
-from .sampling import SELECTIONS, select_block
-
-SCORES = ("clipped", "squared-norm", "norm")
-MEMORY_RULES = ("robust", "mean", "per-client", "none")
+from .rule import rule
+from .sampling import Selection, select_block
 
 MIN_BLOCK_SIZE = 1000
 """Of so few coordinates there is no block worth sampling: what it saves is nothing."""
 
 
+def _uses(options: Mapping[str, Any]) -> Collection[str]:
+    """Return what is made use of under these options."""
+    used = ["updates"]
+    if options["selection"] != "top-k":  # the strongest coordinates can be foreseen
+        used.append("generator")
+    if options["memory_rule"] != "none":
+        used.append("memory")
+    if options["memory_rule"] == "per-client":
+        used.append("nodes")
+    return used
+
+
+@rule("bgmd", weights_tell=True, uses=_uses, draws="blocks")
 def block_geometric_median(
     updates: Tensor,
     memory: BlockMemory | None = None,
     *,
-    block_fraction: float = 0.1,
-    min_block_size: int = MIN_BLOCK_SIZE,
-    selection: str = "sample",
-    score: str = "clipped",
-    memory_rule: str = "robust",
+    nodes: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
-    tol: float = 1e-6,
-    solver: str = "gram",
+    block_fraction: Fraction = 0.1,
+    min_block_size: Count = MIN_BLOCK_SIZE,
+    selection: Selection = "sample",
+    score: Literal["clipped", "squared-norm", "norm"] = "clipped",
+    memory_rule: Annotated[
+        Literal["robust", "mean", "per-client", "none"], Named("memory")
+    ] = "robust",
+    solver: Solver = "gram",
+    tol: Positive = 1e-6,
 ) -> BlockGeometricMedian:
     """Return the geometric median of a block of coordinates, zero elsewhere, and the next memory.
 
@@ -62,8 +80,13 @@ def block_geometric_median(
         (n, d), floating point.
     memory : BlockMemory, optional
         The previous result's ``memory``. Nothing waits by default.
+    nodes : sequence of int, optional
+        (n,): whose row each is. Under ``per-client`` a node then finds its own row of the memory
+        again, whoever else replies.
+    generator : torch.Generator, optional
+        CPU generator of the block and the sketch; torch's global one by default.
     block_fraction : float
-        Above 0, at most 1.
+        Share of the coordinates in a block, above 0 to 1.
     min_block_size : int
         The block has at least this many columns, all of fewer. 1 or more.
     selection : {"sample", "top-k", "uniform"}
@@ -81,9 +104,7 @@ def block_geometric_median(
         (:func:`~fl_bgmd.aggregators.location.robust_weights`) to what waits there, and lets it fade
         as the measured curvature asks (:func:`~fl_bgmd.aggregators.memory.after_round`). The
         block's median is that of the rows alone; what has waited there goes beside it.
-    generator : torch.Generator, optional
-        CPU generator of the block and the sketch; torch's global one by default.
-    tol, solver
+    solver, tol
         Of the geometric median of the block: see :func:`geometric_median`.
 
     Raises
@@ -93,17 +114,9 @@ def block_geometric_median(
     """
     updates = check_updates(updates)
     n, d = updates.shape
-    if not 0 < block_fraction <= 1:
-        raise ValueError(f"block_fraction is {block_fraction}; allowed: above 0 to 1")
-    if min_block_size < 1:
-        raise ValueError(f"min_block_size is {min_block_size}; allowed: 1 or more")
-    for name, value, allowed in (
-        ("selection", selection, SELECTIONS),
-        ("score", score, SCORES),
-        ("memory_rule", memory_rule, MEMORY_RULES),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+    before = memory
+    if isinstance(memory, BlockMemory) and memory.nodes is not None and nodes is not None:
+        memory = memory.of(nodes)
     largest = _check_memory(memory, memory_rule, n, d)
 
     dtype = result_dtype(updates)
@@ -134,7 +147,9 @@ def block_geometric_median(
     left = squared - row_norms(chosen, waited) ** 2
     next_memory: BlockMemory | None = None
     if memory_rule == "per-client":
-        next_memory = BlockMemory((rows * scale).to(dtype).index_fill_(1, block, 0.0))
+        left_over = (rows * scale).to(dtype).index_fill_(1, block, 0.0)
+        whose = None if nodes is None else tuple(nodes)
+        next_memory = BlockMemory(left_over, nodes=whose).with_rows_of(before)
     elif memory_rule != "none" and k == d:
         next_memory = BlockMemory(torch.zeros_like(vector))
     elif memory_rule != "none":

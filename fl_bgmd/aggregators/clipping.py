@@ -5,6 +5,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_bgmd.options import Count, Positive
+
 from .results import Aggregate
 from .rows import (
     Block,
@@ -19,14 +21,16 @@ from .rows import (
     row_norms,
     sum_strips,
 )
+from .rule import rule
 
 
+@rule("centered-clipping", memory="center")
 def centered_clipping(
     updates: Tensor,
     *,
-    radius: float | None = None,
     center: Tensor | None = None,
-    iterations: int = 3,
+    radius: Positive | None = None,
+    iterations: Count = 3,
 ) -> Aggregate:
     """Iterate ``v <- v + mean_i clip(x_i - v, radius)`` from ``center``.
 
@@ -47,7 +51,8 @@ def centered_clipping(
     Returns
     -------
     Aggregate
-        ``vector = center + sum_i weights[i] (x_i - center)``.
+        ``vector = center + sum_i weights[i] (x_i - center)``, which is the ``memory``, too: the
+        next round's center.
 
     Raises
     ------
@@ -56,10 +61,6 @@ def centered_clipping(
     """
     updates = check_updates(updates)
     n, d = updates.shape
-    if radius is not None and not radius > 0:
-        raise ValueError(f"radius is {radius}; allowed: above 0")
-    if iterations < 1:
-        raise ValueError(f"iterations is {iterations}; allowed: 1 or more")
     if center is not None and tuple(center.shape) != (d,):
         raise ValueError(f"center has shape {tuple(center.shape)}; allowed: ({d},)")
     if center is not None and not bool(torch.isfinite(center).all()):
@@ -80,7 +81,8 @@ def centered_clipping(
         vector = vector.to(result_dtype(updates))
     if scale != 1.0:
         vector *= scale
-    return Aggregate(vector, torch.from_numpy(weights[:n] * (scale / scales)))
+    weights = weights[:n] * (scale / scales)
+    return Aggregate(vector, torch.from_numpy(weights), memory=vector)
 
 
 def _clip_in_gram_space(

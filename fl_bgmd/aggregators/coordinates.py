@@ -7,6 +7,7 @@ by NumPy, whose vectorised sort then beats the network. Column ranges run on all
 devices sort where there are so many rows that the network would be thousands of small steps.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -15,16 +16,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_bgmd.options import Share
 from fl_bgmd.shares import floor_share
 
 from .results import Aggregate
-from .rows import check_fraction, check_updates, empty, on_cores, refuse_non_finite, result_dtype
+from .rows import check_updates, empty, on_cores, refuse_non_finite, result_dtype
+from .rule import rule
 
 _NETWORK_ELEMENTS, _SORT_WIDTH, _SORT_ELEMENTS = 1 << 18, 1 << 12, 1 << 20
 _NETWORK_ROWS, _NETWORK_ROWS_ON_DEVICE = 16, 128  # with more rows sorting is faster
 _MIN, _MAX, _BOTH = 1, 2, 3
 
 
+@rule("cmd")
 def coordinate_median(updates: Tensor) -> Aggregate:
     """Return the median of every coordinate; the mean of the two middle values for even n.
 
@@ -46,7 +50,22 @@ def coordinate_median(updates: Tensor) -> Aggregate:
     return _mean_of_middle(updates, (n - 1) // 2)
 
 
-def trimmed_mean(updates: Tensor, *, trim_fraction: float = 0.25) -> Aggregate:
+def _trim_limits(
+    n: int, hostile: int, share: float, *, trim_fraction: float | None
+) -> Iterator[tuple[str, str]]:
+    trim = share if trim_fraction is None else trim_fraction
+    if floor_share(trim, n) < hostile:
+        yield (
+            "trim_fraction",
+            f"trim_fraction is {trim}: {floor_share(trim, n)} of {n} values go at each end and "
+            f"{hostile} may be hostile",
+        )
+
+
+@rule("trimmed-mean", limits=_trim_limits)
+def trimmed_mean(
+    updates: Tensor, *, trim_fraction: Share | None = None, byzantine_fraction: Share = 0.25
+) -> Aggregate:
     """Drop the ``floor(trim_fraction * n)`` smallest and largest values and average the rest.
 
     Coordinate by coordinate; Yin et al. (ICML 2018), Definition 2. Breakdown point
@@ -56,7 +75,9 @@ def trimmed_mean(updates: Tensor, *, trim_fraction: float = 0.25) -> Aggregate:
     ----------
     updates : Tensor
         (n, d), floating point.
-    trim_fraction : float
+    trim_fraction : float, optional
+        Dropped at each end. 0 to below 1/2; ``byzantine_fraction`` by default.
+    byzantine_fraction : float
         0 to below 1/2.
 
     Raises
@@ -65,8 +86,8 @@ def trimmed_mean(updates: Tensor, *, trim_fraction: float = 0.25) -> Aggregate:
         For input outside of the above; a row with a NaN or an infinity is named.
     """
     updates = check_updates(updates)
-    check_fraction("trim_fraction", trim_fraction, below=0.5)
-    return _mean_of_middle(updates, floor_share(trim_fraction, updates.shape[0]))
+    trim = byzantine_fraction if trim_fraction is None else trim_fraction
+    return _mean_of_middle(updates, floor_share(trim, updates.shape[0]))
 
 
 def _mean_of_middle(updates: Tensor, trim: int) -> Aggregate:

@@ -10,10 +10,14 @@ numbers, whatever d is. Many rows (where n x n numbers are more work than the ro
 :mod:`~fl_bgmd.aggregators.newton`, which iterates in R^d.
 """
 
+from typing import Literal
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from fl_bgmd.options import Count, Positive
 
 from .certificate import HullPoint, better, weiszfeld_weights
 from .newton import minimise_in_space
@@ -34,20 +38,23 @@ from .rows import (
     squared_distances,
     vector_norm,
 )
+from .rule import rule
 
 Array = NDArray[np.float64]
 
+Solver = Literal["gram", "newton", "weiszfeld"]
+
 _EPSILON = float(np.finfo(np.float64).eps)
-SOLVERS = ("gram", "newton", "weiszfeld")
 
 
+@rule("gmd", weights_tell=True)
 def geometric_median(
     updates: Tensor,
     *,
     weights: Tensor | None = None,
-    tol: float = 1e-6,
-    max_iter: int = 1000,
-    solver: str = "gram",
+    solver: Solver = "gram",
+    tol: Positive = 1e-6,
+    max_iter: Count = 1000,
 ) -> GeometricMedian:
     """Return the point of least summed distance to the rows, with a proof of its accuracy.
 
@@ -61,11 +68,6 @@ def geometric_median(
     weights : Tensor, optional
         (n,), finite, not negative, not all zero: ``sum_i weights_i ||y - x_i||`` is minimised.
         All ones by default.
-    tol : float
-        Iterate until the certified ``gap`` is at most this. Float64 arithmetic certifies down to
-        about 1e-7; a smaller ``tol`` returns the best point found with its true gap.
-    max_iter : int
-        Return the best point so far, with its true gap, after this many steps.
     solver : {"gram", "newton", "weiszfeld"}
         ``gram`` iterates on the n x n Gram matrix: two passes over the data in all. Its steps cost
         n^3: many rows (from 129 on of few values, at 230 of 1,000 values, at 900 of very many) are
@@ -73,6 +75,11 @@ def geometric_median(
         certify the same gap.
         ``weiszfeld`` is the classical iteration in R^d, two passes per step: the cost model of
         the papers, for comparison.
+    tol : float
+        Iterate until the certified ``gap`` is at most this. Float64 arithmetic certifies down to
+        about 1e-7; a smaller ``tol`` returns the best point found with its true gap.
+    max_iter : int
+        Return the best point so far, with its true gap, after this many steps.
 
     Returns
     -------
@@ -94,12 +101,6 @@ def geometric_median(
     updates = check_updates(updates)
     n = updates.shape[0]
     row_weights = check_weights(weights, n)
-    if not tol > 0:
-        raise ValueError(f"tol is {tol}; allowed: above 0")
-    if max_iter < 1:
-        raise ValueError(f"max_iter is {max_iter}; allowed: 1 or more")
-    if solver not in SOLVERS:
-        raise ValueError(f"solver is {solver!r}; allowed: {', '.join(SOLVERS)}")
     dtype = result_dtype(updates)
     rows, scales = in_range(updates)
     if solver == "newton" or (solver == "gram" and not has_cheap_gram(n, updates.shape[1])):

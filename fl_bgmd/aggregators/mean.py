@@ -14,8 +14,10 @@ from .rows import (
     result_dtype,
     vector_norm,
 )
+from .rule import rule
 
 
+@rule("mean", robust=False)
 def mean(updates: Tensor, *, weights: Tensor | None = None) -> Aggregate:
     """Return the (weighted) mean of the rows. Breakdown point 0.
 

@@ -8,7 +8,7 @@ fades as fast as the curvature that it has measured asks.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +25,8 @@ class BlockMemory:
     Attributes
     ----------
     vector : Tensor
-        What waits: (d,), zero in the block that moved last; (n, d) under ``per-client``.
+        What waits: (d,), zero in the block that moved last; under ``per-client`` (m, d), a row for
+        each of ``nodes``, or of the rows that were given.
     block : Tensor or None
         int64 (k,): the coordinates that moved last, under ``robust``.
     said : Tensor or None
@@ -39,6 +40,8 @@ class BlockMemory:
         further, and later ones, count for more.
     reach : float
         How far those steps went, in the units of the rows: 0 before two rounds have shown any.
+    nodes : tuple of int or None
+        Under ``per-client``: whose rows they are, where that is known.
     """
 
     vector: Tensor
@@ -48,6 +51,27 @@ class BlockMemory:
     step: Tensor | None = None
     slope: float = 0.0
     reach: float = 0.0
+    nodes: tuple[int, ...] | None = None
+
+    def of(self, nodes: Sequence[int]) -> "BlockMemory":
+        """Return the rows of these nodes, zeros for those who have none."""
+        assert self.nodes is not None
+        place = {node: i for i, node in enumerate(self.nodes)}
+        rows = self.vector.new_zeros((len(nodes), self.vector.shape[1]))
+        for i, node in enumerate(nodes):
+            if node in place:
+                rows[i] = self.vector[place[node]]
+        return BlockMemory(rows, nodes=tuple(nodes))
+
+    def with_rows_of(self, before: "BlockMemory | None") -> "BlockMemory":
+        """Return these rows and, of nodes that have none here, those they had before."""
+        if before is None or before.nodes is None or self.nodes is None:
+            return self
+        others = [i for i, node in enumerate(before.nodes) if node not in self.nodes]
+        if not others:
+            return self
+        nodes = (*self.nodes, *(before.nodes[i] for i in others))
+        return BlockMemory(torch.cat((self.vector, before.vector[others])), nodes=nodes)
 
     @property
     def curvature(self) -> float | None:
@@ -69,7 +93,9 @@ class BlockMemory:
         said, waited, step = (
             None if x is None else change(x) for x in (self.said, self.waited, self.step)
         )
-        return BlockMemory(change(self.vector), block, said, waited, step, self.slope, self.reach)
+        return replace(
+            self, vector=change(self.vector), block=block, said=said, waited=waited, step=step
+        )
 
 
 def after_round(

@@ -1,17 +1,20 @@
 """Rules that look at the rows' norms only: thresholding, clipping and projection."""
 
 import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge, Lt
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_bgmd.options import Named, OptionError, Positive, Share, checked
 from fl_bgmd.shares import ceil_share
 
 from .results import Aggregate, FilteredAggregate
 from .rows import (
-    check_fraction,
     check_updates,
     combine,
     in_range,
@@ -22,13 +25,18 @@ from .rows import (
     sum_blocks,
     vector_norm,
 )
+from .rule import rule
+
+DropFraction = Annotated[float, Ge(0), Lt(1)]
+Order = Annotated[float, Ge(1)]
 
 
+@checked
 def norm_threshold(
     updates: Tensor,
     *,
-    drop_fraction: float = 0.25,
-    order: float = 2,
+    drop_fraction: DropFraction = 0.25,
+    order: Order = 2,
     norms: Tensor | None = None,
 ) -> FilteredAggregate:
     """Drop the ``ceil(drop_fraction * n)`` rows of largest norm and average the rest.
@@ -55,9 +63,6 @@ def norm_threshold(
         For input outside of the above; a row with a NaN or an infinity is named.
     """
     updates = check_updates(updates)
-    check_fraction("drop_fraction", drop_fraction, below=1)
-    if not order >= 1:
-        raise ValueError(f"order is {order}; allowed: 1 or more")
     n = updates.shape[0]
     if norms is None:
         sizes = _norms_of_order(updates, order)
@@ -76,7 +81,65 @@ def norm_threshold(
     )
 
 
-def norm_clip(updates: Tensor, *, radius: float | None = None) -> Aggregate:
+def _limits(
+    n: int, hostile: int, share: float, *, drop_fraction: float | None, **_: object
+) -> Iterator[tuple[str, str]]:
+    drop = share if drop_fraction is None else drop_fraction
+    if ceil_share(drop, n) < hostile:
+        yield (
+            "drop_fraction",
+            f"drop_fraction is {drop}: {ceil_share(drop, n)} of {n} updates are dropped and "
+            f"{hostile} may be hostile",
+        )
+
+
+def _uses(options: Mapping[str, Any]) -> Collection[str]:
+    """Return what is made use of: the clients' norms only where they are to be believed."""
+    if options["use"] == "computed":
+        return ("updates", "byzantine_fraction")
+    if options["order"] != 2:
+        raise OptionError(
+            f"order is {options['order']!r} with norms 'reported'; allowed: 2, since clients "
+            "report the Euclidean norms of their own updates"
+        )
+    return ("updates", "byzantine_fraction", "norms")
+
+
+@rule("norm-threshold", limits=_limits, uses=_uses)
+def threshold_norms(
+    updates: Tensor,
+    norms: Tensor | None = None,
+    byzantine_fraction: Share = 0.25,
+    *,
+    drop_fraction: DropFraction | None = None,
+    order: Order = 2.0,
+    use: Annotated[Literal["computed", "reported"], Named("norms")] = "computed",
+) -> FilteredAggregate:
+    """Drop the updates of largest norm, average the rest: Algorithms 1 and 2 of Ghosh et al.
+
+    :func:`norm_threshold` for a server that knows how many clients may lie.
+
+    Parameters
+    ----------
+    drop_fraction : float, optional
+        The paper's beta, 0 to below 1; the hostile share by default.
+    order : float
+        Order of the norm, 1 or more.
+    norms : {"computed", "reported"}
+        Option II computes the norms of the updates as received. Option I takes the norms of the
+        uncompressed updates that clients with :class:`fl_bgmd.mods.CompressionMod` report; where a
+        reply without one is accepted they are computed.
+    """
+    return norm_threshold(
+        updates,
+        drop_fraction=byzantine_fraction if drop_fraction is None else drop_fraction,
+        order=order,
+        norms=norms if use == "reported" else None,
+    )
+
+
+@checked
+def norm_clip(updates: Tensor, *, radius: Positive | None = None) -> Aggregate:
     """Scale every row down to at most ``radius`` and average: norm clipping.
 
     Parameters
@@ -93,8 +156,6 @@ def norm_clip(updates: Tensor, *, radius: float | None = None) -> Aggregate:
         For input outside of the above; a row with a NaN or an infinity is named.
     """
     updates = check_updates(updates)
-    if radius is not None and not radius > 0:
-        raise ValueError(f"radius is {radius}; allowed: above 0")
     with np.errstate(over="ignore"):  # longer than a number can say
         sizes = np.minimum(euclidean_norms(updates), np.finfo(np.float64).max)
     factors = clip_factors(sizes, float(np.median(sizes)) if radius is None else radius)

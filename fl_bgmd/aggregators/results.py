@@ -1,10 +1,12 @@
 """What the aggregation rules return: frozen dataclasses, one per family of rules."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from .memory import BlockMemory
+from .rows import vector_norm
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,25 @@ class Aggregate:
     weights : Tensor or None
         float64 (n,) on the CPU: ``vector = sum_i weights[i] * updates[i]``; None where the result
         is not a weighted sum of the rows.
+    memory : object or None
+        What the rule is to be given in the next round; None where it remembers nothing.
     """
 
     vector: Tensor
-    weights: Tensor | None
+    weights: Tensor | None = None
+    memory: Any = field(default=None, kw_only=True)
+
+    figures: ClassVar[tuple[str, ...]] = ()
+    """Attributes that say how the rule fared: numbers, or None where there is nothing to say."""
+
+    @property
+    def diagnostics(self) -> dict[str, float]:
+        """The figures that there are, by their names in kebab-case."""
+        found = {name.replace("_", "-"): getattr(self, name) for name in self.figures}
+        return {name: value for name, value in found.items() if value is not None}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FilteredAggregate(Aggregate):
     """The result of a rule that drops rows.
 
@@ -37,8 +51,15 @@ class FilteredAggregate(Aggregate):
 
     kept: Tensor
 
+    figures: ClassVar[tuple[str, ...]] = ("dropped",)
 
-@dataclass(frozen=True)
+    @property
+    def dropped(self) -> int:
+        """How many rows were dropped."""
+        return int((~self.kept).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
 class GeometricMedian(Aggregate):
     """A geometric median with the proof of its accuracy.
 
@@ -57,8 +78,10 @@ class GeometricMedian(Aggregate):
     iterations: int
     objective: float
 
+    figures: ClassVar[tuple[str, ...]] = ("iterations", "gap")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class BlockGeometricMedian(GeometricMedian):
     """The result of the block rule; ``weights``, ``gap`` and ``objective`` are those of the block.
 
@@ -75,3 +98,26 @@ class BlockGeometricMedian(GeometricMedian):
     memory: BlockMemory | None
     block: Tensor
     residual_ratio: float
+
+    figures: ClassVar[tuple[str, ...]] = (
+        *GeometricMedian.figures,
+        "residual_ratio",
+        "memory_norm",
+        "curvature",
+    )
+
+    @property
+    def memory_norm(self) -> float | None:
+        """The norm of what waits."""
+        return None if self.memory is None else vector_norm(self.memory.vector.flatten())
+
+    @property
+    def curvature(self) -> float | None:
+        """What the robust memory has measured."""
+        return None if self.memory is None else self.memory.curvature
+
+
+def figure_names(kind: type[Aggregate] = Aggregate) -> set[str]:
+    """Return the names of all figures that a result of any rule may have."""
+    own = {name.replace("_", "-") for name in kind.figures}
+    return own.union(*(figure_names(derived) for derived in kind.__subclasses__()))

@@ -2,16 +2,19 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_bgmd.options import checked
+
 from .rows import Result, on_cores
 
-SELECTIONS = ("sample", "top-k", "uniform")
+Selection = Literal["sample", "top-k", "uniform"]
+
 _COLUMNS, _TALL = 1 << 13, 32  # shape of a block of scores
 _PIECE = 512  # of them are added in float32
 
@@ -19,8 +22,13 @@ Scores = NDArray[np.float32]
 Indices = NDArray[np.int64]
 
 
+@checked
 def select_block(
-    scores: Tensor, k: int, *, selection: str = "sample", generator: torch.Generator | None = None
+    scores: Tensor,
+    k: int,
+    *,
+    selection: Selection = "sample",
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Return ``k`` distinct coordinates, int64 ascending, on the device of ``scores``.
 
@@ -41,8 +49,6 @@ def select_block(
     ValueError
         For an unknown ``selection``.
     """
-    if selection not in SELECTIONS:
-        raise ValueError(f"selection is {selection!r}; allowed: {', '.join(SELECTIONS)}")
     d = scores.shape[0]
     device = scores.device
     if k >= d:

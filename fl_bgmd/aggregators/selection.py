@@ -1,17 +1,19 @@
-"""Krum and Multi-Krum: rules that pick the rows with the closest neighbours."""
+"""Krum and Multi-Krum: rules that pick the rows with the closest neighbors."""
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_bgmd.options import Count, Share
 from fl_bgmd.shares import floor_share
 
 from .coordinates import coordinate_median
 from .results import FilteredAggregate
 from .rows import (
     DENSE_ROWS,
-    check_fraction,
     check_updates,
     combine,
     in_range,
@@ -19,20 +21,38 @@ from .rows import (
     pairwise_squared_distances,
     result_dtype,
 )
+from .rule import rule
 
 
-def krum(updates: Tensor, *, byzantine_fraction: float = 0.25) -> FilteredAggregate:
+def _krum_limits(n: int, hostile: int, share: float) -> Iterator[tuple[str, str]]:
+    if n <= 2 * hostile + 2:
+        yield "krum", f"{hostile} of {n} clients may be hostile; krum is proved for n > 2 f + 2"
+
+
+def _selection_limits(
+    n: int, hostile: int, share: float, *, num_selected: int | None
+) -> Iterator[tuple[str, str]]:
+    if num_selected is not None and min(num_selected, n) > n - hostile:
+        yield (
+            "num_selected",
+            f"num_selected is {num_selected} of {n} updates, of which {hostile} may be hostile",
+        )
+
+
+@rule("krum", limits=_krum_limits)
+def krum(updates: Tensor, *, byzantine_fraction: Share = 0.25) -> FilteredAggregate:
     """Return the row with the least summed squared distance to its ``n - f - 2`` nearest rows.
 
     Blanchard et al. (NeurIPS 2017), Section 4, ``f = floor(byzantine_fraction * n)``. Their
-    guarantee needs ``n > 2 f + 2``; with fewer rows at least one neighbour is counted.
+    guarantee needs ``n > 2 f + 2``; with fewer rows at least one neighbor is counted.
     See :func:`multi_krum` for the parameters and errors.
     """
     return multi_krum(updates, byzantine_fraction=byzantine_fraction, num_selected=1)
 
 
+@rule("multi-krum", limits=_selection_limits)
 def multi_krum(
-    updates: Tensor, *, byzantine_fraction: float = 0.25, num_selected: int | None = None
+    updates: Tensor, *, byzantine_fraction: Share = 0.25, num_selected: Count | None = None
 ) -> FilteredAggregate:
     """Average the ``num_selected`` rows with the best Krum scores.
 
@@ -46,7 +66,7 @@ def multi_krum(
     byzantine_fraction : float
         0 to below 1/2.
     num_selected : int, optional
-        1 to n; ``n - f`` by default.
+        How many are averaged, all where there are fewer; ``n - f`` by default.
 
     Raises
     ------
@@ -54,12 +74,9 @@ def multi_krum(
         For input outside of the above; a row with a NaN or an infinity is named.
     """
     updates = check_updates(updates)
-    check_fraction("byzantine_fraction", byzantine_fraction, below=0.5)
     n = updates.shape[0]
     byzantine = floor_share(byzantine_fraction, n)
-    num_selected = n - byzantine if num_selected is None else num_selected
-    if not 1 <= num_selected <= n:
-        raise ValueError(f"num_selected is {num_selected}; allowed: 1 to {n}, the number of rows")
+    num_selected = n - byzantine if num_selected is None else min(num_selected, n)
     scores = _scores(updates, max(1, n - byzantine - 2))
     kept = np.zeros(n, dtype=bool)
     kept[np.argsort(scores, kind="stable")[:num_selected]] = True

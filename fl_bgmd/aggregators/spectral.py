@@ -7,15 +7,17 @@ over them: no n x n or d x d matrix is made.
 """
 
 import math
-import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_bgmd.options import Positive, Share
 from fl_bgmd.shares import ceil_share
 
 from .coordinates import coordinate_median
@@ -24,7 +26,6 @@ from .results import FilteredAggregate
 from .rows import (
     blas_on_one_thread,
     center,
-    check_fraction,
     check_updates,
     combine,
     gram_matrix,
@@ -32,11 +33,11 @@ from .rows import (
     result_dtype,
     row_norms,
 )
+from .rule import rule
 from .saddle import solve_saddle
 
 Array = NDArray[np.float64]
 
-METHODS = ("mean", "saddle")
 PROVEN_FRACTION = 0.25
 EXACT_ROWS = 300
 """Up to so many rows sigma_0 is estimated one dropped row at a time, by whole eigenproblems."""
@@ -46,7 +47,7 @@ _LATER_STEPS = 10  # of a search that starts where the last one ended
 _FAR = 4.0  # median distances
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SpectralFilter(FilteredAggregate):
     """The result of :func:`spectral_filter`.
 
@@ -64,14 +65,26 @@ class SpectralFilter(FilteredAggregate):
     sigma0: float
     gap: float | None
 
+    figures: ClassVar[tuple[str, ...]] = (*FilteredAggregate.figures, "iterations", "sigma0", "gap")
 
+
+def _limits(n: int, hostile: int, share: float, **_: object) -> Iterator[tuple[str, str]]:
+    if share > PROVEN_FRACTION:
+        yield (
+            "proven",
+            f"a hostile share of {share:.2f} ({hostile} of {n}): the guarantee of the robust "
+            f"filter (Data and Diggavi, Theorem 3) ends at {PROVEN_FRACTION}",
+        )
+
+
+@rule("robust-filter", limits=_limits, warns=True)
 @blas_on_one_thread()
 def spectral_filter(
     updates: Tensor,
     *,
-    byzantine_fraction: float = 0.25,
-    sigma0: float | None = None,
-    method: str = "mean",
+    byzantine_fraction: Share = 0.25,
+    sigma0: Positive | None = None,
+    method: Literal["mean", "saddle"] = "mean",
 ) -> SpectralFilter:
     """Down-weight rows that stretch the rows' covariance, drop them, average the rest.
 
@@ -104,17 +117,6 @@ def spectral_filter(
         For input outside of the above; a row with a NaN or an infinity is named.
     """
     updates = check_updates(updates)
-    check_fraction("byzantine_fraction", byzantine_fraction, below=0.5)
-    if byzantine_fraction > PROVEN_FRACTION:
-        warnings.warn(
-            f"byzantine_fraction is {byzantine_fraction}: the guarantee of the spectral filter "
-            f"(Data and Diggavi, Theorem 3) ends at {PROVEN_FRACTION}",
-            stacklevel=2,
-        )
-    if sigma0 is not None and not sigma0 > 0:
-        raise ValueError(f"sigma0 is {sigma0}; allowed: above 0")
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
     n = updates.shape[0]
     rows, scales = in_range(updates)
     scale = float(scales.min())

@@ -1,0 +1,77 @@
+"""The server's own figures of a round, beside the clients' metrics."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from flwr.app import MetricRecord
+
+from fl_bgmd.aggregators.results import figure_names
+from fl_bgmd.replies import Rejection
+
+_MAPPINGS = ("reasons", "rule")
+
+
+@dataclass(kw_only=True)
+class Figures:
+    """What the server found; None is not reported.
+
+    Attributes
+    ----------
+    accepted, rejected : int
+        Replies.
+    reasons : mapping of str to int
+        How many replies were rejected for each reason: ``rejected-...``.
+    missing : int
+        Nodes that were asked and have not replied.
+    late : int or None
+        Replies to earlier rounds that came too late.
+    dropped_metrics : int or None
+        Metrics of accepted replies that were not finite.
+    bytes_up, bytes_down, bytes_rejected : int
+        Bytes of arrays.
+    update_norm : float
+        Euclidean norm of the aggregate.
+    client_weights : list of float
+        What the rule gave each accepted reply, in the order of the rows.
+    rule : mapping of str to float
+        The rule's :attr:`fl_bgmd.aggregators.Aggregate.diagnostics`.
+    diverged : int or None
+        1 where the new model was refused.
+    benched : int or None
+        Nodes that sit out the next round.
+    aggregation_seconds : float
+        From the first reply that was screened to the new model.
+    """
+
+    accepted: int = 0
+    rejected: int = 0
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    missing: int | None = None
+    late: int | None = None
+    dropped_metrics: int | None = None
+    bytes_up: int | None = None
+    bytes_rejected: int | None = None
+    bytes_down: int | None = None
+    update_norm: float | None = None
+    client_weights: list[float] | None = None
+    rule: Mapping[str, float] = field(default_factory=dict)
+    diverged: int | None = None
+    benched: int | None = None
+    aggregation_seconds: float | None = None
+
+    def write(self, metrics: MetricRecord) -> None:
+        """Write what there is into a round's metrics."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name == "reasons":
+                metrics.update({f"rejected-{reason}": count for reason, count in value.items()})
+            elif each.name == "rule":
+                metrics.update(value)
+            elif value is not None:
+                metrics[each.name.replace("_", "-")] = value
+
+
+def own_names() -> set[str]:
+    """Return the names of all figures that a server may report."""
+    plain = {f.name.replace("_", "-") for f in fields(Figures) if f.name not in _MAPPINGS}
+    return plain | {f"rejected-{reason.value}" for reason in Rejection} | figure_names()

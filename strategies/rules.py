@@ -1,0 +1,111 @@
+"""The strategies by name: each is its rule with the options of all strategies."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from fl_bgmd.options import OptionError
+
+from .robust import RobustStrategy
+
+
+class Mean(RobustStrategy):
+    """Average the clients' updates: FedAvg with screened replies. Tolerates no hostile client."""
+
+    spec = "mean"
+
+
+class GMD(RobustStrategy):
+    """Geometric median descent (GmD): Table 1 of Acharya et al. (BGMD).
+
+    The median is certified: each round reports its relative ``gap`` to the optimum.
+    """
+
+    spec = "gmd"
+
+
+class BGMD(RobustStrategy):
+    """Block coordinate geometric median descent (BGmD): Algorithms 1 and 2 of Acharya et al.
+
+    Each round aggregates a block of the coordinates and keeps the rest in a memory. The default
+    memory is this project's: the printed ones let attacks in and diverge where clients train far in
+    a round (see :func:`fl_bgmd.aggregators.block_geometric_median`).
+    """
+
+    spec = "bgmd"
+
+
+class QBGMD(BGMD):
+    """BGMD whose clients send quantized updates: the slides' QBGMD.
+
+    Lemma 4: with C_k the choice of the block and Q_s a quantizer, ``C_k(Q_s(x))`` contracts like
+    C_k alone with ``delta = (1 - beta_{k,s}) k / d``, so the theorems of BGMD hold. Clients need
+    :class:`fl_bgmd.mods.CompressionMod`; by default they keep nothing of what is lost.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {"compressor": "qsgd", "error_feedback": False}
+
+    def __init__(self, **options: Any) -> None:
+        if options.get("compressor") == "none":
+            raise OptionError("compressor is 'none'; allowed: a compressor")
+        super().__init__(**options)
+
+
+class FedBGMD(QBGMD):
+    """QBGMD over several local steps: the slides' FL-BGMD, Algorithm 3.
+
+    Clients train locally and send ``c_i = Q(x_t - y_i)`` (line 11); the server forms
+    ``P = G + M`` (line 24), chooses a block of it (line 25), keeps the rest in its memory (line 26)
+    and moves the model by the geometric median of the block (lines 27 and 28). The printed memory
+    has a row for each client, ``memory="per-client"``, which lets redrawn attackers in and
+    diverges where clients train far in a round; the default is this project's, whose robust
+    location of the ``c_i`` takes the place of the rows.
+    """
+
+
+class CMD(RobustStrategy):
+    """Coordinate-wise median descent (CmD): Table 1 of Acharya et al. (BGMD), after Yin et al."""
+
+    spec = "cmd"
+
+
+class TrimmedMean(RobustStrategy):
+    """Coordinate-wise trimmed mean of Yin et al."""
+
+    spec = "trimmed-mean"
+
+
+class NormThreshold(RobustStrategy):
+    """Drop the updates of largest norm, average the rest: Algorithms 1 and 2 of Ghosh et al.
+
+    With ``compressor=`` and ``error_feedback=False`` it is their Algorithm 1, with error feedback
+    their Algorithm 2.
+    """
+
+    spec = "norm-threshold"
+
+
+class RobustFilter(RobustStrategy):
+    """Filter the updates that stretch their covariance: Algorithm 3 of Data and Diggavi.
+
+    Proved for hostile shares of up to 1/4.
+    """
+
+    spec = "robust-filter"
+
+
+class Krum(RobustStrategy):
+    """Follow the one update with the closest neighbors: Krum of Blanchard et al."""
+
+    spec = "krum"
+
+
+class MultiKrum(RobustStrategy):
+    """Average the updates with the closest neighbors: Multi-Krum of Blanchard et al."""
+
+    spec = "multi-krum"
+
+
+class CenteredClipping(RobustStrategy):
+    """Clip the updates around the previous aggregate: Karimireddy et al. (ICML 2021)."""
+
+    spec = "centered-clipping"
