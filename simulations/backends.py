@@ -13,11 +13,12 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from clients.client_app import app as client_app
-from clients.client_app import prepare_together
-from simulations.config import Config, ConfigError
-from simulations.experiment import OnRound, RunResult, run_experiment
-from simulations.grid import InProcessGrid
+from fl_bgmd.clients import app as client_app
+from fl_bgmd.clients import prepare_together
+
+from .config import Config, ConfigError
+from .experiment import OnRound, RunResult, run_experiment
+from .grid import InProcessGrid
 
 BACKENDS = ("ray", "inprocess", "vectorized")
 

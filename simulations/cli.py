@@ -22,8 +22,9 @@ from rich.progress import (
 
 from fl_bgmd.checkpoints import make_folder
 from fl_bgmd.data import DATASETS, DataUnavailableError, data_directory, load
-from simulations.backends import BACKENDS, ClientResources, run
-from simulations.config import (
+
+from .backends import BACKENDS, ClientResources, run
+from .config import (
     SETTINGS,
     STRATEGIES,
     Config,
@@ -34,11 +35,11 @@ from simulations.config import (
     parse,
     validate,
 )
-from simulations.diggavi import reproduce_diggavi
-from simulations.experiment import RunResult
-from simulations.figures import draw_complexity, draw_speedup, draw_toy
-from simulations.ghosh import GHOSH, reproduce
-from simulations.laboratory import (
+from .diggavi import reproduce_diggavi
+from .experiment import RunResult
+from .figures import draw_complexity, draw_speedup, draw_toy
+from .ghosh import GHOSH, reproduce
+from .laboratory import (
     Cell,
     Line,
     accuracy_table,
@@ -49,7 +50,7 @@ from simulations.laboratory import (
     read_cells,
     run_grid,
 )
-from simulations.report import (
+from .report import (
     attacks_table,
     counted,
     grid_table,
@@ -60,8 +61,8 @@ from simulations.report import (
     write_grid,
     write_markdown,
 )
-from simulations.reproduce import experiments, plan, read_experiment
-from simulations.reproduce_report import write_report
+from .reproduce import experiments, plan, read_experiment
+from .reproduce_report import write_report
 
 # What draws each, and how many draws, calls or runs it takes by default.
 FIGURES: dict[str, tuple[Callable[..., Path], int]] = {
@@ -78,15 +79,15 @@ CONSOLE = Console()
 TABLES = Console(width=1000)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status.
+def main(arguments: Sequence[str] | None = None, program: str = "fl-bgmd") -> int:
+    """Run the command line, called ``program`` in its help; return the exit status.
 
     0: all runs finished or diverged (a diverged run is a result). 1: a run failed. 2: a bad
     option. 3: the data cannot be had. 130: interrupted.
     """
     warnings.filterwarnings("ignore", message="Tip: In future versions of Ray")
     try:
-        options, unknown = _parser().parse_known_args(arguments)
+        options, unknown = _parser(program).parse_known_args(arguments)
         if not getattr(options, "verbose", False):
             logging.getLogger("flwr").setLevel(logging.CRITICAL)
         _refuse_unknown(unknown)
@@ -137,9 +138,9 @@ def _path(text: str) -> Path:
     return Path(expand_home(text))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m simulations", description="Byzantine-robust federated learning experiments."
+        prog=program, description="Byzantine-robust federated learning experiments."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
