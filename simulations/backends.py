@@ -15,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fl_bgmd.clients import app as client_app
 from fl_bgmd.clients import prepare_together
+from fl_bgmd.extras import require
 
 from .config import Config, ConfigError
 from .experiment import OnRound, RunResult, run_experiment
@@ -140,9 +141,16 @@ def run(
     """Run a validated configuration and return its result.
 
     Exceptions of the server or of Ray become a result with status ``failed`` and the error.
+
+    Raises
+    ------
+    MissingExtraError
+        For backend ``ray`` where Ray is not installed.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
+    if backend == "ray":
+        require("ray", "backend ray", "simulation")
     if backend == "vectorized":
         for key, allowed in (("local-steps", 1), ("downlink-compressor", "none")):
             if config[key] != allowed:

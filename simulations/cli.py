@@ -22,6 +22,7 @@ from rich.progress import (
 
 from fl_bgmd.checkpoints import make_folder
 from fl_bgmd.data import DATASETS, DataUnavailableError, data_directory, load
+from fl_bgmd.extras import MissingExtraError, require
 
 from .backends import BACKENDS, ClientResources, run
 from .config import (
@@ -83,7 +84,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "fl-bgmd") -> in
     """Run the command line, called ``program`` in its help; return the exit status.
 
     0: all runs finished or diverged (a diverged run is a result). 1: a run failed. 2: a bad
-    option. 3: the data cannot be had. 130: interrupted.
+    option, or a package that it needs is not installed. 3: the data cannot be had. 130:
+    interrupted.
     """
     warnings.filterwarnings("ignore", message="Tip: In future versions of Ray")
     try:
@@ -91,11 +93,12 @@ def main(arguments: Sequence[str] | None = None, program: str = "fl-bgmd") -> in
         if not getattr(options, "verbose", False):
             logging.getLogger("flwr").setLevel(logging.CRITICAL)
         _refuse_unknown(unknown)
+        _require_extras(options)
         for name in ("output", "picture"):
             if (folder := getattr(options, name, None)) is not None:
                 _make_folder(name, folder)
         return int(options.command(options))
-    except ConfigError as error:
+    except (ConfigError, MissingExtraError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
     except DataUnavailableError as error:
@@ -107,6 +110,15 @@ def main(arguments: Sequence[str] | None = None, program: str = "fl-bgmd") -> in
             file=sys.stderr,
         )
         return EXIT_INTERRUPTED
+
+
+def _require_extras(options: argparse.Namespace) -> None:
+    """Check what the command needs at its end before hours of computing."""
+    if getattr(options, "backend", None) == "ray":
+        require("ray", "backend ray", "simulation")
+    draws = options.command not in (_data, _attacks) or getattr(options, "picture", None)
+    if draws:
+        require("matplotlib", "plots", "plots")
 
 
 def _make_folder(option: str, folder: Path) -> Path:
