@@ -16,6 +16,9 @@ def main() -> None:
     # Where interrupts are ignored, as in a background job, they stay so.
     if interruptible := signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
+    # Rules and attacks of your own, in the current folder: `python -m` has it first. Last, so that
+    # no folder there hides a package.
+    sys.path.append(os.getcwd())
     from . import cli
 
     if interruptible:
