@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-FLWR_MIN := $(shell sed -n 's/.*"flwr\[simulation\]>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+FLWR_MIN := $(shell sed -n 's/.*"flwr>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
 .PHONY: help install simulate laboratory test test-slow test-flwr-min test-deployment benchmark lint format clean

@@ -11,8 +11,14 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 from torch import nn
 
-from clients.together import train_together
-from clients.training import (
+from fl_bgmd.attacks import ATTACKS, AttackPlan
+from fl_bgmd.data import Dataset, load, partition
+from fl_bgmd.models import build
+from fl_bgmd.mods import ByzantineMod, CompressionMod, mark, role, server_round
+from fl_bgmd.strategies import resolve_device
+
+from .together import train_together
+from .training import (
     Corrupt,
     Job,
     LocalTraining,
@@ -22,11 +28,6 @@ from clients.training import (
     threads,
     train,
 )
-from fl_bgmd.attacks import ATTACKS, AttackPlan
-from fl_bgmd.data import Dataset, load, partition
-from fl_bgmd.models import build
-from fl_bgmd.mods import ByzantineMod, CompressionMod, mark, role, server_round
-from fl_bgmd.strategies import resolve_device
 
 # Hostile clients adhere to the compression: Option I of Ghosh et al.
 app = ClientApp(mods=[CompressionMod(), ByzantineMod()])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from clients.training import Job, State, Trained, first_batch, seed_torch
+from .training import Job, State, Trained, first_batch, seed_torch
 
 
 def train_together(model: nn.Module, jobs: Sequence[Job]) -> list[Trained]:

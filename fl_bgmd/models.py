@@ -12,6 +12,8 @@ from typing import cast
 
 from torch import nn
 
+from fl_bgmd.extras import require
+
 __all__ = ["MODELS", "build"]
 
 Shape = tuple[int, ...]
@@ -117,6 +119,7 @@ def _mlp(shape: Shape, num_classes: int) -> nn.Module:
 
 def _resnet18(shape: Shape, num_classes: int) -> nn.Module:
     # Imported here because it takes a second, which the other models need not pay.
+    require("torchvision", "the model resnet18", "vision")
     models = importlib.import_module("torchvision.models")
     model = cast(nn.Module, models.resnet18(weights=None, num_classes=num_classes))
     # The stem for 224x224 would leave 8x8 of a 32x32 image before the first block.

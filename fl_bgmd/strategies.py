@@ -1,50 +1,10 @@
-"""Re-exports ``strategies/`` in the source tree; in the wheel that folder takes this place."""
+"""In a checkout, another name of ``strategies/``; in the wheel that folder takes this place."""
 
-import sys
+from typing import TYPE_CHECKING
 
-from strategies import (
-    BGMD,
-    CMD,
-    GMD,
-    QBGMD,
-    CenteredClipping,
-    EmptyRoundsError,
-    FedBGMD,
-    Krum,
-    Mean,
-    MissingNodesError,
-    MultiKrum,
-    NormThreshold,
-    RobustFilter,
-    RobustStrategy,
-    Round,
-    RunEndedError,
-    TrimmedMean,
-    legacy,
-    resolve_device,
-)
+if TYPE_CHECKING:
+    from strategies import *  # noqa: F403
+else:
+    from fl_bgmd._checkout import alias
 
-# As os does for os.path: `from fl_bgmd.strategies.legacy import BGMD` finds the one module, here
-# where this is no package.
-sys.modules[f"{__name__}.legacy"] = legacy
-
-__all__ = [
-    "BGMD",
-    "CMD",
-    "GMD",
-    "QBGMD",
-    "CenteredClipping",
-    "EmptyRoundsError",
-    "FedBGMD",
-    "Krum",
-    "Mean",
-    "MissingNodesError",
-    "MultiKrum",
-    "NormThreshold",
-    "RobustFilter",
-    "RobustStrategy",
-    "Round",
-    "RunEndedError",
-    "TrimmedMean",
-    "resolve_device",
-]
+    alias(__name__)

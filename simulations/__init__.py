@@ -1,1 +1,23 @@
-"""The ServerApp, the command line and the experiments: ``python -m simulations --help``."""
+"""The ServerApp, the command line and the experiments: ``fl-bgmd --help``."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__all__ = ["main", "run", "validate"]
+
+if TYPE_CHECKING:
+    from .__main__ import main
+    from .backends import run
+    from .config import validate
+else:
+    _HOMES = {"main": "__main__", "run": "backends", "validate": "config"}
+
+    def __getattr__(name: str) -> object:
+        """Import what the package offers when it is asked for.
+
+        Not before: the command line sets what Flower and Ray read when they are imported, and
+        answers Ctrl-C during the seconds that takes.
+        """
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

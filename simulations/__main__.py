@@ -1,14 +1,34 @@
-"""``python -m simulations``: see ``--help``."""
+"""The command ``fl-bgmd``: what must happen before the seconds that importing the rest takes."""
 
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
-# Read by Flower and Ray when they are imported.
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+def main() -> None:
+    """Run the command line and end the process with its exit status."""
+    # Read by Flower and Ray when they are imported.
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Where interrupts are ignored, as in a background job, they stay so.
+    if interruptible := signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+    # Rules and attacks of your own, in the current folder: `python -m` has it first. Last, so that
+    # no folder there hides a package.
+    sys.path.append(os.getcwd())
+    from . import cli
+
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    status = cli.main(program=_program())
+    if status == cli.EXIT_INTERRUPTED:
+        # What threads of Flower and Ray still wait for is not wanted.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -17,16 +37,13 @@ def _end(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-if __name__ == "__main__":
-    # Some seconds of imports. Where interrupts are ignored, as in a background job, they stay so.
-    if interruptible := signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end)
-    from simulations.cli import EXIT_INTERRUPTED, main
+def _program() -> str:
+    """Return how this process was started: ``fl-bgmd``, or ``python -m fl_bgmd``."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is None:
+        return Path(sys.argv[0]).name
+    return f"python -m {spec.name.removesuffix('.__main__')}"
 
-    if interruptible:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    status = main()
-    if status == EXIT_INTERRUPTED:  # what threads of Flower and Ray still wait for is not wanted
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
+
+if __name__ == "__main__":
+    main()

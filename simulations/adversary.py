@@ -39,7 +39,8 @@ from fl_bgmd.replies import (
     partition_id,
     screen,
 )
-from simulations.grid import InProcessGrid, asked_for
+
+from .grid import InProcessGrid, asked_for
 
 Preview = Callable[[Tensor, list[int], list[float], int], Tensor]
 """What a server would move by: see :meth:`fl_bgmd.strategies.RobustStrategy.preview`."""

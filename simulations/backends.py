@@ -13,11 +13,13 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from clients.client_app import app as client_app
-from clients.client_app import prepare_together
-from simulations.config import Config, ConfigError
-from simulations.experiment import OnRound, RunResult, run_experiment
-from simulations.grid import InProcessGrid
+from fl_bgmd.clients import app as client_app
+from fl_bgmd.clients import prepare_together
+from fl_bgmd.extras import require
+
+from .config import Config, ConfigError
+from .experiment import OnRound, RunResult, run_experiment
+from .grid import InProcessGrid
 
 BACKENDS = ("ray", "inprocess", "vectorized")
 
@@ -139,9 +141,16 @@ def run(
     """Run a validated configuration and return its result.
 
     Exceptions of the server or of Ray become a result with status ``failed`` and the error.
+
+    Raises
+    ------
+    MissingExtraError
+        For backend ``ray`` where Ray is not installed.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
+    if backend == "ray":
+        require("ray", "backend ray", "simulation")
     if backend == "vectorized":
         for key, allowed in (("local-steps", 1), ("downlink-compressor", "none")):
             if config[key] != allowed:

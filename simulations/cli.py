@@ -22,8 +22,10 @@ from rich.progress import (
 
 from fl_bgmd.checkpoints import make_folder
 from fl_bgmd.data import DATASETS, DataUnavailableError, data_directory, load
-from simulations.backends import BACKENDS, ClientResources, run
-from simulations.config import (
+from fl_bgmd.extras import MissingExtraError, require
+
+from .backends import BACKENDS, ClientResources, run
+from .config import (
     SETTINGS,
     STRATEGIES,
     Config,
@@ -34,11 +36,11 @@ from simulations.config import (
     parse,
     validate,
 )
-from simulations.diggavi import reproduce_diggavi
-from simulations.experiment import RunResult
-from simulations.figures import draw_complexity, draw_speedup, draw_toy
-from simulations.ghosh import GHOSH, reproduce
-from simulations.laboratory import (
+from .diggavi import reproduce_diggavi
+from .experiment import RunResult
+from .figures import draw_complexity, draw_speedup, draw_toy
+from .ghosh import GHOSH, reproduce
+from .laboratory import (
     Cell,
     Line,
     accuracy_table,
@@ -49,7 +51,7 @@ from simulations.laboratory import (
     read_cells,
     run_grid,
 )
-from simulations.report import (
+from .report import (
     attacks_table,
     counted,
     grid_table,
@@ -60,8 +62,8 @@ from simulations.report import (
     write_grid,
     write_markdown,
 )
-from simulations.reproduce import experiments, plan, read_experiment
-from simulations.reproduce_report import write_report
+from .reproduce import experiments, plan, read_experiment
+from .reproduce_report import write_report
 
 # What draws each, and how many draws, calls or runs it takes by default.
 FIGURES: dict[str, tuple[Callable[..., Path], int]] = {
@@ -78,23 +80,25 @@ CONSOLE = Console()
 TABLES = Console(width=1000)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status.
+def main(arguments: Sequence[str] | None = None, program: str = "fl-bgmd") -> int:
+    """Run the command line, called ``program`` in its help; return the exit status.
 
     0: all runs finished or diverged (a diverged run is a result). 1: a run failed. 2: a bad
-    option. 3: the data cannot be had. 130: interrupted.
+    option, or a package that it needs is not installed. 3: the data cannot be had. 130:
+    interrupted.
     """
     warnings.filterwarnings("ignore", message="Tip: In future versions of Ray")
     try:
-        options, unknown = _parser().parse_known_args(arguments)
+        options, unknown = _parser(program).parse_known_args(arguments)
         if not getattr(options, "verbose", False):
             logging.getLogger("flwr").setLevel(logging.CRITICAL)
         _refuse_unknown(unknown)
+        _require_extras(options)
         for name in ("output", "picture"):
             if (folder := getattr(options, name, None)) is not None:
                 _make_folder(name, folder)
         return int(options.command(options))
-    except ConfigError as error:
+    except (ConfigError, MissingExtraError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
     except DataUnavailableError as error:
@@ -106,6 +110,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return EXIT_INTERRUPTED
+
+
+def _require_extras(options: argparse.Namespace) -> None:
+    """Check what the command needs at its end before hours of computing."""
+    if getattr(options, "backend", None) == "ray":
+        require("ray", "backend ray", "simulation")
+    draws = options.command not in (_data, _attacks) or getattr(options, "picture", None)
+    if draws:
+        require("matplotlib", "plots", "plots")
 
 
 def _make_folder(option: str, folder: Path) -> Path:
@@ -137,9 +150,9 @@ def _path(text: str) -> Path:
     return Path(expand_home(text))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m simulations", description="Byzantine-robust federated learning experiments."
+        prog=program, description="Byzantine-robust federated learning experiments."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -1,7 +1,7 @@
 """The run configuration: which keys there are, what each may hold, and how they fit together.
 
 The defaults are those of ``[tool.flwr.app.config]`` in ``pyproject.toml``; ``flwr run`` and
-``python -m simulations`` share the keys and pass through :func:`validate` before anything starts.
+``fl-bgmd`` share the keys and pass through :func:`validate` before anything starts.
 """
 
 import difflib
@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from clients.training import LR_SCHEDULES
 from fl_bgmd.aggregators.block import MEMORY_RULES, SCORES
 from fl_bgmd.aggregators.geometric_median import SOLVERS
 from fl_bgmd.aggregators.sampling import SELECTIONS as BLOCK_SELECTIONS
@@ -20,6 +19,7 @@ from fl_bgmd.aggregators.spectral import PROVEN_FRACTION
 from fl_bgmd.attacks import ATTACKS, PRESETS, AttackPlan, attack_names, is_attack
 from fl_bgmd.attacks import SELECTIONS as BYZANTINE_SELECTIONS
 from fl_bgmd.broadcast import build_downlink
+from fl_bgmd.clients import LR_SCHEDULES
 from fl_bgmd.compression import COMPRESSORS, build_compressor
 from fl_bgmd.data import DATASETS, SCHEMES, TRAINING_EXAMPLES
 from fl_bgmd.models import MODELS
@@ -247,9 +247,14 @@ SETTINGS: dict[str, Setting] = {
 }
 
 
+_PROJECT = "pyproject.toml"
+
+
 def defaults() -> Config:
     """Return the defaults of ``pyproject.toml``, checked against :data:`SETTINGS`."""
-    path = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    here = Path(__file__).resolve().parent
+    # The wheel brings the file along; in a checkout it is one folder up.
+    path = next(p for p in (here / _PROJECT, here.parent / _PROJECT) if p.is_file())
     project = tomllib.loads(path.read_text(encoding="utf-8"))
     return _flatten(project["tool"]["flwr"]["app"]["config"])
 

@@ -16,11 +16,10 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
-from clients.client_app import partitions
-from clients.training import evaluate, scheduled_learning_rate
 from fl_bgmd import __version__
 from fl_bgmd.attacks import AttackPlan
 from fl_bgmd.checkpoints import Checkpoints
+from fl_bgmd.clients import evaluate, partitions, scheduled_learning_rate
 from fl_bgmd.data import load
 from fl_bgmd.models import build
 from fl_bgmd.shares import floor_share
@@ -39,8 +38,9 @@ from fl_bgmd.strategies import (
     TrimmedMean,
     resolve_device,
 )
-from simulations.adversary import AdversarialGrid
-from simulations.config import Config, own_strategy
+
+from .adversary import AdversarialGrid
+from .config import Config, own_strategy
 
 OnRound = Callable[[int, float | None], None]
 

@@ -14,7 +14,6 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from clients.training import threads
 from fl_bgmd.aggregators import (
     block_geometric_median,
     coordinate_median,
@@ -22,8 +21,10 @@ from fl_bgmd.aggregators import (
     mean,
     spectral_filter,
 )
-from simulations.backends import run
-from simulations.config import Value, validate
+from fl_bgmd.clients import threads
+
+from .backends import run
+from .config import Value, validate
 
 Done = Callable[[str], None]
 CENTRES: dict[str, Callable[[Tensor], Tensor]] = {

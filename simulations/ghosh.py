@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_bgmd.aggregators import mean, norm_threshold, trimmed_mean
-from simulations.ghosh_problems import Curve, Network, Problem, Regression
+
+from .ghosh_problems import Curve, Network, Problem, Regression
 
 Array = NDArray[np.float64]
 
@@ -277,7 +278,7 @@ def _plot(path: Path, title: str, axis: str, by_label: dict[str, Array]) -> None
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    from simulations.report import counted  # workers of the runs need none of it
+    from .report import counted  # workers of the runs need none of it
 
     canvas, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
     for label, histories in by_label.items():

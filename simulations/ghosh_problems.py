@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.together import gradients_together
 from fl_bgmd.attacks import label_shift, random_labels
+from fl_bgmd.clients import gradients_together
 from fl_bgmd.data import load, normalize
 from fl_bgmd.models import build
 

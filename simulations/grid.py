@@ -26,7 +26,8 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl_bgmd.replies import arrays_from_state, arrays_to_state
-from simulations.config import Config
+
+from .config import Config
 
 Prepare = Callable[[Sequence[tuple[Message, Context]]], None]
 

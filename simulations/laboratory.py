@@ -18,9 +18,10 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from fl_bgmd.attacks import ATTACKS, attack_names, is_attack
-from simulations.backends import ClientResources, run
-from simulations.config import Config, ConfigError, Value, defaults, validate
-from simulations.experiment import RunResult
+
+from .backends import ClientResources, run
+from .config import Config, ConfigError, Value, defaults, validate
+from .experiment import RunResult
 
 ALL_ATTACKS = "all"
 

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from fl_bgmd.attacks import ATTACKS
 from fl_bgmd.data import Dataset
-from simulations.experiment import RunResult
+
+from .experiment import RunResult
 
 COLUMNS = (
     "strategy",

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fl_bgmd.data import load
-from simulations.config import Config, ConfigError, Value, validate
-from simulations.laboratory import Cell
+
+from .config import Config, ConfigError, Value, validate
+from .laboratory import Cell
 
 FOLDER = Path(__file__).resolve().parent / "experiments"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simulations.experiment import RunResult
-from simulations.laboratory import Cell, Line, finished_before, line_of
-from simulations.report import counted
-from simulations.reproduce import Experiment, rounds_per_epoch
+from .experiment import RunResult
+from .laboratory import Cell, Line, finished_before, line_of
+from .report import counted
+from .reproduce import Experiment, rounds_per_epoch
 
 Runs = dict[tuple[str, str], list[RunResult]]
 

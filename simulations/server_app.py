@@ -7,8 +7,8 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from simulations.config import validate
-from simulations.experiment import run_experiment
+from .config import validate
+from .experiment import run_experiment
 
 LOG = logging.getLogger("flwr.fl_bgmd")
 

@@ -7,7 +7,8 @@ a standard deviation of 10 buries the image; here 10 is 10 of 255 grey levels.
 
 import numpy as np
 import torch
-from torchvision.transforms.v2 import functional as transforms
+
+from fl_bgmd.extras import require
 
 from .base import Images, Labels
 
@@ -53,6 +54,9 @@ def blur(images: Images, sigma: float) -> Images:
 
     Acharya et al. (BGMD), Figure 4 (d).
     """
+    require("torchvision", "the attack blur", "vision")
+    from torchvision.transforms.v2 import functional as transforms
+
     pixels = torch.from_numpy(images.copy())
     pixels = pixels[:, None] if images.ndim == 3 else pixels.permute(0, 3, 1, 2)
     size = 2 * max(1, round(3 * sigma)) + 1

