@@ -10,6 +10,7 @@ import logging
 import sys
 from pathlib import Path
 
+from fl_bgmd.aggregators import RULES
 from simulations.backends import run
 from simulations.config import validate
 
@@ -27,26 +28,15 @@ SHORT = {
 }
 
 ROWS = {
-    **{
-        name: {"strategy": name, "mixing": "none"}
-        for name in (
-            *("mean", "gmd", "bgmd", "cmd", "trimmed-mean", "norm-threshold"),
-            *("robust-filter", "krum", "multi-krum", "centered-clipping"),
-        )
-    },
-    "bgmd+nearest-neighbor": {"strategy": "bgmd", "mixing": "nearest-neighbor"},
-    "gmd+bucketing": {"strategy": "gmd", "mixing": "bucketing"},
-    "bgmd printed": {
-        "strategy": "bgmd",
-        "mixing": "none",
-        "bgmd.memory": "mean",
-        "bgmd.score": "squared-norm",
-    },
-    "gmd, alie": {"strategy": "gmd", "mixing": "none", "attack": "alie"},
-    "bgmd, memory-takeover": {"strategy": "bgmd", "mixing": "none", "attack": "memory-takeover"},
-    "cmd, label-shift": {"strategy": "cmd", "mixing": "none", "attack": "label-shift"},
-    "qsgd": {"strategy": "gmd", "mixing": "none", "compressor": "qsgd"},
-    "momentum": {"strategy": "gmd", "mixing": "none", "server-momentum": 0.9},
+    **{name: {"strategy": name} for name in RULES},
+    "bgmd+nearest-neighbor": {"strategy": "bgmd+nearest-neighbor"},
+    "gmd+bucketing": {"strategy": "gmd+bucketing"},
+    "bgmd printed": {"strategy": "bgmd:memory=mean,score=squared-norm"},
+    "gmd, alie": {"strategy": "gmd", "attack": "alie"},
+    "bgmd, memory-takeover": {"strategy": "bgmd", "attack": "memory-takeover"},
+    "cmd, label-shift": {"strategy": "cmd", "attack": "label-shift"},
+    "qsgd": {"strategy": "gmd", "compressor": "qsgd"},
+    "momentum": {"strategy": "gmd", "server-momentum": 0.9},
 }
 
 

@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fl_bgmd.aggregators import RULES
 from fl_bgmd.checkpoints import make_folder
 from fl_bgmd.data import DATASETS, DataUnavailableError, data_directory, load
 from fl_bgmd.extras import MissingExtraError, require
@@ -27,7 +28,6 @@ from fl_bgmd.extras import MissingExtraError, require
 from .backends import BACKENDS, ClientResources, run
 from .config import (
     SETTINGS,
-    STRATEGIES,
     Config,
     ConfigError,
     beyond_guarantee,
@@ -138,10 +138,9 @@ def _refuse_unknown(unknown: list[str]) -> None:
         key = unknown[0].removeprefix("--").partition("=")[0]
         value = unknown[0].partition("=")[2] or " ".join(unknown[1:2])
         if key in SETTINGS:
-            rows = key in ("strategy", "mixing")
             raise ConfigError(
                 f"{key} is {value!r}, which this command does not take; allowed: "
-                + ("in --strategies, as bgmd+nearest-neighbor" if rows else "with run")
+                + ("in --strategies" if key == "strategy" else "with run")
             )
         validate({key: value})
 
@@ -168,8 +167,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "--strategies",
         nargs="+",
         default=["mean", "gmd", "bgmd+nearest-neighbor"],
-        metavar="STRATEGY[+MIXING]",
-        help=f"of {', '.join(STRATEGIES)}; mixing is none unless named",
+        metavar="STRATEGY",
+        help=f"{', '.join(RULES)}, with options and mixings as in bgmd:0.3+nearest-neighbor",
     )
     several.add_argument("--seeds", type=int, default=1, help="runs of each, from --seed on")
     several.add_argument("--jobs", type=int, default=1, help="runs at a time (not with ray)")
@@ -183,7 +182,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         type=_path,
         help="of a grid; finished runs that it holds are not run again (default: a new one)",
     )
-    _add_settings(several, leave_out=("strategy", "mixing"))
+    _add_settings(several, leave_out=("strategy",))
 
     report = commands.add_parser("report", help="table and heat map of finished grids")
     report.set_defaults(command=_report)
@@ -246,10 +245,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     given = _given(options)
-    rows: dict[str, Config] = {}
-    for name in options.strategies:
-        strategy, plus, mixing = name.partition("+")
-        rows[name] = {"strategy": strategy, "mixing": mixing if plus else "none"}
+    rows: dict[str, Config] = {name: {"strategy": name} for name in options.strategies}
     attacks = columns(str(given.pop("attack", "none")))
     for option, names in (("strategies", options.strategies), ("attack", attacks)):
         if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:

@@ -1,55 +1,45 @@
 """The run configuration: which keys there are, what each may hold, and how they fit together.
 
-The defaults are those of ``[tool.flwr.app.config]`` in ``pyproject.toml``; ``flwr run`` and
-``fl-bgmd`` share the keys and pass through :func:`validate` before anything starts.
+Keys are declared here (:class:`RunSettings`) and with the strategies' options; the defaults of
+``[tool.flwr.app.config]`` in ``pyproject.toml`` are written from them (``make config``). ``flwr
+run`` and ``fl-bgmd`` share the keys and pass through :func:`validate` before anything starts.
 """
 
 import difflib
+import json
 import math
 import re
-import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from fl_bgmd.aggregators.block import MEMORY_RULES, SCORES
-from fl_bgmd.aggregators.geometric_median import SOLVERS
-from fl_bgmd.aggregators.sampling import SELECTIONS as BLOCK_SELECTIONS
-from fl_bgmd.aggregators.spectral import PROVEN_FRACTION
+from annotated_types import Ge, Le, Lt
+from fl_bgmd.strategies.settings import OWN_OPTIONS
+from pydantic import AfterValidator
+
+from fl_bgmd.aggregators import MIXINGS, RULES, build_rule
 from fl_bgmd.attacks import ATTACKS, PRESETS, AttackPlan, attack_names, is_attack
-from fl_bgmd.attacks import SELECTIONS as BYZANTINE_SELECTIONS
-from fl_bgmd.broadcast import build_downlink
 from fl_bgmd.clients import LR_SCHEDULES
-from fl_bgmd.compression import COMPRESSORS, build_compressor
 from fl_bgmd.data import DATASETS, SCHEMES, TRAINING_EXAMPLES
 from fl_bgmd.models import MODELS
-from fl_bgmd.plugins import is_path, load_object
-from fl_bgmd.shares import FEWEST, floor_share, hostile_count, largest_bucket
-from fl_bgmd.strategies import (
-    MIXINGS,
-    NORMS,
-    TOO_FEW_NODES,
-    WEIGHTINGS,
-    RobustStrategy,
-    resolve_device,
+from fl_bgmd.options import (
+    Allowed,
+    Count,
+    Named,
+    NonNegative,
+    Operation,
+    Option,
+    OptionError,
+    Positive,
+    declared,
 )
+from fl_bgmd.registry import is_path, load_object, split_specs
+from fl_bgmd.shares import FEWEST, floor_share
+from fl_bgmd.strategies import RobustStrategy, resolve_device
 
 Value = bool | int | float | str
-Config = dict[str, Value]
-
-STRATEGIES = (
-    "mean",
-    "gmd",
-    "bgmd",
-    "cmd",
-    "trimmed-mean",
-    "norm-threshold",
-    "robust-filter",
-    "krum",
-    "multi-krum",
-    "centered-clipping",
-)
-ATTACK_NAMES = ("none", *ATTACKS)
+Config = dict[str, Any]
 
 
 class ConfigError(ValueError):
@@ -57,14 +47,13 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One key: its type, what it may hold, and what it means."""
+class Folder:
+    """In an annotation: a folder on this machine; ``~`` stands for home."""
 
-    kind: type[int] | type[float] | type[str]
-    allowed: str
-    holds: Callable[[Value], bool]
-    help: str
-    is_folder: bool = False
+
+@dataclass(frozen=True)
+class Environment:
+    """In an annotation: where a run is computed, which its results do not depend on."""
 
 
 def expand_home(folder: str) -> str:
@@ -78,188 +67,273 @@ def expand_home(folder: str) -> str:
         raise ValueError(f"no home folder is known for {folder!r}") from error
 
 
-def own_strategy(name: str) -> type[RobustStrategy] | None:
-    """Return the class that ``package.module:CLASS`` names, None for a name of another form.
+def own_strategy(spec: str) -> type[RobustStrategy] | None:
+    """Return the class that the ``package.module:CLASS`` of a spec names, None for a rule.
 
-    Raises ``ValueError`` for what cannot be imported or is no :class:`RobustStrategy`.
+    Raises ``ValueError`` for what cannot be imported and for a class that is no
+    :class:`RobustStrategy`.
     """
+    name = split_specs(spec)[0]
     if not is_path(name):
         return None
     found = load_object(name)
-    if not (isinstance(found, type) and issubclass(found, RobustStrategy)):
+    if isinstance(found, type) and not issubclass(found, RobustStrategy):
         raise ValueError(f"{name} is no subclass of RobustStrategy")
-    return found
+    return found if isinstance(found, type) else None
 
 
-ON_OFF = ("on", "off")
+def strategy_of(spec: str, **options: Any) -> RobustStrategy:
+    """Build the strategy that a spec names, a rule's or one of somebody's own."""
+    own = own_strategy(spec)
+    if own is None:
+        return RobustStrategy(spec, **options)
+    mixing = "+".join(split_specs(spec)[1:])
+    return own(**options, mixing=mixing or "none")
 
 
-def _number(
-    kind: type[int] | type[float],
-    help: str,
-    low: float = 0,
-    high: float = math.inf,
-    *,
-    above: bool = False,
-    below: bool = False,
-) -> Setting:
-    """Build a numeric setting from low to high, each end excluded by ``above`` or ``below``."""
-    allowed = f"{'above ' if above else ''}{low:g}"
-    allowed += f" to {'below ' if below else ''}{high:g}" if high < math.inf else " or more"
-    if above and high == math.inf:
-        allowed = f"above {low:g}"
-
-    def holds(value: Value) -> bool:
-        if isinstance(value, int) and abs(value) > 2**63:
-            return False
-        number = float(value)
-        inside = low <= number <= high and math.isfinite(number)
-        return inside and not (above and number == low) and not (below and number == high)
-
-    return Setting(kind, f"{'an integer, ' if kind is int else ''}{allowed}", holds, help)
+def _strategy(spec: str) -> str:
+    if own_strategy(spec) is None:
+        build_rule(spec)
+    return spec
 
 
-def _choice(allowed: tuple[str, ...], help: str) -> Setting:
-    return Setting(str, ", ".join(allowed), lambda value: value in allowed, help)
+def _attack(text: str) -> str:
+    for name in attack_names(text):
+        if not is_attack(name):
+            raise ValueError(f"there is no attack {name!r}")
+    return text
 
 
-def _accepted_by(build: Callable[[str], object]) -> Callable[[Value], bool]:
-    """Return the check that ``build`` makes something of a value and does not refuse it."""
-
-    def holds(value: Value) -> bool:
-        try:
-            build(str(value))
-        except ValueError:
-            return False
-        return True
-
-    return holds
+def _device(name: str) -> str:
+    resolve_device(name)
+    return name
 
 
-def _folder(help: str, *, empty: bool = True) -> Setting:
-    allowed = "a folder (~ stands for home)" + (", or empty" if empty else "")
-    is_path = _accepted_by(expand_home)
-    return Setting(str, allowed, lambda v: is_path(v) and (empty or v != ""), help, is_folder=True)
+def _address(text: str) -> str:
+    host, colon, port = text.rpartition(":")
+    if text and not (host and colon and port.isdigit() and len(port) < 6 and "/" not in host):
+        raise ValueError("it is no HOST:PORT")
+    return text
 
 
-SETTINGS: dict[str, Setting] = {
-    "num-server-rounds": _number(int, "rounds of the run", 1),
-    "num-clients": _number(int, "clients; see min-available-clients", 1),
-    "fraction-train": _number(float, "share of clients that train in a round", 0, 1, above=True),
-    "fraction-evaluate": _number(float, "share of the clients that evaluate in a round", 0, 1),
-    "local-steps": _number(int, "mini-batches a client trains on in a round; 0: see local-epochs"),
-    "local-epochs": _number(int, "passes over its data instead, when local-steps is 0"),
-    "batch-size": _number(int, "examples in a mini-batch", 1),
-    "learning-rate": _number(float, "of the clients' SGD", 0, above=True),
-    "momentum": _number(float, "of the clients' SGD", 0, 1, below=True),
-    "weight-decay": _number(float, "of the clients' SGD"),
-    "lr-schedule": _choice(LR_SCHEDULES, "of the clients' learning rate over the rounds"),
-    "server-lr-schedule": _choice(LR_SCHEDULES, "of the server's step over the rounds"),
-    "lr-period": _number(int, "rounds of a cycle of cosine-restarts, of a step of exponential", 1),
-    "lr-decay": _number(float, "factor of each step of exponential", 0, 1, above=True),
-    "server-learning-rate": _number(float, "step of the server along the update", 0, above=True),
-    "server-momentum": _number(float, "of the server", 0, 1, below=True),
-    "server-nesterov": _choice(ON_OFF, "whether that momentum is Nesterov's"),
-    "dataset": _choice(DATASETS, "real data"),
-    "data-dir": _folder("where data sets are kept"),
-    "model": _choice(MODELS, "what is trained"),
-    "partition": _choice(SCHEMES, "how the training examples are spread over the clients"),
-    "num-shards": _number(int, "of partition shards; a multiple of num-clients", 1),
-    "alpha": _number(float, "of partition dirichlet", 0, 1e6, above=True),
-    "strategy": Setting(
+def _some(folder: str) -> str:
+    if not folder:
+        raise ValueError("it is empty")
+    return folder
+
+
+_FOLDER = (AfterValidator(expand_home), Folder(), Allowed("a folder (~ stands for home), or empty"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The keys of a run beside the strategies' options.
+
+    Parameters
+    ----------
+    num_server_rounds : int
+        Rounds of the run.
+    num_clients : int
+        Number of clients; see min-available-clients.
+    local_steps : int
+        Mini-batches that a client trains on in a round; 0: see local-epochs.
+    local_epochs : int
+        Passes over its data instead, when local-steps is 0.
+    batch_size : int
+        Examples in a mini-batch.
+    learning_rate : float
+        Learning rate of the clients' SGD.
+    momentum : float
+        Momentum of the clients' SGD, within a round.
+    weight_decay : float
+        Weight decay of the clients' SGD.
+    lr_schedule : str
+        Schedule of the clients' learning rate over the rounds.
+    server_lr_schedule : str
+        Schedule of the server's step over the rounds.
+    lr_period : int
+        Rounds in a cycle of cosine-restarts, or in a step of exponential.
+    lr_decay : float
+        Factor of each step of exponential.
+    dataset : str
+        Data set, always a real one.
+    data_dir : str
+        Folder of the data sets; empty: $FL_BGMD_DATA, or the cache.
+    model : str
+        Model to be trained.
+    partition : str
+        How the training examples are spread over the clients.
+    num_shards : int
+        Shards of partition shards; a multiple of num-clients.
+    alpha : float
+        Concentration of partition dirichlet.
+    strategy : str
+        The server's rule and its mixings: rule:option=value+mixing+mixing.
+    min_available_clients : int
+        Connected clients that a round waits for; 0: num-clients.
+    attack : str
+        What hostile clients do.
+    attack_scale : float
+        Strength of the attack; 0: the preset's.
+    attack_preset : str
+        Whose strengths.
+    byzantine_fraction : float
+        Hostile share of the clients.
+    byzantine_selection : str
+        Whether the hostile clients are redrawn in each round.
+    seed : int
+        Seed of everything.
+    server_randomness : str
+        What the server draws from; under seeded clients can foresee it.
+    device : str
+        Device of clients and server.
+    client_threads : int
+        Torch threads of a client.
+    evaluate_every : int
+        Rounds between evaluations on all test examples.
+    round_timeout : float
+        Seconds to wait for replies.
+    checkpoint_dir : str
+        Folder to save checkpoints to and resume from, one for each run.
+    checkpoint_every : int
+        Rounds between checkpoints.
+    checkpoint_keep : int
+        How many of the last checkpoints stay.
+    ray_address : str
+        Ray cluster that the clients of backend ray run on; empty: one of its own.
+    results_dir : str
+        Folder of the results.
+    """
+
+    num_server_rounds: Count = 25
+    num_clients: Count = 10
+    local_steps: Annotated[int, Ge(0)] = 10
+    local_epochs: Annotated[int, Ge(0)] = 0
+    batch_size: Count = 64
+    learning_rate: Positive = 0.05
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    weight_decay: NonNegative = 0.0
+    lr_schedule: Literal[LR_SCHEDULES] = "constant"  # type: ignore[valid-type]
+    server_lr_schedule: Literal[LR_SCHEDULES] = "constant"  # type: ignore[valid-type]
+    lr_period: Count = 1
+    lr_decay: Annotated[Positive, Le(1)] = 0.99
+    dataset: Literal[DATASETS] = "cifar10"  # type: ignore[valid-type]
+    data_dir: Annotated[str, *_FOLDER, Operation(), Environment()] = ""
+    model: Literal[MODELS] = "small-cnn"  # type: ignore[valid-type]
+    partition: Literal[SCHEMES] = "shards"  # type: ignore[valid-type]
+    num_shards: Count = 80
+    alpha: Annotated[Positive, Le(1e6)] = 0.5
+    strategy: Annotated[
         str,
-        f"{', '.join(STRATEGIES)}, or package.module:CLASS",
-        lambda value: value in STRATEGIES or own_strategy(str(value)) is not None,
-        "the server's rule",
-    ),
-    "mixing": _choice(MIXINGS, "pre-aggregation"),
-    "bucket-size": _number(int, "of mixing bucketing", 1),
-    "assumed-byzantine-fraction": _number(
-        float, "hostile fraction the server prepares for", 0, 0.5, below=True
-    ),
-    "min-valid-replies": _number(
-        int, "with fewer the round keeps the model; 0: 3, or 1 where nobody is expected to lie"
-    ),
-    "max-empty-rounds": _number(int, "so many of these in a row end the run", 1),
-    "min-available-clients": _number(int, "connected clients a round waits for; 0: num-clients"),
-    "weighting": _choice(WEIGHTINGS, "of the clients"),
-    "compressor": Setting(
+        AfterValidator(_strategy),
+        Allowed(
+            f"one of {', '.join(RULES)}, or package.module:NAME, with options and mixings "
+            f"({', '.join(MIXINGS)}) behind it: bgmd:block-fraction=0.3+nearest-neighbor"
+        ),
+    ] = "bgmd+nearest-neighbor"
+    min_available_clients: Annotated[int, Ge(0), Operation()] = 0
+    attack: Annotated[
         str,
-        f"{', '.join(COMPRESSORS)}, with :parameter where there is one",
-        _accepted_by(build_compressor),
-        "of the clients' updates",
-    ),
-    "error-feedback": _choice(ON_OFF, "whether clients keep what compression lost"),
-    "downlink-compressor": Setting(
-        str, "none, qsgd, qsgd:levels", _accepted_by(build_downlink), "of the model on its way down"
-    ),
-    "gmd.solver": _choice(SOLVERS, "of the geometric median"),
-    "bgmd.solver": _choice(SOLVERS, "of the geometric median of the block"),
-    "bgmd.block-fraction": _number(float, "share of the coordinates in a block", 0, 1, above=True),
-    "bgmd.min-block-size": _number(int, "coordinates that a block has at least", 1),
-    "bgmd.selection": _choice(BLOCK_SELECTIONS, "how the block is chosen"),
-    "bgmd.score": _choice(SCORES, "what a coordinate is worth"),
-    "bgmd.memory": _choice(MEMORY_RULES, "what becomes of the rest"),
-    "norm-threshold.order": _number(float, "of the norm", 1),
-    "shared-coordinates": _choice(ON_OFF, "whether the server chooses those of rand-k"),
-    "norm-threshold.norms": _choice(NORMS, "of the updates: Option II or I of the paper"),
-    "robust-filter.sigma0": _number(float, "honest standard deviation; 0: estimated"),
-    "multi-krum.num-selected": _number(int, "updates to average; 0: all but the hostile fraction"),
-    "centered-clipping.radius": _number(float, "of the clipping; 0: the median distance"),
-    "attack": Setting(
+        AfterValidator(_attack),
+        Allowed(f"none, {', '.join(ATTACKS)}, package.module:ATTACK, or several joined by +"),
+    ] = "none"
+    attack_scale: Annotated[NonNegative, Named("attack.scale")] = 0.0
+    attack_preset: Annotated[Literal[PRESETS], Named("attack.preset")] = "paper"  # type: ignore[valid-type]
+    byzantine_fraction: Annotated[float, Ge(0), Le(1)] = 0.0
+    byzantine_selection: Literal["per-round", "fixed"] = "per-round"
+    seed: Annotated[int, Ge(0), Le(2**31), Allowed("a whole number, 0 to 2147483648")] = 0
+    server_randomness: Literal["seeded", "secret"] = "seeded"
+    device: Annotated[
         str,
-        f"{', '.join(ATTACK_NAMES)}, package.module:ATTACK, or several joined by +",
-        lambda value: value == "none" or all(is_attack(n) for n in attack_names(str(value))),
-        "what hostile clients do",
-    ),
-    "attack.scale": _number(float, "strength of the attack; 0: the preset's"),
-    "attack.preset": _choice(PRESETS, "whose strengths"),
-    "byzantine-fraction": _number(float, "hostile share of the clients", 0, 1),
-    "byzantine-selection": _choice(BYZANTINE_SELECTIONS, "hostile clients: redrawn or the same"),
-    "seed": _number(int, "of everything", 0, 2**31),
-    "server-randomness": _choice(
-        ("seeded", "secret"), "what the server draws (nodes, blocks, buckets); clients see the seed"
-    ),
-    "device": Setting(
-        str,
-        "auto, cpu; cuda, cuda:N where there is such a GPU",
-        _accepted_by(resolve_device),
-        "of clients and server",
-    ),
+        AfterValidator(_device),
+        Environment(),
+        Allowed("auto, cpu; cuda, cuda:N where there is such a GPU"),
+    ] = "auto"
     # The client's machine is not this one; thousands of threads end a process without a word.
-    "client-threads": _number(int, "torch threads of a client", 1, 256),
-    "evaluate-every": _number(int, "rounds between evaluations on all test examples", 1),
-    "round-timeout": _number(float, "seconds to wait for replies", 0, above=True),
-    "node-wait-timeout": _number(float, "seconds to wait for num-clients nodes", 0, above=True),
-    "too-few-nodes": _choice(TOO_FEW_NODES, "what happens when they are not there by then"),
-    "bench-after": _number(int, "bad rounds in a row after which a client sits out; 0: never"),
-    "bench-rounds": _number(int, "for how many rounds", 1),
-    "checkpoint-dir": _folder("to go on from; one a run"),
-    "checkpoint-every": _number(int, "rounds between checkpoints", 1),
-    "checkpoint-keep": _number(int, "how many of the last checkpoints stay", 1),
-    "ray-address": Setting(
+    client_threads: Annotated[Count, Le(256)] = 1
+    evaluate_every: Count = 1
+    round_timeout: Annotated[Positive, Operation()] = 3600.0
+    checkpoint_dir: Annotated[str, *_FOLDER, Operation()] = ""
+    checkpoint_every: Annotated[Count, Operation()] = 1
+    checkpoint_keep: Annotated[Count, Operation()] = 3
+    ray_address: Annotated[
         str,
-        "HOST:PORT of a running Ray cluster, or empty: a Ray of its own on this machine",
-        lambda value: value == "" or bool(re.fullmatch(r"[^\s/]+:\d{1,5}", str(value))),
-        "where the clients of backend ray run",
-    ),
-    "results-dir": _folder("where results are written", empty=False),
+        AfterValidator(_address),
+        Operation(),
+        Allowed("HOST:PORT of a running Ray cluster, or empty"),
+    ] = ""
+    results_dir: Annotated[
+        str,
+        AfterValidator(_some),
+        *_FOLDER[:2],
+        Operation(),
+        Environment(),
+        Allowed("a folder (~ stands for home)"),
+    ] = "results"
+
+
+_RENAMED = {"byzantine_fraction": "assumed-byzantine-fraction"}
+"""Keys of strategy options that are not called like them: the attack has one of that name."""
+
+_LEFT_OUT = ("mixing", "checkpoints", "seed", "device")
+"""Strategy options that follow from other keys."""
+
+_APP_DEFAULTS = {"byzantine_fraction": 0.4}
+"""Where the app differs from the strategies: its experiments are attacked."""
+
+STRATEGY_KEYS: dict[str, str] = {
+    **{name: _RENAMED.get(name, o.key) for name, o in OWN_OPTIONS.items() if name not in _LEFT_OUT},
+    "fraction_train": "fraction-train",
+    "fraction_evaluate": "fraction-evaluate",
 }
+"""The keys of the strategies' options, by the options' names."""
 
 
-_PROJECT = "pyproject.toml"
+def _settings() -> dict[str, Option]:
+    found = {option.key: option for option in declared(RunSettings).values()}
+    shares = {
+        "fraction_train": Option("", "", Annotated[Positive, Le(1)], 1.0, _SAMPLED),
+        "fraction_evaluate": Option(
+            "", "", Annotated[NonNegative, Le(1), Operation()], 0.0, _ASKED
+        ),
+    }
+    for name, key in STRATEGY_KEYS.items():
+        option = shares.get(name) or OWN_OPTIONS[name]
+        found[key] = replace(option, default=_APP_DEFAULTS.get(name, option.default))
+    return {key: replace(option, name=key) for key, option in found.items()}
+
+
+_SAMPLED = "Share of the clients that train in a round"
+_ASKED = "Share of the clients that evaluate in a round"
+
+SETTINGS: dict[str, Option] = _settings()
+"""Every key."""
+
+_GONE = {
+    **dict.fromkeys(("mixing",), 'strategy = "bgmd+nearest-neighbor"'),
+    "bucket-size": 'strategy = "gmd+bucketing:3"',
+    "gmd.solver": 'strategy = "gmd:solver=weiszfeld"',
+    **{
+        f"bgmd.{key}": f'strategy = "bgmd:{key}=..."'
+        for key in ("solver", "block-fraction", "min-block-size", "selection", "score", "memory")
+    },
+    **{
+        f"norm-threshold.{key}": f'strategy = "norm-threshold:{key}=..."'
+        for key in ("order", "norms")
+    },
+    "robust-filter.sigma0": 'strategy = "robust-filter:sigma0=..."',
+    "multi-krum.num-selected": 'strategy = "multi-krum:num-selected=..."',
+    "centered-clipping.radius": 'strategy = "centered-clipping:radius=..."',
+}
+"""Keys of earlier versions, and what became of them."""
 
 
 def defaults() -> Config:
-    """Return the defaults of ``pyproject.toml``, checked against :data:`SETTINGS`."""
-    here = Path(__file__).resolve().parent
-    # The wheel brings the file along; in a checkout it is one folder up.
-    path = next(p for p in (here / _PROJECT, here.parent / _PROJECT) if p.is_file())
-    project = tomllib.loads(path.read_text(encoding="utf-8"))
-    return _flatten(project["tool"]["flwr"]["app"]["config"])
+    """Return the default of every key."""
+    return {key: option.default for key, option in SETTINGS.items()}
 
 
-def validate(given: Mapping[str, Value]) -> Config:
+def validate(given: Mapping[str, Any]) -> Config:
     """Return a complete configuration: ``given`` over the defaults.
 
     Raises
@@ -271,26 +345,27 @@ def validate(given: Mapping[str, Value]) -> Config:
     config = defaults()
     for key, value in given.items():
         _check_key(key, value)
-        config[key] = value
-    for key, setting in SETTINGS.items():
-        config[key] = _check(key, config[key], setting)
-        if setting.is_folder:
-            config[key] = expand_home(str(config[key]))
+        config[key] = _parsed(key, value)
     _check_combinations(config)
     return config
 
 
-def parse(key: str, text: str) -> Value:
-    """Turn a command-line string into the type of ``key``; :class:`ConfigError` if it is not."""
+def parse(key: str, text: str) -> Any:
+    """Turn a command-line string into a value of ``key``; :class:`ConfigError` if it is none."""
     _check_key(key, text)
-    kind = SETTINGS[key].kind
+    return _parsed(key, text)
+
+
+def _parsed(key: str, value: Any) -> Any:
     try:
-        return kind(text)
-    except ValueError:
-        raise ConfigError(f"{key} is {text!r}; allowed: {SETTINGS[key].allowed}") from None
+        return SETTINGS[key].parse(value)
+    except OptionError as error:
+        raise ConfigError(str(error)) from None
 
 
-def _check_key(key: str, value: Value) -> None:
+def _check_key(key: str, value: Any) -> None:
+    if key in _GONE:
+        raise ConfigError(f"key {key!r} (value {value!r}) is no more; now: {_GONE[key]}")
     if key not in SETTINGS:
         close = difflib.get_close_matches(key, SETTINGS, n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
@@ -298,25 +373,36 @@ def _check_key(key: str, value: Value) -> None:
         raise ConfigError(f"unknown key {key!r} (value {value!r}){hint}; allowed: {allowed}")
 
 
-def _check(key: str, value: Value, setting: Setting) -> Value:
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    if setting.kind is float and is_number and setting.holds(value):
-        value = float(value)
-    why = ""
+def strategy_for(config: Config, **options: Any) -> RobustStrategy:
+    """Build the strategy of a configuration; ``options`` are those that it does not hold.
+
+    Raises :class:`ConfigError` for options that do not fit together.
+    """
+    clients = config["min-available-clients"] or config["num-clients"]
+    given = {name: config[key] for name, key in STRATEGY_KEYS.items()}
+    given |= {
+        # They must be there before a round samples any.
+        "min_available_nodes": clients,
+        "min_train_nodes": max(1, floor_share(config["fraction-train"], clients)),
+        "min_evaluate_nodes": max(1, floor_share(config["fraction-evaluate"], clients)),
+        "seed": None if config["server-randomness"] == "secret" else config["seed"],
+        "device": config["device"],
+    }
     try:
-        if isinstance(value, setting.kind) and not isinstance(value, bool) and setting.holds(value):
-            return value
+        return strategy_of(config["strategy"], **(given | options))
     except ValueError as error:
-        why = f" ({error})"
-    raise ConfigError(f"{key} is {value!r}{why}; allowed: {setting.allowed}")
+        text = str(error)
+        for name, key in STRATEGY_KEYS.items():
+            text = re.sub(rf"\b{name}\b", key, text)
+        raise ConfigError(text) from None
 
 
 def _check_combinations(config: Config) -> None:
     """Refuse values that are fine alone and not together."""
-    clients, fraction = int(config["num-clients"]), float(config["byzantine-fraction"])
-    examples = TRAINING_EXAMPLES[str(config["dataset"])]
+    clients, fraction = config["num-clients"], config["byzantine-fraction"]
+    examples = TRAINING_EXAMPLES[config["dataset"]]
     for key in ("num-clients", *(("num-shards",) if config["partition"] == "shards" else ())):
-        if int(config[key]) > examples:
+        if config[key] > examples:
             raise ConfigError(
                 f"{key} is {config[key]}; allowed: 1 to {examples}, the training examples of "
                 f"{config['dataset']}"
@@ -326,11 +412,11 @@ def _check_combinations(config: Config) -> None:
             f"local-steps is {config['local-steps']} and local-epochs is "
             f"{config['local-epochs']}; allowed: one of them 0, the other above 0"
         )
-    if config["partition"] == "shards" and int(config["num-shards"]) % clients:
+    if config["partition"] == "shards" and config["num-shards"] % clients:
         raise ConfigError(
             f"num-shards is {config['num-shards']}; allowed: a multiple of num-clients ({clients})"
         )
-    if int(config["min-available-clients"]) > clients:
+    if config["min-available-clients"] > clients:
         raise ConfigError(
             f"min-available-clients is {config['min-available-clients']}; allowed: 0 to "
             f"num-clients ({clients})"
@@ -348,65 +434,28 @@ def _check_combinations(config: Config) -> None:
             + ", ".join(ATTACKS)
         )
     _check_attack(config, hostile)
-    if config["server-nesterov"] == "on" and not config["server-momentum"]:
+    asked = max(1, floor_share(config["fraction-train"], clients))
+    least_replies = config["min-valid-replies"]
+    if least_replies is not None and least_replies > asked:
         raise ConfigError(
-            "server-nesterov is 'on' with server-momentum 0; allowed: off, or a server-momentum "
-            "above 0"
-        )
-    if config["shared-coordinates"] == "on":
-        kind = str(config["compressor"]).partition(":")[0]
-        if kind not in ("rand-k", "scaled-rand-k"):
-            raise ConfigError(
-                f"shared-coordinates is 'on' with compressor {config['compressor']!r}; allowed: "
-                "rand-k, scaled-rand-k"
-            )
-        remembers = config["strategy"] == "bgmd" and config["bgmd.memory"] != "none"
-        if remembers or config["strategy"] == "centered-clipping":
-            raise ConfigError(
-                f"shared-coordinates is 'on' with strategy {config['strategy']!r}; allowed: "
-                "strategies that remember no coordinates (bgmd with bgmd.memory none)"
-            )
-    memory = config["bgmd.memory"] if config["strategy"] == "bgmd" else ""
-    if memory == "per-client" and config["mixing"] == "bucketing":
-        raise ConfigError(
-            "bgmd.memory is 'per-client' with mixing 'bucketing'; allowed with it: none, "
-            "nearest-neighbor"
-        )
-    asked = max(1, floor_share(float(config["fraction-train"]), clients))
-    if int(config["min-valid-replies"]) > asked:
-        raise ConfigError(
-            f"min-valid-replies is {config['min-valid-replies']}; allowed: 0 to {asked}, the share "
+            f"min-valid-replies is {least_replies}; allowed: none, or 1 to {asked}, the share "
             "fraction-train of num-clients"
         )
-    own = own_strategy(str(config["strategy"]))
-    robust = own.robust if own else config["strategy"] != "mean"
-    expects = robust and float(config["assumed-byzantine-fraction"]) > 0
-    if expects and asked < FEWEST and not config["min-valid-replies"]:
+    strategy = strategy_for(config, fraction_evaluate=1.0)  # 0 makes Flower warn
+    expects = strategy.robust and config["assumed-byzantine-fraction"] > 0
+    if expects and asked < FEWEST and least_replies is None:
         raise ConfigError(
-            f"min-valid-replies is 0 with {asked} clients asked in a round, of whom nobody can "
+            f"min-valid-replies is none with {asked} clients asked in a round, of whom nobody can "
             f"tell which one lies; allowed: {FEWEST} clients or more, where all can be trusted "
             f"assumed-byzantine-fraction 0, or min-valid-replies 1 to {asked}"
         )
-    if config["strategy"] == "norm-threshold" and config["norm-threshold.norms"] == "reported":
-        for key, allowed in (("norm-threshold.order", 2.0), ("mixing", "none")):
-            if config[key] != allowed:
-                raise ConfigError(
-                    f"{key} is {config[key]!r} with norm-threshold.norms 'reported'; allowed: "
-                    f"{allowed!r}, since clients report the Euclidean norms of their own updates"
-                )
-        if config["compressor"] == "none":
-            raise ConfigError(
-                "compressor is 'none' with norm-threshold.norms 'reported'; allowed: a compressor, "
-                "since clients report norms with packed updates only"
-            )
-    weightable = own.weightable if own else config["strategy"] in ("mean", "gmd")
-    if config["weighting"] != "uniform" and not weightable:
+    if strategy.rule.rule.uses("norms") and config["compressor"] == "none":
         raise ConfigError(
-            f"weighting is {config['weighting']!r} with strategy {config['strategy']!r}; "
-            "allowed: uniform (examples: mean, gmd)"
+            f"compressor is 'none' with strategy {config['strategy']!r}; allowed: a compressor, "
+            "since clients report norms with packed updates only"
         )
     restarts = "cosine-restarts" in (config["lr-schedule"], config["server-lr-schedule"])
-    if restarts and int(config["lr-period"]) < 2:
+    if restarts and config["lr-period"] < 2:
         raise ConfigError(
             f"lr-period is {config['lr-period']} with cosine-restarts; allowed: 2 or more"
         )
@@ -419,25 +468,21 @@ def _check_combinations(config: Config) -> None:
 
 def beyond_guarantee(config: Config) -> list[str]:
     """Return what a validated configuration asks of its rule that nobody has proved it can do."""
-    share, clients = float(config["assumed-byzantine-fraction"]), int(config["num-clients"])
-    expected = f"assumed-byzantine-fraction is {share:g}"
-    notes = []
-    hostile, size = hostile_count(share, clients), int(config["bucket-size"])
-    if config["strategy"] == "krum" and clients <= 2 * hostile + 2:
-        notes.append(f"{expected} of {clients} clients; krum is proved for n > 2 f + 2")
-    if config["strategy"] == "robust-filter" and share > PROVEN_FRACTION:
-        notes.append(f"{expected}; robust-filter is proved for up to {PROVEN_FRACTION}")
-    if config["mixing"] == "bucketing" and largest_bucket(size, hostile, clients) < size:
-        notes.append(
-            f"{expected} with bucket-size {size}: hostile buckets may be the majority, buckets of "
-            f"{largest_bucket(size, hostile, clients)} are used"
-        )
-    return notes
+    return list(strategy_for(config).rule.notes(config["num-clients"]).values())
+
+
+def flower_defaults() -> str:
+    """Return the ``[tool.flwr.app.config]`` table of ``pyproject.toml``."""
+    lines = []
+    for key, value in defaults().items():
+        text = "none" if value is None else value
+        lines.append(f"{json.dumps(key) if '.' in key else key} = {json.dumps(text)}")
+    return "\n".join(lines)
 
 
 def _check_attack(config: Config, hostile: int) -> None:
     """Refuse attacks that could not be played as configured."""
-    attacks, scale = attack_names(str(config["attack"])), float(config["attack.scale"])
+    attacks, scale = attack_names(config["attack"]), config["attack.scale"]
     if len(attacks) > max(1, hostile) or len(set(attacks)) < len(attacks):
         raise ConfigError(
             f"attack is {config['attack']!r} with {hostile} hostile clients; allowed: different "
@@ -459,21 +504,10 @@ def _check_attack(config: Config, hostile: int) -> None:
             raise ConfigError(
                 f"attack.scale is {scale:g} with attack {config['attack']!r}; allowed: {allowed}"
             )
-    roles = AttackPlan.from_config(config).roles(int(config["num-clients"]), 1)
+    roles = AttackPlan.from_config(config).roles(config["num-clients"], 1)
     players = list(roles.values()).count("alie")
     if "alie" in attacks and players < 2:
         raise ConfigError(
             f"attack is {config['attack']!r} with alie played by {players}; allowed: by 2 hostile "
             "clients or more, whose spread it takes"
         )
-
-
-def _flatten(table: Mapping[str, object], prefix: str = "") -> Config:
-    flat: Config = {}
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            assert isinstance(value, bool | int | float | str)
-            flat[prefix + key] = value
-    return flat

@@ -23,24 +23,10 @@ from fl_bgmd.clients import evaluate, partitions, scheduled_learning_rate
 from fl_bgmd.data import load
 from fl_bgmd.models import build
 from fl_bgmd.shares import floor_share
-from fl_bgmd.strategies import (
-    BGMD,
-    CMD,
-    GMD,
-    CenteredClipping,
-    Krum,
-    Mean,
-    MultiKrum,
-    NormThreshold,
-    RobustFilter,
-    RobustStrategy,
-    RunEndedError,
-    TrimmedMean,
-    resolve_device,
-)
+from fl_bgmd.strategies import RobustStrategy, RunEndedError, resolve_device
 
 from .adversary import AdversarialGrid
-from .config import Config, own_strategy
+from .config import SETTINGS, Config, strategy_for
 
 OnRound = Callable[[int, float | None], None]
 
@@ -252,96 +238,21 @@ def checkpoints_of(config: Config) -> Checkpoints | None:
     """
     if not config["checkpoint-dir"]:
         return None
-    elsewhere = (
-        "checkpoint-dir",
-        "checkpoint-every",
-        "checkpoint-keep",
-        "data-dir",
-        "ray-address",
-        "results-dir",
-        "node-wait-timeout",
-        "round-timeout",
-        "too-few-nodes",
-        "max-empty-rounds",
-        "min-valid-replies",
-        "min-available-clients",
-        "bench-after",
-        "bench-rounds",
-    )
     return Checkpoints(
         str(config["checkpoint-dir"]),
         keep=int(config["checkpoint-keep"]),
         every=int(config["checkpoint-every"]),
-        identity={key: value for key, value in config.items() if key not in elsewhere},
+        identity={k: v for k, v in config.items() if not SETTINGS[k].is_operation},
     )
 
 
 def build_strategy(config: Config) -> RobustStrategy:
     """Build the strategy that a validated configuration names."""
-    clients = int(config["min-available-clients"]) or int(config["num-clients"])
-    options: dict[str, Any] = {
-        "fraction_train": float(config["fraction-train"]),
-        "fraction_evaluate": float(config["fraction-evaluate"]),
-        # They must be there before a round samples any.
-        "min_available_nodes": clients,
-        "min_train_nodes": max(1, floor_share(float(config["fraction-train"]), clients)),
-        "min_evaluate_nodes": max(1, floor_share(float(config["fraction-evaluate"]), clients)),
-        "server_learning_rate": _server_learning_rate(config),
-        "server_momentum": float(config["server-momentum"]),
-        "server_nesterov": config["server-nesterov"] == "on",
-        "mixing": config["mixing"],
-        "bucket_size": config["bucket-size"],
-        "byzantine_fraction": float(config["assumed-byzantine-fraction"]),
-        "min_valid_replies": int(config["min-valid-replies"]) or None,
-        "max_empty_rounds": config["max-empty-rounds"],
-        "node_wait_timeout": config["node-wait-timeout"],
-        "too_few_nodes": config["too-few-nodes"],
-        "bench_after": config["bench-after"],
-        "bench_rounds": config["bench-rounds"],
-        "checkpoints": checkpoints_of(config),
-        "weighting": config["weighting"],
-        "compressor": config["compressor"],
-        "error_feedback": config["error-feedback"] == "on",
-        "downlink_compressor": config["downlink-compressor"],
-        "shared_coordinates": config["shared-coordinates"] == "on",
-        "seed": None if config["server-randomness"] == "secret" else config["seed"],
-        "device": config["device"],
-    }
-    own: dict[str, tuple[type[RobustStrategy], dict[str, Any]]] = {
-        "mean": (Mean, {}),
-        "gmd": (GMD, {"solver": config["gmd.solver"]}),
-        "bgmd": (
-            BGMD,
-            {
-                "solver": config["bgmd.solver"],
-                "block_fraction": config["bgmd.block-fraction"],
-                "min_block_size": config["bgmd.min-block-size"],
-                "selection": config["bgmd.selection"],
-                "score": config["bgmd.score"],
-                "memory": config["bgmd.memory"],
-            },
-        ),
-        "cmd": (CMD, {}),
-        "trimmed-mean": (TrimmedMean, {}),
-        "norm-threshold": (
-            NormThreshold,
-            {"order": config["norm-threshold.order"], "norms": config["norm-threshold.norms"]},
-        ),
-        "robust-filter": (RobustFilter, {"sigma0": config["robust-filter.sigma0"] or None}),
-        "krum": (Krum, {}),
-        "multi-krum": (MultiKrum, {"num_selected": config["multi-krum.num-selected"] or None}),
-        "centered-clipping": (
-            CenteredClipping,
-            {"radius": config["centered-clipping.radius"] or None},
-        ),
-    }
-    theirs = own_strategy(str(config["strategy"]))
-    if theirs is not None:
-        # A subclass of one of these takes its keys.
-        extra = next((keys for base, keys in own.values() if issubclass(theirs, base)), {})
-        return theirs(**options, **extra)
-    strategy, extra = own[str(config["strategy"])]
-    return strategy(**options, **extra)
+    return strategy_for(
+        config,
+        server_learning_rate=_server_learning_rate(config),
+        checkpoints=checkpoints_of(config),
+    )
 
 
 def _server_learning_rate(config: Config) -> float | Callable[[int], float]:

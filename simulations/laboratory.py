@@ -20,7 +20,16 @@ from threadpoolctl import threadpool_limits
 from fl_bgmd.attacks import ATTACKS, attack_names, is_attack
 
 from .backends import ClientResources, run
-from .config import Config, ConfigError, Value, defaults, validate
+from .config import (
+    SETTINGS,
+    STRATEGY_KEYS,
+    Config,
+    ConfigError,
+    Environment,
+    Value,
+    defaults,
+    validate,
+)
 from .experiment import RunResult
 
 ALL_ATTACKS = "all"
@@ -226,16 +235,12 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-_PLACES = ("data-dir", "results-dir", "device")
+_PLACES = tuple(key for key, option in SETTINGS.items() if option.has(Environment))
 
-_SETTING = (
-    *("dataset", "model", "partition", "num-shards", "alpha", "num-clients", "num-server-rounds"),
-    *("local-steps", "local-epochs", "batch-size", "learning-rate", "momentum", "weight-decay"),
-    *("byzantine-fraction", "byzantine-selection", "attack.preset", "assumed-byzantine-fraction"),
-)
-"""What the cells of one table share (but for the fraction where nobody attacks).
+_OF_STRATEGIES = {"strategy", *STRATEGY_KEYS.values()} - {"assumed-byzantine-fraction"}
+"""What the cells of a strategy share; all else is shared by the cells of a table.
 
-All else is shared by the cells of a strategy, but for the attack, its strength and the seed.
+But for the attack, its strength and the seed, and the hostile share where nobody attacks.
 """
 
 
@@ -307,7 +312,7 @@ def _refuse_mixtures(lines: Sequence[Line]) -> None:
         for key, value in line.get("setting", {}).items():
             if key == "byzantine-fraction" and line["attack"] == "none":
                 continue
-            of = "" if key in _SETTING else line["strategy"]
+            of = line["strategy"] if key in _OF_STRATEGIES else ""
             if (known := settings.setdefault((of, key), value)) != value:
                 raise ConfigError(
                     f"results hold runs {of and f'of {of} '}with {key} {known!r} and {value!r}; "

@@ -16,13 +16,14 @@ from .rules import (
     RobustFilter,
     TrimmedMean,
 )
-from .settings import resolve_device
+from .settings import OWN_OPTIONS, options_of, resolve_device
 from .step import Round
 
 __all__ = [
     "BGMD",
     "CMD",
     "GMD",
+    "OWN_OPTIONS",
     "QBGMD",
     "CenteredClipping",
     "EmptyRoundsError",
@@ -37,5 +38,6 @@ __all__ = [
     "Round",
     "RunEndedError",
     "TrimmedMean",
+    "options_of",
     "resolve_device",
 ]
