@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
 
 Share = Annotated[float, Ge(0), Lt(0.5)]
 """A share of the clients that leaves the others the majority."""
@@ -106,6 +107,8 @@ class Option:
             return _adapter(self.annotation).validate_python(value, strict=True)
         except ValidationError as error:
             raise self._error(value, error) from None
+        except (PydanticUserError, TypeError):  # a protocol, for example: nothing to hold it against
+            return value
 
     def parse(self, text: Any) -> Any:
         """Return what a text stands for; values of other types are checked as they are."""
@@ -121,7 +124,11 @@ class Option:
     def _error(self, value: Any, error: ValidationError) -> OptionError:
         reasons = [e["ctx"]["error"] for e in error.errors() if e["type"] == "value_error"]
         why = f" ({reasons[0]})" if reasons else ""
-        return OptionError(f"{self.name} is {value!r}{why}; allowed: {self.allowed}")
+        allowed = self.allowed
+        is_number = allowed[:1].isdigit() or allowed.startswith("above")
+        if is_number and isinstance(value, bool | str):
+            allowed = f"a number, {allowed}"  # not a text that looks like one
+        return OptionError(f"{self.name} is {value!r}{why}; allowed: {allowed}")
 
 
 Options = Mapping[str, Option]
@@ -133,18 +140,24 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
 
 
 def declared(
-    function: Callable[..., Any], but: Iterable[str] = (), documented_by: Any = None
+    function: Callable[..., Any], but: Iterable[str] = (), *, positional: bool = False
 ) -> dict[str, Option]:
     """Return the keyword options that a function or class takes, by their names.
 
-    ``but`` names parameters that are no options; help comes from the NumPy docstring of the
-    function, or of ``documented_by``.
+    ``but`` names parameters that are no options. ``positional`` takes in those that may also be
+    given by their place. Help comes from the NumPy docstring.
     """
-    hints = typing.get_type_hints(function, include_extras=True)
-    help = documentation(documented_by or function)
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    except (NameError, AttributeError):  # imported for type checkers only: values are not checked
+        hints = {}
+    help = documentation(function)
+    kinds = {inspect.Parameter.KEYWORD_ONLY}
+    if positional:
+        kinds.add(inspect.Parameter.POSITIONAL_OR_KEYWORD)
     found = {}
     for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is not parameter.KEYWORD_ONLY or parameter.name in but:
+        if parameter.kind not in kinds or parameter.name in but:
             continue
         annotation = hints.get(parameter.name, Any)
         marks = getattr(annotation, "__metadata__", ())
