@@ -107,7 +107,7 @@ class Option:
             return _adapter(self.annotation).validate_python(value, strict=True)
         except ValidationError as error:
             raise self._error(value, error) from None
-        except (PydanticUserError, TypeError):  # a protocol, for example: nothing to hold it against
+        except (PydanticUserError, TypeError):  # a protocol, for example: unchecked
             return value
 
     def parse(self, text: Any) -> Any:
@@ -152,7 +152,7 @@ def declared(
     except (NameError, AttributeError):  # imported for type checkers only: values are not checked
         hints = {}
     help = documentation(function)
-    kinds = {inspect.Parameter.KEYWORD_ONLY}
+    kinds: set[Any] = {inspect.Parameter.KEYWORD_ONLY}
     if positional:
         kinds.add(inspect.Parameter.POSITIONAL_OR_KEYWORD)
     found = {}

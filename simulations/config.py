@@ -17,12 +17,14 @@ from fl_bgmd.aggregators.block import MEMORY_RULES, SCORES
 from fl_bgmd.aggregators.geometric_median import SOLVERS
 from fl_bgmd.aggregators.sampling import SELECTIONS as BLOCK_SELECTIONS
 from fl_bgmd.aggregators.spectral import PROVEN_FRACTION
-from fl_bgmd.attacks import ATTACKS, PRESETS, AttackPlan, attack_names, is_attack
+from fl_bgmd.attacks import ATTACKS, AttackPlan, build_attacks
 from fl_bgmd.attacks import SELECTIONS as BYZANTINE_SELECTIONS
+from fl_bgmd.attacks.plan import refuse_former
 from fl_bgmd.broadcast import build_downlink
 from fl_bgmd.compression import COMPRESSORS, build_compressor
 from fl_bgmd.data import DATASETS, SCHEMES, TRAINING_EXAMPLES
 from fl_bgmd.models import MODELS
+from fl_bgmd.options import OptionError
 from fl_bgmd.plugins import is_path, load_object
 from fl_bgmd.shares import FEWEST, floor_share, hostile_count, largest_bucket
 from fl_bgmd.strategies import (
@@ -208,12 +210,11 @@ SETTINGS: dict[str, Setting] = {
     "centered-clipping.radius": _number(float, "of the clipping; 0: the median distance"),
     "attack": Setting(
         str,
-        f"{', '.join(ATTACK_NAMES)}, package.module:ATTACK, or several joined by +",
-        lambda value: value == "none" or all(is_attack(n) for n in attack_names(str(value))),
+        f"{', '.join(ATTACK_NAMES)}, or package.module:NAME, with options (bit-flip:5), or several "
+        "joined by +",
+        lambda value: isinstance(build_attacks(str(value)), tuple),
         "what hostile clients do",
     ),
-    "attack.scale": _number(float, "strength of the attack; 0: the preset's"),
-    "attack.preset": _choice(PRESETS, "whose strengths"),
     "byzantine-fraction": _number(float, "hostile share of the clients", 0, 1),
     "byzantine-selection": _choice(BYZANTINE_SELECTIONS, "hostile clients: redrawn or the same"),
     "seed": _number(int, "of everything", 0, 2**31),
@@ -286,6 +287,10 @@ def parse(key: str, text: str) -> Value:
 
 
 def _check_key(key: str, value: Value) -> None:
+    try:
+        refuse_former({key: value})
+    except OptionError as error:
+        raise ConfigError(str(error)) from None
     if key not in SETTINGS:
         close = difflib.get_close_matches(key, SETTINGS, n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
@@ -301,6 +306,8 @@ def _check(key: str, value: Value, setting: Setting) -> Value:
     try:
         if isinstance(value, setting.kind) and not isinstance(value, bool) and setting.holds(value):
             return value
+    except OptionError as error:
+        raise ConfigError(str(error)) from None  # which says what is allowed
     except ValueError as error:
         why = f" ({error})"
     raise ConfigError(f"{key} is {value!r}{why}; allowed: {setting.allowed}")
@@ -432,35 +439,19 @@ def beyond_guarantee(config: Config) -> list[str]:
 
 def _check_attack(config: Config, hostile: int) -> None:
     """Refuse attacks that could not be played as configured."""
-    attacks, scale = attack_names(str(config["attack"])), float(config["attack.scale"])
-    if len(attacks) > max(1, hostile) or len(set(attacks)) < len(attacks):
+    plan = AttackPlan.from_config(config)
+    if len(plan.attacks) > max(1, hostile) or len(set(plan.attacks)) < len(plan.attacks):
         raise ConfigError(
             f"attack is {config['attack']!r} with {hostile} hostile clients; allowed: different "
             "attacks, at most one for each hostile client"
         )
-    if scale and (len(attacks) > 1 or not all(ATTACKS[name].knob for name in attacks)):
-        with_knob = ", ".join(name for name, attack in ATTACKS.items() if attack.knob)
-        raise ConfigError(
-            f"attack.scale is {scale:g} with attack {config['attack']!r}; allowed: 0, or one of "
-            f"the attacks with a knob: {with_knob}"
-        )
-    for name, possible, allowed in (
-        ("backdoor", scale.is_integer() and scale <= 9, "an integer, 1 to 9; 0: the preset's"),
-        ("delayed", scale.is_integer(), "an integer, 1 or more; 0: the preset's"),
-        ("impulse", scale <= 1, "up to 1; 0: the preset's"),
-        ("fang", scale == 0 or scale >= 1, "1 or more; 0: searched"),
-    ):
-        if name in attacks and not possible:
+    roles = list(plan.roles(int(config["num-clients"]), 1).values())
+    for bound in plan.attacks:
+        if (players := roles.count(bound)) < (least := bound.attack.players):
             raise ConfigError(
-                f"attack.scale is {scale:g} with attack {config['attack']!r}; allowed: {allowed}"
+                f"attack is {config['attack']!r} with {bound} played by {players}; allowed: by "
+                f"{least} hostile clients or more"
             )
-    roles = AttackPlan.from_config(config).roles(int(config["num-clients"]), 1)
-    players = list(roles.values()).count("alie")
-    if "alie" in attacks and players < 2:
-        raise ConfigError(
-            f"attack is {config['attack']!r} with alie played by {players}; allowed: by 2 hostile "
-            "clients or more, whose spread it takes"
-        )
 
 
 def _flatten(table: Mapping[str, object], prefix: str = "") -> Config:
