@@ -412,9 +412,7 @@ def test_without_the_rule_nothing_is_searched() -> None:
     view = replace(make_view(), memory={}, outcome=None)
     assert torch.equal(lie_of("fang", view), lie_of("fang", view, 2.0))
     for name in ("memory-takeover", "memory-consistent"):
-        with pytest.raises(
-            ValueError, match=r"strength is None .*allowed: a strength,"
-        ):
+        with pytest.raises(ValueError, match=r"strength is None .*allowed: a strength,"):
             lie_of(name, view)
 
 

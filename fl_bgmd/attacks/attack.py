@@ -277,6 +277,8 @@ class Bound:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
     if isinstance(value, float):
         return repr(value).removesuffix(".0")
     return "none" if value is None else str(value)
