@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 from torch import nn
 
-from fl_bgmd.attacks import ATTACKS, AttackPlan
+from fl_bgmd.attacks import AttackPlan
 from fl_bgmd.data import Dataset, load, partition
 from fl_bgmd.models import build
 from fl_bgmd.mods import ByzantineMod, CompressionMod, mark, role, server_round
@@ -33,7 +33,7 @@ from .training import (
 app = ClientApp(mods=[CompressionMod(), ByzantineMod()])
 
 
-_prepared: dict[tuple[int, int], tuple[Job, str | None, Trained]] = {}
+_prepared: dict[tuple[int, int], tuple[Job, Bound | None, Trained]] = {}
 """What :func:`prepare_together` did and no client has fetched yet, by round and partition."""
 
 
@@ -78,7 +78,7 @@ def prepare_together(messages: Sequence[tuple[Message, Context]]) -> None:
         _prepared[_key(*pair)] = (job, attack, trained)
 
 
-def _training_job(message: Message, context: Context, model: nn.Module) -> tuple[Job, str | None]:
+def _training_job(message: Message, context: Context, model: nn.Module) -> tuple[Job, Bound | None]:
     """Return what this client is to do with the model, and the data attack it plays at it."""
     config = context.run_config
     dataset = _dataset(context)
@@ -133,17 +133,16 @@ def handle_evaluate(message: Message, context: Context) -> Message:
 
 def _data_attack(
     message: Message, context: Context, dataset: Dataset
-) -> tuple[str | None, Corrupt | None]:
+) -> tuple[Bound | None, Corrupt | None]:
     """Return the data attack that this client plays in this round, and what it does to a batch."""
     plan = AttackPlan.from_config(context.run_config)
-    name = role(plan, message, context)
-    corrupt = None if name is None else ATTACKS[name].corrupt
-    if name is None or corrupt is None:
+    bound = role(plan, message, context)
+    if bound is None or bound.attack.place != "data":
         return None, None
     partition_id = int(context.node_config["partition-id"])
     rng = np.random.default_rng(plan.client_seed(server_round(message), partition_id))
-    strength, classes = plan.value(name), dataset.num_classes
-    return name, lambda images, labels: corrupt(images, labels, strength, classes, rng)
+    classes = dataset.num_classes
+    return bound, lambda images, labels: bound.corrupt(images, labels, classes, rng)
 
 
 def partitions(dataset: Dataset, config: Mapping[str, Any], count: int) -> list[NDArray[np.int64]]:

@@ -3,7 +3,7 @@
 ``ClientApp(mods=[ByzantineMod()])``
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +12,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Message
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
-from fl_bgmd.attacks import ATTACKS, AttackPlan, View, attack_names
+from fl_bgmd.attacks import ATTACKS, AttackPlan, Bound, View, build_attacks
+from fl_bgmd.attacks.plan import refuse_former
 from fl_bgmd.broadcast import unpack_model
 from fl_bgmd.compression import Compressor, RandK, build_compressor, for_shapes
 from fl_bgmd.replies import PACKED_KEY, PACKED_RECORD, ModelLayout
@@ -37,36 +38,37 @@ class ByzantineMod:
     Attributes
     ----------
     attack : str, optional
-        A name of :data:`fl_bgmd.attacks.ATTACKS` or ``package.module:NAME`` of your own, several
-        joined by ``+`` (dealt out to the hostile clients in turns), or ``none``. Run config:
-        ``attack``. Given here it has to be one that this mod plays: on the update, knowing no other
-        (from the run configuration the others are left to the client's training and the grid).
-    strength : float, optional
-        The attack's knob; 0 means the preset's value. Run config: ``attack.scale``.
-    preset : str, optional
-        ``paper`` or ``authors-code``. Run config: ``attack.preset``.
+        A name of :data:`fl_bgmd.attacks.ATTACKS` or ``package.module:NAME`` of your own, with
+        options behind a colon (``bit-flip:5``); several joined by ``+`` (dealt out to the hostile
+        clients in turns), or ``none``. Run config: ``attack``. Given here it has to be one that
+        this mod plays: on the update, knowing no other (from the run configuration the others are
+        left to the client's training and the grid).
     fraction : float, optional
         Hostile fraction of the clients. Run config: ``byzantine-fraction``.
     selection : str, optional
         ``per-round`` or ``fixed``. Run config: ``byzantine-selection``.
     seed : int, optional
         Run config: ``seed``.
+    strength, preset : None
+        Gone: an error names what takes their place.
     """
 
     attack: str | None = None
-    strength: float | None = None
-    preset: str | None = None
     fraction: float | None = None
     selection: str | None = None
     seed: int | None = None
+    strength: InitVar[None] = None
+    preset: InitVar[None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, strength: None, preset: None) -> None:
         """Refuse what cannot be, and attacks that would silently not be played."""
+        former = {"strength": strength, "preset": preset}
+        refuse_former({key: value for key, value in former.items() if value is not None}, former)
         AttackPlan.from_config(self._given())
-        for name in attack_names(self.attack or "none"):
-            if not _is_local(name):
-                local = ", ".join(name for name in ATTACKS if _is_local(name))
-                raise ValueError(f"attack is {name!r}; allowed in a client mod: {local}")
+        for bound in build_attacks(self.attack or "none"):
+            if not bound.attack.is_local:
+                local = ", ".join(name for name, attack in ATTACKS.items() if attack.is_local)
+                raise ValueError(f"attack is {str(bound)!r}; allowed in a client mod: {local}")
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Run the client, then replace its update if it is hostile in this round."""
@@ -75,10 +77,11 @@ class ByzantineMod:
         is_train = message.metadata.message_type.split(".")[0] == MessageType.TRAIN
         if not plan.attacks or not is_train or not reply.has_content():
             return reply
-        name = role(plan, message, context)
-        past = _past_updates(context) if plan.memory else ()
-        is_local = name is not None and _is_local(name)
-        if not is_local and not plan.memory:
+        bound = role(plan, message, context)
+        if bound is not None and not bound.attack.is_local:
+            bound = None  # played in training or by the grid
+        past = _past_updates(context) if plan.num_past else ()
+        if bound is None and not plan.num_past:
             return reply
         [sent] = message.content.array_records.values()
         [(record_name, trained)] = reply.content.array_records.items()
@@ -95,12 +98,10 @@ class ByzantineMod:
         after = ModelLayout(trained)
         if update is None:
             update = torch.from_numpy(before.values - after.values)
-        if plan.memory:
-            _remember(context, (*past, update)[-plan.memory :])
-        if name is None or not is_local:
-            return reply
-        if ATTACKS[name].remembers and not past:
-            return reply  # nothing stale to send yet
+        if plan.num_past:
+            _remember(context, (*past, update)[-plan.num_past :])
+        if bound is None or (bound.num_past and not past):
+            return reply  # with nothing stale to send yet
         view = View(
             update=update,
             generator=torch.Generator().manual_seed(
@@ -112,14 +113,14 @@ class ByzantineMod:
             ),
             past=past,
         )
-        if name == "free-rider":
+        if bound.attack.untrained:
             reply.content[record_name] = sent  # byte for byte, statistics of its layers included
         else:
-            lie = malicious_update(name, plan, view)
+            lie = bound.lie(view)
             reply.content[record_name] = after.to_arrays(
                 before.values - as_plain(lie, compressor).numpy(), after.buffer_values
             )
-        mark(reply, name)
+        mark(reply, bound)
         return reply
 
     def plan(self, context: Context) -> AttackPlan:
@@ -130,8 +131,6 @@ class ByzantineMod:
         """Return this mod's own settings by their keys in a run configuration."""
         own: dict[str, Any] = {
             "attack": self.attack,
-            "attack.scale": self.strength,
-            "attack.preset": self.preset,
             "byzantine-fraction": self.fraction,
             "byzantine-selection": self.selection,
             "seed": self.seed,
@@ -276,7 +275,7 @@ def as_plain(update: Tensor, compressor: Compressor | None) -> Tensor:
     return update
 
 
-def role(plan: AttackPlan, message: Message, context: Context) -> str | None:
+def role(plan: AttackPlan, message: Message, context: Context) -> Bound | None:
     """Return the attack that this client plays in this round, None if it is honest."""
     roles = plan.roles(int(context.node_config["num-partitions"]), server_round(message))
     return roles.get(int(context.node_config["partition-id"]))
@@ -290,21 +289,9 @@ def server_round(message: Message) -> int:
     return number
 
 
-def _is_local(name: str) -> bool:
-    """Whether a client plays an attack by itself, on the update that it has trained."""
-    return ATTACKS[name].place == "update" and ATTACKS[name].knows == "own"
-
-
-def malicious_update(name: str, plan: AttackPlan, view: View) -> Tensor:
-    """Return the update (d,) that an attack makes of what it may know of ``view``."""
-    attack = ATTACKS[name]
-    assert attack.apply is not None
-    return attack.apply(view.limited_to(attack.knows, remembers=attack.remembers), plan.value(name))
-
-
-def mark(reply: Message, name: str) -> None:
+def mark(reply: Message, bound: Bound) -> None:
     """Write into a reply which attack it is the work of."""
-    reply.content[ATTACK_RECORD] = ConfigRecord({"attack": name})
+    reply.content[ATTACK_RECORD] = ConfigRecord({"attack": str(bound)})
 
 
 def marked(content: RecordDict) -> str | None:

@@ -108,10 +108,7 @@ class Option:
             return _adapter(self.annotation).validate_python(value, strict=True)
         except ValidationError as error:
             raise self._error(value, error) from None
-        except (
-            PydanticUserError,
-            TypeError,
-        ):  # a protocol, for example: nothing to hold it against
+        except (PydanticUserError, TypeError):  # a protocol, for example: unchecked
             return value
 
     def parse(self, text: Any) -> Any:

@@ -4,6 +4,7 @@
 ``package.module:NAME`` is one of somebody's own, with options after a second colon.
 """
 
+import difflib
 import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -118,9 +119,11 @@ class Registry(Mapping[str, T], Generic[T]):
         if name in self._things:
             return self._things[name]
         if not _PATH.fullmatch(name):
+            close = difflib.get_close_matches(name, self._things, n=1)
+            hint = f"did you mean {close[0]!r}?; " if close else ""
             raise OptionError(
-                f"{self.kind} is {name!r}; {nearest(name, self._things)}; allowed: "
-                f"{', '.join(self._things)}, or package.module:NAME"
+                f"{self.kind} is {name!r}; {hint}allowed: {', '.join(self._things)}, or "
+                "package.module:NAME"
             )
         try:
             return self._accept(load_object(name))

@@ -18,14 +18,13 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from torch import Tensor
 
-from fl_bgmd.attacks import ATTACKS, OMNISCIENT, AttackPlan, View
+from fl_bgmd.attacks import OMNISCIENT, AttackPlan, Bound, View
 from fl_bgmd.broadcast import received_model
 from fl_bgmd.compression import Compressor
 from fl_bgmd.mods import (
     ATTACK_RECORD,
     as_plain,
     compressor_for,
-    malicious_update,
     mark,
     marked,
     server_round,
@@ -65,7 +64,7 @@ class AdversarialGrid(Grid):
     Attributes
     ----------
     played : Counter
-        How many lies of each attack have been sent so far.
+        How many lies of each attack have been sent so far, by their specs.
     """
 
     def __init__(
@@ -92,9 +91,10 @@ class AdversarialGrid(Grid):
         replies = list(self._inner.send_and_receive(sent, timeout=timeout))
         compressor = compressor_for(sent[0])
         self._conspire(replies, layout, number, compressor)
+        planned = {str(bound) for bound in self._plan.attacks}
         for reply in replies:
             if reply.has_content() and (name := marked(reply.content)) is not None:
-                if name in self._plan.attacks:
+                if name in planned:
                     self.played[name] += 1
                 del reply.content[ATTACK_RECORD]
         return replies
@@ -108,15 +108,16 @@ class AdversarialGrid(Grid):
     ) -> None:
         """Replace the updates of the clients whose attack needs more than their own."""
         roles = self._plan.roles(self._num_clients, number)
-        playing = {p: name for p, name in roles.items() if ATTACKS[name].knows != "own"}
+        playing = {p: bound for p, bound in roles.items() if bound.attack.knows != "own"}
         if not playing:
             return
         by_partition = {partition_id(reply): reply for reply in replies}
         by_partition.pop(None, None)
         if not by_partition and replies:
+            unplayable = ", ".join(sorted({str(bound) for bound in playing.values()}))
             raise ValueError(
                 "no reply names its client in the metric 'partition-id', which attacks with more "
-                f"than their own knowledge need ({', '.join(sorted(set(playing.values())))})"
+                f"than their own knowledge need ({unplayable})"
             )
         updates: dict[int, Tensor] = {}
         examples: dict[int, float] = {}
@@ -145,18 +146,18 @@ class AdversarialGrid(Grid):
         )
         nodes = {p: by_partition[p].metadata.src_node_id for p in updates}
         # Those who play the same attack send the same vector.
-        for name in sorted({playing[p] for p in colluding}):
-            if ATTACKS[name].knows in OMNISCIENT and not honest:
+        for bound in sorted({playing[p] for p in colluding}, key=str):
+            if bound.attack.knows in OMNISCIENT and not honest:
                 continue
-            players = [p for p in colluding if playing[p] == name]
+            players = [p for p in colluding if playing[p] == bound]
             view = replace(
                 everything,
-                memory=self._memory.setdefault(name, {}),
+                memory=self._memory.setdefault(str(bound), {}),
                 outcome=self._outcome(updates, nodes, examples, players),
             )
-            vector = malicious_update(name, self._plan, view)
+            vector = bound.lie(view)
             for partition in players:
-                _replace(by_partition[partition], name, vector, layout, compressor)
+                _replace(by_partition[partition], bound, vector, layout, compressor)
                 updates[partition] = vector
 
     def _outcome(
@@ -244,7 +245,7 @@ def _update(
 
 def _replace(
     reply: Message,
-    name: str,
+    bound: Bound,
     update: Tensor,
     layout: ModelLayout,
     compressor: Compressor | None,
@@ -262,4 +263,4 @@ def _replace(
     reply.content[record_name] = after.to_arrays(
         layout.values - as_plain(update, compressor).numpy(), after.buffer_values
     )
-    mark(reply, name)
+    mark(reply, bound)

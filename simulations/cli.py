@@ -175,7 +175,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     several.add_argument(
         "--no-sweep",
         action="store_true",
-        help="several attacks: each at the preset's strength, not at all of its sweep",
+        help="several attacks: each as it is named, not with all values of its sweep",
     )
     several.add_argument(
         "--folder",
@@ -247,9 +247,9 @@ def _compare(options: argparse.Namespace) -> int:
     given = _given(options)
     rows: dict[str, Config] = {name: {"strategy": name} for name in options.strategies}
     attacks = columns(str(given.pop("attack", "none")))
-    for option, names in (("strategies", options.strategies), ("attack", attacks)):
-        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-            raise ConfigError(f"{option} holds {', '.join(twice)} twice; allowed: each once")
+    names = options.strategies
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ConfigError(f"strategies holds {', '.join(twice)} twice; allowed: each once")
     if len(attacks) == 1 and options.seeds == 1:
         if options.jobs != 1:
             raise ConfigError(

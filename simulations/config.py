@@ -15,18 +15,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, Lt
-from fl_bgmd.strategies.settings import OWN_OPTIONS
 from pydantic import AfterValidator
 
 from fl_bgmd.aggregators import MIXINGS, RULES, build_rule
-from fl_bgmd.attacks import ATTACKS, PRESETS, AttackPlan, attack_names, is_attack
+from fl_bgmd.attacks import ATTACKS, AttackPlan, build_attacks
+from fl_bgmd.attacks.plan import refuse_former
 from fl_bgmd.clients import LR_SCHEDULES
 from fl_bgmd.data import DATASETS, SCHEMES, TRAINING_EXAMPLES
 from fl_bgmd.models import MODELS
 from fl_bgmd.options import (
     Allowed,
     Count,
-    Named,
     NonNegative,
     Operation,
     Option,
@@ -36,7 +35,7 @@ from fl_bgmd.options import (
 )
 from fl_bgmd.registry import is_path, load_object, split_specs
 from fl_bgmd.shares import FEWEST, floor_share
-from fl_bgmd.strategies import RobustStrategy, resolve_device
+from fl_bgmd.strategies import OWN_OPTIONS, RobustStrategy, resolve_device
 
 Value = bool | int | float | str
 Config = dict[str, Any]
@@ -98,9 +97,7 @@ def _strategy(spec: str) -> str:
 
 
 def _attack(text: str) -> str:
-    for name in attack_names(text):
-        if not is_attack(name):
-            raise ValueError(f"there is no attack {name!r}")
+    build_attacks(text)
     return text
 
 
@@ -173,10 +170,6 @@ class RunSettings:
         Connected clients that a round waits for; 0: num-clients.
     attack : str
         What hostile clients do.
-    attack_scale : float
-        Strength of the attack; 0: the preset's.
-    attack_preset : str
-        Whose strengths.
     byzantine_fraction : float
         Hostile share of the clients.
     byzantine_selection : str
@@ -235,10 +228,11 @@ class RunSettings:
     attack: Annotated[
         str,
         AfterValidator(_attack),
-        Allowed(f"none, {', '.join(ATTACKS)}, package.module:ATTACK, or several joined by +"),
+        Allowed(
+            f"none, {', '.join(ATTACKS)}, or package.module:NAME, with options (bit-flip:5), or "
+            "several joined by +"
+        ),
     ] = "none"
-    attack_scale: Annotated[NonNegative, Named("attack.scale")] = 0.0
-    attack_preset: Annotated[Literal[PRESETS], Named("attack.preset")] = "paper"  # type: ignore[valid-type]
     byzantine_fraction: Annotated[float, Ge(0), Le(1)] = 0.0
     byzantine_selection: Literal["per-round", "fixed"] = "per-round"
     seed: Annotated[int, Ge(0), Le(2**31), Allowed("a whole number, 0 to 2147483648")] = 0
@@ -364,6 +358,10 @@ def _parsed(key: str, value: Any) -> Any:
 
 
 def _check_key(key: str, value: Any) -> None:
+    try:
+        refuse_former({key: value})
+    except OptionError as error:
+        raise ConfigError(str(error)) from None
     if key in _GONE:
         raise ConfigError(f"key {key!r} (value {value!r}) is no more; now: {_GONE[key]}")
     if key not in SETTINGS:
@@ -482,32 +480,16 @@ def flower_defaults() -> str:
 
 def _check_attack(config: Config, hostile: int) -> None:
     """Refuse attacks that could not be played as configured."""
-    attacks, scale = attack_names(config["attack"]), config["attack.scale"]
-    if len(attacks) > max(1, hostile) or len(set(attacks)) < len(attacks):
+    plan = AttackPlan.from_config(config)
+    if len(plan.attacks) > max(1, hostile) or len(set(plan.attacks)) < len(plan.attacks):
         raise ConfigError(
             f"attack is {config['attack']!r} with {hostile} hostile clients; allowed: different "
             "attacks, at most one for each hostile client"
         )
-    if scale and (len(attacks) > 1 or not all(ATTACKS[name].knob for name in attacks)):
-        with_knob = ", ".join(name for name, attack in ATTACKS.items() if attack.knob)
-        raise ConfigError(
-            f"attack.scale is {scale:g} with attack {config['attack']!r}; allowed: 0, or one of "
-            f"the attacks with a knob: {with_knob}"
-        )
-    for name, possible, allowed in (
-        ("backdoor", scale.is_integer() and scale <= 9, "an integer, 1 to 9; 0: the preset's"),
-        ("delayed", scale.is_integer(), "an integer, 1 or more; 0: the preset's"),
-        ("impulse", scale <= 1, "up to 1; 0: the preset's"),
-        ("fang", scale == 0 or scale >= 1, "1 or more; 0: searched"),
-    ):
-        if name in attacks and not possible:
+    roles = list(plan.roles(int(config["num-clients"]), 1).values())
+    for bound in plan.attacks:
+        if (players := roles.count(bound)) < (least := bound.attack.players):
             raise ConfigError(
-                f"attack.scale is {scale:g} with attack {config['attack']!r}; allowed: {allowed}"
+                f"attack is {config['attack']!r} with {bound} played by {players}; allowed: by "
+                f"{least} hostile clients or more"
             )
-    roles = AttackPlan.from_config(config).roles(config["num-clients"], 1)
-    players = list(roles.values()).count("alie")
-    if "alie" in attacks and players < 2:
-        raise ConfigError(
-            f"attack is {config['attack']!r} with alie played by {players}; allowed: by 2 hostile "
-            "clients or more, whose spread it takes"
-        )

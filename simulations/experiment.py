@@ -44,7 +44,7 @@ class RunResult:
     status : str
         ``finished``, ``diverged`` (the model could not be moved any more) or ``failed``.
     played : dict
-        How many lies of each attack the server received.
+        How many lies of each attack the server received, by their specs.
     backend : str
         Where the clients were: one of :data:`simulations.backends.BACKENDS`, ``flwr`` under
         ``flwr run``.
@@ -174,8 +174,8 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
         metrics["accuracy"] = found.accuracy
         metrics["loss"] = found.loss
         metrics["class-accuracies"] = found.class_accuracies
-        if "backdoor" in plan.attacks:
-            metrics["backdoor-success"] = found.backdoor_success(int(plan.value("backdoor")))
+        if plan.targets:
+            metrics["backdoor-success"] = max(map(found.backdoor_success, plan.targets))
         return metrics
 
     def evaluate_model(server_round: int, arrays: ArrayRecord) -> MetricRecord:
@@ -271,7 +271,7 @@ def _judge(result: RunResult, plan: AttackPlan) -> None:
     """Say what became of a run: it may have diverged, have done nothing, or not been attacked."""
     if result.total("accepted") and _diverged(result):
         result.status, result.error = "diverged", ""
-    idle = [name for name in plan.attacks if not result.played.get(name)]
+    idle = [str(bound) for bound in plan.attacks if not result.played.get(str(bound))]
     if idle and result.status != "failed":
         # Its accuracy would say nothing about the attack.
         result.status = "failed"

@@ -1,10 +1,11 @@
-"""Grids of runs: strategies against attacks, each attack at several strengths, several seeds."""
+"""Grids of runs: strategies against attacks, each attack with several options, several seeds."""
 
 import json
 import logging
 import math
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,9 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from fl_bgmd.attacks import ATTACKS, attack_names, is_attack
+from fl_bgmd.attacks import ATTACKS, base_name, build_attacks
+from fl_bgmd.attacks.plan import FORMER
+from fl_bgmd.options import OptionError
 
 from .backends import ClientResources, run
 from .config import (
@@ -43,20 +46,18 @@ class Cell:
 
     strategy: str
     attack: str
-    strength: float
     seed: int
     config: Config
 
     @property
     def name(self) -> str:
         """Name of the run's folder."""
-        return cell_name(self.strategy, self.attack, self.strength, self.seed)
+        return cell_name(self.strategy, self.attack, self.seed)
 
 
-def cell_name(strategy: str, attack: str, strength: float, seed: int) -> str:
+def cell_name(strategy: str, attack: str, seed: int) -> str:
     """Return the name of a run's folder in its grid's."""
-    known = f"-{strength:g}" if strength else ""
-    return f"{strategy}/{attack}{known}/seed-{seed}"
+    return f"{strategy}/{attack}/seed-{seed}"
 
 
 def plan_grid(
@@ -76,47 +77,49 @@ def plan_grid(
     strategies : mapping
         Name of each row to its own keys.
     attacks : sequence of str
-        Columns; ``none`` runs without hostile clients.
+        Specs of the columns; ``none`` runs without hostile clients.
     num_seeds : int
         Seeds ``given["seed"]`` and the next ones.
     sweep : bool
-        Whether attacks with a knob run at all strengths of their sweep, and the preset's where it
-        is none of them, rather than at the preset's alone.
+        Whether attacks that are named without options run with all values of their sweep.
 
     Raises
     ------
     ConfigError
-        If any of the runs cannot be configured.
+        If any of the runs cannot be configured, or an attack is there twice.
     """
     first = int(given.get("seed", 0))
     if num_seeds < 1:
         raise ConfigError(f"seeds is {num_seeds}; allowed: 1 or more")
+    specs = [spec for attack in attacks for spec in _specs(attack, sweep)]
+    if twice := [spec for spec in dict.fromkeys(specs) if specs.count(spec) > 1]:
+        raise ConfigError(f"attack holds {', '.join(twice)} twice; allowed: each once")
     cells = []
     for strategy, own in strategies.items():
-        for attack in attacks:
-            for strength in _strengths(attack, given, sweep):
-                for seed in range(first, first + num_seeds):
-                    keys: dict[str, Value] = {**given, **own, "attack": attack, "seed": seed}
-                    if attack == "none":
-                        keys |= {"byzantine-fraction": 0.0, "attack.scale": 0.0}
-                    elif strength:
-                        keys["attack.scale"] = strength
-                    cells.append(Cell(strategy, attack, strength, seed, validate(keys)))
+        for spec in specs:
+            for seed in range(first, first + num_seeds):
+                keys: dict[str, Value] = {**given, **own, "attack": spec, "seed": seed}
+                if spec == "none":
+                    keys["byzantine-fraction"] = 0.0
+                cells.append(Cell(strategy, spec, seed, validate(keys)))
     return cells
 
 
 def columns(text: str) -> list[str]:
-    """Return the attacks that ``--attack`` names: ``all``, or names joined by commas."""
-    return ["none", *ATTACKS] if text == ALL_ATTACKS else text.split(",")
+    """Return the attacks that ``--attack`` names: ``all``, or specs joined by commas."""
+    # A comma within a spec stands before the next of its options.
+    return ["none", *ATTACKS] if text == ALL_ATTACKS else re.split(r",(?![\w-]+=)", text)
 
 
-def _strengths(attack: str, given: Mapping[str, Value], sweep: bool) -> tuple[float, ...]:
-    names = attack_names(attack)
-    if not sweep or given.get("attack.scale") or len(names) != 1 or not is_attack(names[0]):
-        return (0.0,)
-    entry, settings = ATTACKS[names[0]], {**defaults(), **given}
-    preset = entry.value(0.0, str(settings["attack.preset"]), str(settings["dataset"]))
-    return entry.sweep if preset in entry.sweep else (0.0, *entry.sweep)
+def _specs(attack: str, sweep: bool) -> list[str]:
+    """Return the specs that an attack runs with, in the form that its cells are named by."""
+    try:
+        bounds = build_attacks(attack)
+    except OptionError as error:
+        raise ConfigError(str(error)) from None
+    if sweep and len(bounds) == 1 and attack == bounds[0].name:
+        return [str(bound) for bound in bounds[0].attack.swept(bounds[0].path)]
+    return ["+".join(map(str, bounds)) or "none"]
 
 
 def run_grid(
@@ -181,6 +184,12 @@ def finished_before(cells: Sequence[Cell], folder: Path) -> dict[str, Line]:
 def _refuse_another(stored: Config, cell: Cell, folder: Path) -> None:
     """Raise unless a stored run is what is wanted, wherever it was computed."""
     stored = {**defaults(), **stored}  # keys that are newer than the run have their defaults
+    for key, default in FORMER.items():
+        if stored.get(key, default) != default:
+            raise ConfigError(
+                f"folder is {str(folder)!r}, whose {cell.name} was run with {key} {stored[key]!r} "
+                "by an older version; allowed: a new folder"
+            )
     for key, wanted in cell.config.items():
         if key not in _PLACES and stored[key] != wanted:
             raise ConfigError(
@@ -191,7 +200,9 @@ def _refuse_another(stored: Config, cell: Cell, folder: Path) -> None:
 
 def _name_of(line: Line) -> str:
     """Return the name of the cell that a line of ``cells.jsonl`` is of."""
-    return cell_name(*(line[key] for key in ("strategy", "attack", "strength", "seed")))
+    if line.get("strength"):  # of an older version, which had it beside the attack
+        raise ValueError("strength")
+    return cell_name(*(line[key] for key in ("strategy", "attack", "seed")))
 
 
 def _finished(
@@ -240,7 +251,7 @@ _PLACES = tuple(key for key, option in SETTINGS.items() if option.has(Environmen
 _OF_STRATEGIES = {"strategy", *STRATEGY_KEYS.values()} - {"assumed-byzantine-fraction"}
 """What the cells of a strategy share; all else is shared by the cells of a table.
 
-But for the attack, its strength and the seed, and the hostile share where nobody attacks.
+But for the attack, the seed, and the hostile share where nobody attacks.
 """
 
 
@@ -249,7 +260,6 @@ def line_of(cell: Cell, result: RunResult) -> Line:
     return {
         "strategy": cell.strategy,
         "attack": cell.attack,
-        "strength": cell.strength,
         "seed": cell.seed,
         "status": result.status,
         "error": result.error,
@@ -261,7 +271,7 @@ def line_of(cell: Cell, result: RunResult) -> Line:
         "setting": {
             key: value
             for key, value in cell.config.items()
-            if key not in (*_PLACES, "attack", "attack.scale", "seed")
+            if key not in (*_PLACES, "attack", "seed")
         },
     }
 
@@ -318,17 +328,17 @@ def _refuse_mixtures(lines: Sequence[Line]) -> None:
                     f"results hold runs {of and f'of {of} '}with {key} {known!r} and {value!r}; "
                     "allowed: those of one setting"
                 )
-        run = (line["strategy"], line["attack"], line["strength"], line["seed"])
+        run = (line["strategy"], line["attack"], line["seed"])
         if run in runs:
             raise ConfigError(f"results hold the run {run} twice; allowed: once")
         runs.add(run)
 
 
 def accuracy_table(lines: Sequence[Line]) -> tuple[list[str], dict[str, list[float]]]:
-    """Return ``(attacks, rows)``: mean final accuracy over seeds, the worst of the strengths.
+    """Return ``(attacks, rows)``: mean final accuracy over seeds, the worst of an attack's options.
 
     Each row ends with the worst of its attacks. A failed run makes its cell NaN, and so does one
-    that was not run: each strategy needs the seeds and strengths that any of them has.
+    that was not run: each strategy needs the seeds and options that any of them has.
     """
     means = _over_seeds(lines, lambda line: line["final-accuracy"])
     found = {attack for _, attack in means}
@@ -345,21 +355,22 @@ def detailed_table(lines: Sequence[Line]) -> tuple[list[str], dict[str, list[flo
     """Return :func:`accuracy_table` with what the accuracy does not say, as far as it was run.
 
     ``worst class``, behind ``none``, is the accuracy on the class that is recognised least where
-    nobody attacks; ``backdoor success``, behind ``backdoor``, the share of the other classes'
-    examples that are taken for the backdoor's target, the most over its strengths. Both are means
-    over seeds.
+    nobody attacks; ``... success``, behind an attack with a target, such as ``backdoor``, the share
+    of the other classes' examples that are taken for it, the most over the attack's options. Both
+    are means over seeds.
     """
     attacks, accuracies = accuracy_table(lines)
     classes = _over_seeds(lines, lambda line: min(line["class-accuracies"] or [math.nan]))
-    backdoors = _over_seeds(lines, lambda line: line["backdoor-success"])
+    successes = _over_seeds(lines, lambda line: line["backdoor-success"])
+    targeted = {base_name(line["attack"]) for line in lines if line["backdoor-success"] is not None}
     table: dict[str, Sequence[float]] = {}
     for attack, values in zip(attacks, zip(*accuracies.values(), strict=True), strict=True):
         table[attack] = values
         if attack == "none":
             table["worst class"] = [_worst(classes.get((s, attack), [])) for s in accuracies]
-        if attack == "backdoor":
-            table["backdoor success"] = [
-                float(np.max(backdoors.get((s, attack), [math.nan]))) for s in accuracies
+        if attack in targeted:
+            table[f"{attack} success"] = [
+                float(np.max(successes.get((s, attack), [math.nan]))) for s in accuracies
             ]
     rows = zip(*table.values(), strict=True)
     return list(table), {s: list(row) for s, row in zip(accuracies, rows, strict=True)}
@@ -372,22 +383,23 @@ def _strategies(lines: Sequence[Line]) -> list[str]:
 def _over_seeds(
     lines: Sequence[Line], value: Callable[[Line], float | None]
 ) -> dict[tuple[str, str], list[float]]:
-    """Return means over seeds by strategy and attack, one for each strength.
+    """Return means over seeds by strategy and attack without options, one for each spec of it.
 
     NaN where a run failed or is missing that another strategy has.
     """
-    found: dict[tuple[str, str], dict[tuple[float, int], float]] = {}
-    wanted: dict[str, dict[float, set[int]]] = {}
+    found: dict[tuple[str, str], dict[tuple[str, int], float]] = {}
+    wanted: dict[str, dict[str, set[int]]] = {}
     for line in lines:
-        of, attack, strength, seed = (line[k] for k in ("strategy", "attack", "strength", "seed"))
-        wanted.setdefault(attack, {}).setdefault(strength, set()).add(seed)
+        of, spec, seed = (line[key] for key in ("strategy", "attack", "seed"))
+        attack = base_name(spec)
+        wanted.setdefault(attack, {}).setdefault(spec, set()).add(seed)
         result = None if line["status"] == "failed" else value(line)
         result = math.nan if result is None else result
-        found.setdefault((of, attack), {})[strength, seed] = result
+        found.setdefault((of, attack), {})[spec, seed] = result
     return {
         (of, attack): [
-            sum(values.get((strength, seed), math.nan) for seed in seeds) / len(seeds)
-            for strength, seeds in wanted[attack].items()
+            sum(values.get((spec, seed), math.nan) for seed in seeds) / len(seeds)
+            for spec, seeds in wanted[attack].items()
         ]
         for (of, attack), values in found.items()
     }

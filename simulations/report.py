@@ -156,21 +156,26 @@ def plot_grid(
 def attacks_table() -> Table:
     """Return the list of attacks for the terminal."""
     table = Table(title="Attacks")
-    for column in ("name", "place", "knows", "knob", "paper", "authors' code", "source"):
+    for column in ("name", "place", "knows", "options", "authors' code", "source"):
         table.add_column(column, no_wrap=column in ("name", "place", "knows"))
     for name, attack in ATTACKS.items():
-        paper = f"{attack.strength:g}" if attack.strength else ""
-        codes = ", ".join(f"{value:g} {data}" for data, value in attack.authors_code.items())
-        table.add_row(
-            name, attack.place, attack.knows, attack.knob, paper, codes.strip(), attack.source
+        options = "\n".join(
+            f"{option.key}={_plain(option.default)}: {option.help}"
+            for option in attack.options.values()
         )
+        codes = ", ".join(f"{value:g} {data}" for data, value in attack.authors_code.items())
+        table.add_row(name, attack.place, attack.knows, options, codes.strip(), attack.source)
     return table
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
 def plot_data_attacks(dataset: Dataset, folder: Path, examples: int = 5, seed: int = 0) -> Path:
     """Draw what each data attack makes of training images to ``folder/data-attacks.png``.
 
-    As Figure 4 of the BGMD paper: one column for each attack, at the paper's strength, the label
+    As Figure 4 of the BGMD paper: one column for each attack, with its default options, the label
     it trains on above each image.
     """
     import matplotlib as mpl
@@ -182,11 +187,11 @@ def plot_data_attacks(dataset: Dataset, folder: Path, examples: int = 5, seed: i
     images, labels = dataset.train_images[chosen], dataset.train_labels[chosen]
     columns = {"original": (images, labels)}
     for name, attack in ATTACKS.items():
-        if attack.corrupt is not None:
+        if attack.place == "data":
             rng = np.random.default_rng(seed)
-            strength = f" {attack.strength:g}" if attack.strength else ""
-            columns[name + strength] = attack.corrupt(
-                images, labels, attack.strength, dataset.num_classes, rng
+            knob = next(iter(attack.options.values()), None)
+            columns[name if knob is None else f"{name} {_plain(knob.default)}"] = (
+                attack.bound().corrupt(images, labels, dataset.num_classes, rng)
             )
     size = (1.35 * len(columns), 1.45 * examples)
     figure, axes = plt.subplots(

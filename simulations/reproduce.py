@@ -116,7 +116,7 @@ def plan(
     if not epochs > 0:
         raise ConfigError(f"epochs is {epochs:g}; allowed: above 0")
     return [
-        Cell(row, column, 0.0, seed, _configure(experiment, row, column, seed, epochs, settings))
+        Cell(row, column, seed, _configure(experiment, row, column, seed, epochs, settings))
         for seed in range(seeds)
         for row in experiment.rows
         for column in experiment.columns

@@ -49,7 +49,7 @@ from simulations.grid import InProcessGrid
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NAMES = ("pytorch", "sklearn", "numpy", "legacy")
-ATTACK = ByzantineMod(attack="bit-flip", strength=100.0, fraction=0.4, seed=1)
+ATTACK = ByzantineMod(attack="bit-flip:100", fraction=0.4, seed=1)
 LEAST = {"pytorch": 0.6, "sklearn": 0.85, "numpy": 0.9, "legacy": 0.9}
 """Accuracy that an app must reach with BGMD, four of ten clients hostile."""
 

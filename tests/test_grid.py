@@ -39,7 +39,7 @@ from flwr.supercore.run import Run
 
 import clients.client_app
 import simulations.experiment
-from fl_bgmd.attacks import AttackPlan
+from fl_bgmd.attacks import AttackPlan, build_attacks
 from fl_bgmd.data import Dataset
 from fl_bgmd.mods import ByzantineMod
 from fl_bgmd.strategies import BGMD, GMD, CenteredClipping, RobustStrategy
@@ -535,7 +535,7 @@ def test_attacks_that_know_the_rule_find_what_the_printed_memory_lets_in(attack:
     """The default memory ends about where the geometric median does, which has none to enter."""
 
     def distance(rule: Any, **given: Any) -> float:
-        plan = AttackPlan((attack,), fraction=0.4, selection="fixed", seed=3)
+        plan = AttackPlan(build_attacks(attack), fraction=0.4, selection="fixed", seed=3)
         strategy = rule(
             seed=1, byzantine_fraction=0.4, fraction_evaluate=0.0, device="cpu", **given
         )
@@ -688,8 +688,7 @@ def test_every_round_is_reported() -> None:
 @pytest.mark.usefixtures("synthetic")
 def test_a_diverging_run_says_so_and_a_robust_one_does_not() -> None:
     options = {
-        "attack": "bit-flip",
-        "attack.scale": 1e30,
+        "attack": "bit-flip:1e30",
         "byzantine-fraction": 0.2,
         "num-server-rounds": 4,
         "mixing": "none",

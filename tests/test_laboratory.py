@@ -27,11 +27,14 @@ from fl_bgmd.attacks import (
     OMNISCIENT,
     AttackPlan,
     View,
+    base_name,
+    build_attacks,
     byzantine_clients,
     byzantine_roles,
 )
 from fl_bgmd.data import load
 from fl_bgmd.mods import ByzantineMod
+from fl_bgmd.options import NonNegative
 from simulations.adversary import AdversarialGrid
 from simulations.backends import run
 from simulations.cli import main
@@ -39,6 +42,8 @@ from simulations.config import ConfigError, validate
 from simulations.experiment import RunResult
 from simulations.grid import InProcessGrid
 from simulations.laboratory import accuracy_table, columns, detailed_table, line_of, plan_grid
+from simulations.reproduce import plan as plan_experiment
+from simulations.reproduce import read_experiment
 
 UPDATE_ATTACKS = [name for name, attack in ATTACKS.items() if attack.place == "update"]
 DATA_ATTACKS = [name for name, attack in ATTACKS.items() if attack.place == "data"]
@@ -81,69 +86,118 @@ def test_an_entry_is_complete(name: str) -> None:
     attack = ATTACKS[name]
     assert attack.name == name
     assert attack.source
-    assert (attack.apply is None) == (attack.place == "data")
-    assert (attack.corrupt is None) == (attack.place == "update")
-    assert bool(attack.knob) == (attack.strength != 0 or attack.sweep != (0.0,))
-    assert attack.value(0.0) in attack.sweep
-    assert attack.value(3.0) == 3.0
+    assert attack.summary.endswith((".", "'s"))
+    assert all(option.help for option in attack.options.values())
+    assert name in [str(bound) for bound in attack.swept()]
+    for bound in attack.swept():
+        [again] = build_attacks(str(bound))
+        assert (again, str(again)) == (bound, str(bound))
+
+
+def test_strengths_of_the_paper_and_of_the_authors_code() -> None:
+    values = {name: list(ATTACKS[name].bound().values.values()) for name in ATTACKS}
+    assert values["bit-flip"] == [100.0]
+    assert values["gaussian"] == [10.0]
+    assert values["backdoor"] == [8]
+    assert values["replace-gaussian"] == [200.0]
+    assert values["alie"] == values["fang"] == [None]
+    code = {name: attack.authors_code for name, attack in ATTACKS.items() if attack.authors_code}
+    assert code == {"bit-flip": {"": 5.0}, "gaussian": {"cifar10": 100.0}, "backdoor": {"": 0}}
+    again = plan_experiment(read_experiment("table2-fashion-mnist-authors-code"), epochs=1, seeds=1)
+    assert {str(cell.config["attack"]) for cell in again} == {
+        *("none", "bit-flip:5", "gaussian:10", "backdoor:0")
+    }
+
+
+def test_a_spec_names_an_attack_with_its_options() -> None:
+    text = "memory-poison:scale=3,strong=0.5+huge:1e+31+bit-flip:scale=100+fang:none+delayed:2"
+    bounds = build_attacks(text)
+    assert [bound.values for bound in bounds] == [
+        {"scale": 3.0, "strong": 0.5},
+        {"size": 1e31},
+        {"scale": 100.0},
+        {"beyond": None},
+        {"rounds": 2},
+    ]
+    assert "+".join(map(str, bounds)) == (
+        "memory-poison:scale=3,strong=0.5+huge:1e+31+bit-flip+fang+delayed:2"
+    )
+    assert base_name(text) == "memory-poison+huge+bit-flip+fang+delayed"
+    assert build_attacks("none") == ()
+
+
+def test_what_an_attack_is_given_follows_from_its_parameters() -> None:
+    told = {name: (a.place, a.knows, a.players, a.target) for name, a in ATTACKS.items()}
+    assert told["bit-flip"] == ("update", "own", 1, "")
+    assert told["alie"] == ("update", "colluders", 2, "")
+    assert told["ipm"] == told["mimic"] == ("update", "all", 1, "")
+    assert told["fang"] == ("update", "rule", 1, "")
+    assert told["backdoor"] == ("data", "own", 1, "target")
+    assert [name for name, a in ATTACKS.items() if a.untrained] == ["free-rider"]
+    assert [bound.num_past for bound in build_attacks("delayed:3+zero")] == [3, 0]
 
 
 @pytest.mark.parametrize(
-    ("name", "preset", "dataset", "expected"),
+    ("parameters", "message"),
     [
-        ("bit-flip", "paper", "cifar10", 100.0),
-        ("bit-flip", "authors-code", "cifar10", 5.0),
-        ("gaussian", "paper", "cifar10", 10.0),
-        ("gaussian", "authors-code", "cifar10", 100.0),
-        ("gaussian", "authors-code", "mnist", 10.0),
-        ("backdoor", "paper", "mnist", 8.0),
-        ("backdoor", "authors-code", "mnist", 0.0),
-        ("ascent", "authors-code", "mnist", 0.9),
+        ("updates", "takes 'updates'; did you mean 'update'"),
+        ("update, scale", "takes 'scale'; .*options, which have a default"),
+        ("update, labels", "takes update, labels; allowed: those of an attack on the update, or"),
+        ("generator", "takes generator; allowed: with update, colluders"),
+        ("", "takes nothing; allowed: with update"),
+        ("update, past", "takes update, past; allowed: past with an option 'rounds'"),
+        ("update, honest, past, rounds: int = 3", "no more than its own update"),
+        ("update, memory", "takes update, memory; allowed: memory with colluders"),
+        ("update, scale: NonNegative = 1.0", "scale is -3.0; allowed: 0 or more"),
     ],
 )
-def test_presets(name: str, preset: str, dataset: str, expected: float) -> None:
-    plan = AttackPlan((name,), preset=preset, dataset=dataset)
-    assert plan.value(name) == expected
+def test_parameters_that_make_no_attack_are_refused(parameters: str, message: str) -> None:
+    names: dict[str, Any] = {"NonNegative": NonNegative, "__name__": "elsewhere"}
+    exec(f"def own({parameters}): ...", names)
+    with pytest.raises(ValueError, match=message):
+        attacks.attack("a test", sweep=(-3.0,) if "NonNegative" in parameters else ())(names["own"])
+
+
+def test_an_attack_that_is_called_directly_checks_its_options() -> None:
+    with pytest.raises(ValueError, match=r"scale is -1\.0; allowed: 0 or more"):
+        attacks.bit_flip(torch.ones(3), -1.0)
+    with pytest.raises(ValueError, match=r"target is 3\.5; allowed: a whole number, 0 to 9"):
+        attacks.backdoor(np.zeros(2, np.int64), target=3.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", UPDATE_ATTACKS)
 def test_an_attack_works_with_what_it_declares_to_know_and_changes_nothing(name: str) -> None:
     attack, view = ATTACKS[name], make_view()
     before = [t.clone() for t in (view.update, view.colluders, view.honest) if t is not None]
-    assert attack.apply is not None
-    limited = view.limited_to(attack.knows, remembers=attack.remembers)
-    result = attack.apply(limited, attack.strength)
+    result = attack.bound().lie(view)
     assert (result.shape, result.dtype) == (view.update.shape, view.update.dtype)
     after = [t for t in (view.update, view.colluders, view.honest) if t is not None]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("knows", "colluders", "honest"),
-    [
-        ("own", False, False),
-        ("colluders", True, False),
-        ("all", True, True),
-        ("rule", True, True),
-    ],
-)
-@pytest.mark.parametrize("remembers", [False, True])
-def test_a_view_shows_no_more_than_was_declared(
-    knows: Any, colluders: bool, honest: bool, remembers: bool
-) -> None:
-    limited = make_view().limited_to(knows, remembers=remembers)
-    assert (limited.colluders is not None) == bool(limited.colluder_ids) == colluders
-    assert (limited.honest is not None) == bool(limited.honest_ids) == honest
-    assert bool(limited.past) == (remembers and knows == "own")
-    assert bool(limited.memory) == (remembers and knows != "own")
-    assert (limited.outcome is not None) == (knows == "rule")
+@pytest.mark.parametrize("name", UPDATE_ATTACKS)
+def test_a_view_shows_no_more_than_was_declared(name: str) -> None:
+    attack, view = ATTACKS[name], make_view()
+    seen: dict[str, Any] = {}
+
+    def spy(**given: Any) -> Tensor:
+        seen.update(given)
+        return view.update
+
+    replace(attack, function=spy).bound().lie(view)
+    assert set(seen) == {*attack.takes, *attack.bound().values}
+    if attack.knows == "own":
+        assert set(attack.takes) <= {"update", "generator", "past"}
+    if attack.knows not in OMNISCIENT:
+        assert not set(attack.takes) & {"honest", "honest_ids", "outcome", "memory"}
+    if attack.knows != "rule":
+        assert "outcome" not in attack.takes
 
 
 @pytest.mark.parametrize("name", [n for n in UPDATE_ATTACKS if ATTACKS[n].knows not in OMNISCIENT])
 def test_what_an_attack_does_not_know_cannot_change_what_it_sends(name: str) -> None:
     attack, view = ATTACKS[name], make_view()
     other = make_view(seed=1)
-    assert attack.apply is not None
     sent = []
     for honest in (view.honest, other.honest):
         changed = View(
@@ -155,8 +209,7 @@ def test_what_an_attack_does_not_know_cannot_change_what_it_sends(name: str) -> 
             colluders=view.colluders if attack.knows == "colluders" else other.colluders,
             honest=honest,
         )
-        limited = changed.limited_to(attack.knows, remembers=attack.remembers)
-        sent.append(attack.apply(limited, attack.strength))
+        sent.append(attack.bound().lie(changed))
     assert torch.equal(sent[0].nan_to_num(), sent[1].nan_to_num())
 
 
@@ -279,7 +332,7 @@ def test_memory_takeover_is_the_median_where_the_block_is_and_a_push_elsewhere()
     rows = torch.randn(5, 10, dtype=torch.float64) * 0.01
     rows[:, :3] += torch.tensor([5.0, 5.0, 5.0, 5.0, 50.0])[:, None]
     running = torch.arange(10, dtype=torch.float64)
-    lie = attacks.memory_takeover(rows, running, 3.0)
+    lie = attacks.takeover_lie(rows, running, 3.0)
     median = geometric_median(rows[:, :3]).vector
     torch.testing.assert_close(lie[:3], median, rtol=0.0, atol=1e-2)
     assert float(rows.mean(0)[0] - lie[0]) > 8  # not the mean, which one client moved
@@ -290,11 +343,11 @@ def test_memory_consistent_has_the_honest_length_against_the_running_mean() -> N
     rows = torch.zeros(3, 10)
     rows[:, :2] = torch.tensor([[3.0, 4.0], [6.0, 8.0], [9.0, 12.0]])
     running = torch.ones(10)
-    lie = attacks.memory_consistent(rows, running, 0.5)
+    lie = attacks.consistent_lie(rows, running, 0.5)
     assert lie[:2].tolist() == [6.0, 8.0]
     # The median norm is 10, the direction has 1 / sqrt(10) in each coordinate.
     torch.testing.assert_close(lie[2:], torch.full((8,), -0.5 * 10 / math.sqrt(10)))
-    assert attacks.memory_consistent(rows, torch.zeros(10))[2:].tolist() == [0.0] * 8
+    assert attacks.consistent_lie(rows, torch.zeros(10))[2:].tolist() == [0.0] * 8
 
 
 def test_the_directed_deviation_is_beyond_the_extreme_against_the_mean() -> None:
@@ -313,10 +366,9 @@ SEARCHED = {
 }
 
 
-def lie_of(name: str, view: View, strength: float = 0.0) -> Tensor:
-    apply = ATTACKS[name].apply
-    assert apply is not None
-    return apply(view, strength)
+def lie_of(name: str, view: View, strength: float | None = None) -> Tensor:
+    [bound] = build_attacks(name if strength is None else f"{name}:{strength}")
+    return bound.lie(view)
 
 
 @pytest.mark.parametrize("name", SEARCHED)
@@ -360,7 +412,7 @@ def test_without_the_rule_nothing_is_searched() -> None:
     view = replace(make_view(), memory={}, outcome=None)
     assert torch.equal(lie_of("fang", view), lie_of("fang", view, 2.0))
     for name in ("memory-takeover", "memory-consistent"):
-        with pytest.raises(ValueError, match=r"strength is 0 .*allowed: a strength above"):
+        with pytest.raises(ValueError, match=r"strength is None .*allowed: a strength,"):
             lie_of(name, view)
 
 
@@ -401,9 +453,7 @@ def test_a_data_attack_keeps_shapes_and_leaves_its_input_alone(
     raw = rng.integers(0, 256, shape, dtype=np.uint8)
     labels = np.arange(7, dtype=np.int64)
     raw.flags.writeable = labels.flags.writeable = False
-    attack = ATTACKS[name]
-    assert attack.corrupt is not None
-    changed, wrong = attack.corrupt(raw, labels, attack.strength, 10, rng)
+    changed, wrong = ATTACKS[name].bound().corrupt(raw, labels, 10, rng)
     assert (changed.shape, changed.dtype) == (shape, np.uint8)
     assert (wrong.shape, wrong.dtype) == ((7,), np.int64)
     assert (changed != raw).any() != (wrong != labels).any()
@@ -464,20 +514,32 @@ def test_mixed_attacks_are_dealt_out_in_turns() -> None:
 
 def test_every_process_plans_the_same() -> None:
     code = (
-        "from fl_bgmd.attacks import AttackPlan; p = AttackPlan(('zero', 'ipm'), fraction=0.4, "
-        "seed=5); print([sorted(p.roles(10, r).items()) for r in range(5)], p.client_seed(3, 4))"
+        "from fl_bgmd.attacks import AttackPlan, build_attacks; "
+        "p = AttackPlan(build_attacks('zero+ipm'), fraction=0.4, seed=5); "
+        "roles = [sorted((c, str(b)) for c, b in p.roles(10, r).items()) for r in range(5)]; "
+        "print(roles, p.client_seed(3, 4))"
     )
-    here = AttackPlan(("zero", "ipm"), fraction=0.4, seed=5)
-    expected = [sorted(here.roles(10, r).items()) for r in range(5)]
+    here = AttackPlan(build_attacks("zero+ipm"), fraction=0.4, seed=5)
+    expected = [sorted((c, str(b)) for c, b in here.roles(10, r).items()) for r in range(5)]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"{expected} {here.client_seed(3, 4)}"
 
 
 def test_a_plan_refuses_names_it_does_not_know() -> None:
-    with pytest.raises(ValueError, match="attack is 'flip'; allowed: none, bit-flip"):
-        AttackPlan(("flip",))
-    with pytest.raises(ValueError, match="preset is 'mine'; allowed: paper, authors-code"):
-        AttackPlan(("zero",), preset="mine")
+    with pytest.raises(ValueError, match=r"attack is 'flip'; did you mean 'bit-flip'.* allowed: b"):
+        build_attacks("flip")
+
+
+@pytest.mark.parametrize(
+    "former", [{"attack.scale": 5.0}, {"attack.preset": "paper"}, {"attack.scale": 0.0}]
+)
+def test_former_keys_name_what_took_their_place(former: dict[str, Any]) -> None:
+    """Also in apps of others, whose run configuration nobody else checks."""
+    message = f'{next(iter(former))} is .*allowed: .* attack = "bit-flip:5"'
+    with pytest.raises(ValueError, match=message):
+        AttackPlan.from_config({"attack": "bit-flip", **former})
+    with pytest.raises(ConfigError, match=message):
+        validate({"attack": "bit-flip", "byzantine-fraction": 0.4, **former})
 
 
 # --------------------------------------------------------------------------- the grids
@@ -506,8 +568,7 @@ def echo_app(mods: list[Any] | None = None) -> ClientApp:
 def play(plan: AttackPlan, rounds: int = 1, app: ClientApp | None = None) -> list[Any]:
     """Return the updates by partition in each round, and the grid."""
     config = {
-        "attack": "+".join(plan.attacks),
-        "attack.scale": plan.strength,
+        "attack": "+".join(map(str, plan.attacks)),
         "byzantine-fraction": plan.fraction,
         "seed": plan.seed,
     }
@@ -543,7 +604,7 @@ def play(plan: AttackPlan, rounds: int = 1, app: ClientApp | None = None) -> lis
 def test_colluders_are_played_by_the_grid(
     name: str, expected: Callable[[Any, Any], float | None]
 ) -> None:
-    plan = AttackPlan((name,), fraction=0.4, seed=3)
+    plan = AttackPlan(build_attacks(name), fraction=0.4, seed=3)
     [[sent], grid] = play(plan)
     hostile = byzantine_clients(10, 0.4, 1, 3)
     honest = [p + 1.0 for p in range(10) if p not in hostile]
@@ -559,7 +620,7 @@ def test_colluders_are_played_by_the_grid(
 
 def test_mimic_repeats_one_client_throughout() -> None:
     """Also in rounds in which the victim is hostile itself, and after a restart."""
-    plan = AttackPlan(("mimic",), fraction=0.4, seed=3)
+    plan = AttackPlan(build_attacks("mimic"), fraction=0.4, seed=3)
     [history, grid] = play(plan, rounds=12)
     [victim] = {
         round(sent[p] / number) - 1
@@ -574,11 +635,11 @@ def test_mimic_repeats_one_client_throughout() -> None:
 
 
 def test_alie_knows_how_many_are_hostile_when_others_play_another_attack() -> None:
-    plan = AttackPlan(("bit-flip", "alie"), fraction=0.4, seed=3)
+    plan = AttackPlan(build_attacks("bit-flip+alie"), fraction=0.4, seed=3)
     [[sent], _] = play(plan)
-    own = [p + 1.0 for p, name in plan.roles(10, 1).items() if name == "alie"]
+    own = [p + 1.0 for p, bound in plan.roles(10, 1).items() if str(bound) == "alie"]
     expected = np.mean(own) - attacks.alie_deviations(10, 4) * np.std(own)
-    lies = [sent[p] for p, name in plan.roles(10, 1).items() if name == "alie"]
+    lies = [sent[p] for p, bound in plan.roles(10, 1).items() if str(bound) == "alie"]
     assert lies == pytest.approx([expected] * 2, rel=1e-4)
 
 
@@ -589,7 +650,7 @@ def test_the_outcome_is_of_all_rows_with_the_lie_in_the_players_places() -> None
         def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
             return list(super().send_and_receive(messages, timeout=timeout))[::-1]
 
-    plan = AttackPlan(("memory-takeover", "zero"), fraction=0.4, seed=3)
+    plan = AttackPlan(build_attacks("memory-takeover+zero"), fraction=0.4, seed=3)
     roles = plan.roles(10, 1)
     config = {"attack": "memory-takeover+zero", "byzantine-fraction": 0.4, "seed": 3}
     found = []
@@ -618,7 +679,7 @@ def test_the_outcome_is_of_all_rows_with_the_lie_in_the_players_places() -> None
             values = rows[partition].numpy()
             if partition not in roles:
                 np.testing.assert_allclose(values, partition + 1.0, rtol=1e-5)
-            elif roles[partition] == "zero":
+            elif str(roles[partition]) == "zero":
                 assert not values.any()
             else:
                 assert values.min() < -100  # the last one tried, 100 times the mean
@@ -631,7 +692,7 @@ def test_the_outcome_is_of_all_rows_with_the_lie_in_the_players_places() -> None
 
 
 def test_what_a_search_has_found_outlives_a_restart(tmp_path: Path) -> None:
-    plan = AttackPlan(("memory-takeover",), fraction=0.4, selection="fixed", seed=3)
+    plan = AttackPlan(build_attacks("memory-takeover"), fraction=0.4, selection="fixed", seed=3)
     asked: list[int] = []
 
     def preview(rows: Tensor, nodes: list[int], examples: list[float], rounds: int) -> Tensor:
@@ -657,12 +718,12 @@ def test_what_a_search_has_found_outlives_a_restart(tmp_path: Path) -> None:
 
 
 def test_colluders_need_nobody_honest() -> None:
-    [_, grid] = play(AttackPlan(("alie",), fraction=1.0))
+    [_, grid] = play(AttackPlan(build_attacks("alie"), fraction=1.0))
     assert grid.played == {"alie": 10}
 
 
 def test_a_grid_refuses_clients_that_its_roles_are_not_drawn_for() -> None:
-    plan = AttackPlan(("ipm",), fraction=0.4)
+    plan = AttackPlan(build_attacks("ipm"), fraction=0.4)
     grid = AdversarialGrid(InProcessGrid(echo_app([]), 10, {}), plan, 8)
     messages = [
         train_message(regression_model(), node, {"server-round": 1}, "train")
@@ -673,33 +734,54 @@ def test_a_grid_refuses_clients_that_its_roles_are_not_drawn_for() -> None:
 
 
 def test_mixed_attacks_run_in_one_round() -> None:
-    plan = AttackPlan(("bit-flip", "ipm", "zero"), fraction=0.4, seed=1)
+    plan = AttackPlan(build_attacks("bit-flip+ipm+zero"), fraction=0.4, seed=1)
     [[sent], grid] = play(plan)
     roles = plan.roles(10, 1)
     assert grid.played == {"bit-flip": 2, "ipm": 1, "zero": 1}
     honest = np.mean([p + 1.0 for p in range(10) if p not in roles])
-    for partition, name in roles.items():
+    for partition, bound in roles.items():
         truth = {"bit-flip": -100 * (partition + 1.0), "ipm": -0.5 * honest, "zero": 0.0}
-        assert sent[partition] == pytest.approx(truth[name], rel=1e-5)
+        assert sent[partition] == pytest.approx(truth[str(bound)], rel=1e-5)
+
+
+def test_the_same_attack_with_two_strengths_is_two_attacks() -> None:
+    plan = AttackPlan(build_attacks("bit-flip:5+bit-flip+ipm:2+ipm"), fraction=0.4, seed=1)
+    [[sent], grid] = play(plan)
+    roles = plan.roles(10, 1)
+    assert grid.played == {"bit-flip:5": 1, "bit-flip": 1, "ipm:2": 1, "ipm": 1}
+    honest = np.mean([p + 1.0 for p in range(10) if p not in roles])
+    for partition, bound in roles.items():
+        own = partition + 1.0
+        truth = {"bit-flip:5": -5 * own, "bit-flip": -100 * own}
+        truth |= {"ipm:2": -2 * honest, "ipm": -0.5 * honest}
+        assert sent[partition] == pytest.approx(truth[str(bound)], rel=1e-5)
 
 
 def test_delayed_updates_are_those_of_earlier_rounds() -> None:
-    plan = AttackPlan(("delayed",), strength=2.0, fraction=1.0, seed=0)
+    plan = AttackPlan(build_attacks("delayed:2"), fraction=1.0, seed=0)
     [history, grid] = play(plan, rounds=4)
     # The update of client p in round r is (p + 1) r; two rounds are remembered.
     assert [row[0] for row in history] == pytest.approx([1.0, 1.0, 1.0, 2.0])
     assert [row[4] for row in history] == pytest.approx([5.0, 5.0, 5.0, 10.0])
-    assert grid.played == {"delayed": 30}
+    assert grid.played == {"delayed:2": 30}
+
+
+def test_delayed_by_different_numbers_of_rounds() -> None:
+    plan = AttackPlan(build_attacks("delayed:1+delayed:3"), fraction=1.0, seed=0)
+    [history, _] = play(plan, rounds=5)
+    for partition, bound in plan.roles(10, 5).items():
+        sent_then = {"delayed:1": 4, "delayed:3": 2}[str(bound)]
+        assert history[4][partition] == pytest.approx((partition + 1.0) * sent_then)
 
 
 def test_a_free_rider_sends_back_what_it_got() -> None:
-    [[sent], grid] = play(AttackPlan(("free-rider",), fraction=0.3, seed=0))
+    [[sent], grid] = play(AttackPlan(build_attacks("free-rider"), fraction=0.3, seed=0))
     assert sorted(sent)[:3] == [0.0, 0.0, 0.0]
     assert grid.played == {"free-rider": 3}
 
 
 def test_clients_that_do_not_name_themselves_cannot_be_played() -> None:
-    plan = AttackPlan(("ipm",), fraction=0.4, seed=3)
+    plan = AttackPlan(build_attacks("ipm"), fraction=0.4, seed=3)
     with pytest.raises(ValueError, match="partition-id"):
         play(plan, app=regression_app())
 
@@ -792,24 +874,25 @@ def test_averaging_under_each_attack(name: str, averaging: Callable[[str], float
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"attack": "bit-flip+flip"}, "attack is 'bit-flip\\+flip'; allowed: none, bit-flip"),
+        ({"attack": "bit-flip+flip"}, "attack is 'flip'; did you mean .* allowed: bit-flip"),
         ({"attack": "zero+zero"}, "different attacks"),
         ({"attack": "zero+nan", "byzantine-fraction": 0.1}, "at most one for each hostile"),
-        ({"attack": "zero", "attack.scale": 2.0}, "attack.scale is 2 with attack 'zero'"),
-        ({"attack": "backdoor", "attack.scale": 10.0}, "an integer, 1 to 9; 0: the preset's"),
-        ({"attack": "delayed", "attack.scale": 0.5}, "an integer, 1 or more; 0: the preset's"),
-        ({"attack": "impulse", "attack.scale": 90.0}, "up to 1; 0: the preset's"),
-        ({"attack": "fang", "attack.scale": 0.5}, "1 or more; 0: searched"),
+        ({"attack": "bit-flip+bit-flip:100"}, "different attacks"),
+        ({"attack": "zero:2"}, "attack is 'zero:2': zero has no option; allowed: 'zero' alone"),
+        ({"attack": "backdoor:10"}, "target is '10'; allowed: a whole number, 0 to 9"),
+        ({"attack": "delayed:0.5"}, "rounds is '0.5'; allowed: a whole number, 1 or more"),
+        ({"attack": "impulse:90"}, "share is '90'; allowed: .*above 0 to 1"),
+        ({"attack": "fang:0.5"}, "beyond is '0.5'; allowed: .*1 or more, or None"),
+        ({"attack": "alie:0"}, "z is '0'; allowed: .*above 0, or None"),
+        ({"attack": "bit-flip:sclae=2"}, "no option 'sclae'; did you mean 'scale'"),
         (
             {"attack": "bit-flip+alie", "byzantine-fraction": 0.3},
             "with alie played by 1; allowed: by 2 hostile",
         ),
-        ({"attack": "bit-flip+ascent", "attack.scale": 2.0}, "attack.scale is 2 with attack"),
         (
             {"attack": "alie", "byzantine-fraction": 0.1},
             "with alie played by 1; allowed: by 2 hostile",
         ),
-        ({"attack.preset": "mine"}, "attack.preset is 'mine'; allowed: paper, authors-code"),
     ],
 )
 def test_attacks_that_cannot_be_played_are_refused(given: Any, message: str) -> None:
@@ -824,17 +907,24 @@ def test_a_grid_sweeps_the_knobs_and_the_seeds() -> None:
     rows = {"gmd": {"strategy": "gmd", "mixing": "none"}}
     given = {"byzantine-fraction": 0.4, "seed": 5}
     cells = plan_grid(given, rows, columns("all"), 2, sweep=True)
-    swept = sum(len(attack.sweep) for attack in ATTACKS.values())
+    swept = sum(len(attack.swept()) for attack in ATTACKS.values())
     assert len(cells) == 2 * (swept + 1)
     assert len({cell.name for cell in cells}) == len(cells)
     assert {cell.seed for cell in cells} == {5, 6}
     [clean, _] = [cell for cell in cells if cell.attack == "none"]
     assert clean.config["byzantine-fraction"] == 0.0
-    assert {c.config["attack.scale"] for c in cells if c.attack == "bit-flip"} == {1.5, 5, 100}
-    authors = {**given, "attack.preset": "authors-code", "dataset": "cifar10"}
-    cells = plan_grid(authors, rows, ["gaussian", "bit-flip"], 1, sweep=True)
-    assert {c.strength for c in cells if c.attack == "gaussian"} == {0, 0.01, 0.1, 10}
-    assert {c.strength for c in cells if c.attack == "bit-flip"} == {1.5, 5, 100}
+    flips = {cell.config["attack"] for cell in cells if cell.attack.startswith("bit-flip")}
+    assert flips == {"bit-flip:1.5", "bit-flip:5", "bit-flip"}
+    assert "gmd/bit-flip:5/seed-6" in {cell.name for cell in cells}
+    # With options it is what it says.
+    text = "gaussian:100,memory-poison:scale=10,strong=0.1,zero+alie:1.5,bit-flip:100"
+    cells = plan_grid(given, rows, columns(text), 1, sweep=True)
+    assert [cell.attack for cell in cells] == [
+        *("gaussian:100", "memory-poison:scale=10,strong=0.1", "zero+alie:1.5", "bit-flip")
+    ]
+    for twice in ("bit-flip:100,bit-flip", "bit-flip,bit-flip:5"):
+        with pytest.raises(ConfigError, match=r"attack holds bit-flip.* twice; allowed"):
+            plan_grid(given, rows, columns(twice), 1, sweep=True)
     fixed = plan_grid(given, rows, columns("none,zero"), 1, sweep=False)
     assert [cell.attack for cell in fixed] == ["none", "zero"]
     with pytest.raises(ConfigError, match="seeds is 0"):
@@ -859,11 +949,9 @@ def test_compare_attacks_writes_table_heat_map_and_cells(
         own = [line for line in lines if line["strategy"] == name]
         by_strength: dict[Any, list[float]] = {}
         for line in own:
-            by_strength.setdefault((line["attack"], line["strength"]), []).append(
-                100 * line["final-accuracy"]
-            )
+            by_strength.setdefault(line["attack"], []).append(100 * line["final-accuracy"])
         means = {key: sum(v) / 2 for key, v in by_strength.items()}
-        worst_ipm = min(value for (attack, _), value in means.items() if attack == "ipm")
+        worst_ipm = min(value for attack, value in means.items() if attack.startswith("ipm"))
         assert values[3] == pytest.approx(worst_ipm, abs=0.051)
         assert values[4] == min(values[0], values[2], values[3])
         least = [min(line["class-accuracies"]) for line in own if line["attack"] == "none"]
@@ -952,15 +1040,15 @@ def test_a_failed_run_makes_its_cell_and_the_worst_unknown() -> None:
 def test_details_are_the_least_class_and_the_most_successful_backdoor() -> None:
     keys: dict[str, Any] = {"strategy": "gmd", "status": "finished", "final-accuracy": 0.5}
     lines = [
-        {**keys, "attack": attack, "strength": strength, "seed": seed, "status": status}
+        {**keys, "attack": attack, "seed": seed, "status": status}
         | {"backdoor-success": success, "class-accuracies": classes}
-        for attack, strength, seed, status, success, classes in (
-            ("none", 0.0, 0, "finished", None, [0.9, 0.2]),
-            ("none", 0.0, 1, "finished", None, [0.4, 0.8]),
-            ("backdoor", 0.0, 0, "finished", 0.1, [0.1, 0.1]),
-            ("backdoor", 0.0, 1, "finished", 0.3, [0.1, 0.1]),
-            ("backdoor", 3.0, 0, "finished", 0.6, [0.1, 0.1]),
-            ("backdoor", 3.0, 1, "finished", 0.8, [0.1, 0.1]),
+        for attack, seed, status, success, classes in (
+            ("none", 0, "finished", None, [0.9, 0.2]),
+            ("none", 1, "finished", None, [0.4, 0.8]),
+            ("backdoor", 0, "finished", 0.1, [0.1, 0.1]),
+            ("backdoor", 1, "finished", 0.3, [0.1, 0.1]),
+            ("backdoor:3", 0, "finished", 0.6, [0.1, 0.1]),
+            ("backdoor:3", 1, "finished", 0.8, [0.1, 0.1]),
         )
     ]
     names, rows = detailed_table(lines)
@@ -975,9 +1063,9 @@ def test_details_are_the_least_class_and_the_most_successful_backdoor() -> None:
 def test_an_incomplete_cell_is_not_a_mean_of_what_is_there() -> None:
     keys = {"status": "finished", "final-accuracy": 0.5}
     lines = [
-        {**keys, "strategy": strategy, "attack": attack, "strength": strength, "seed": seed}
+        {**keys, "strategy": strategy, "attack": attack, "seed": seed}
         for strategy in ("gmd", "bgmd")
-        for attack, strength in (("none", 0.0), ("ipm", 0.5), ("ipm", 0.1))
+        for attack in ("none", "ipm", "ipm:0.1")
         for seed in (0, 1)
     ]
     assert accuracy_table(lines)[1]["bgmd"] == [0.5, 0.5, 0.5]
@@ -1010,7 +1098,9 @@ def test_attacks_are_played_where_the_server_chose_the_coordinates(
 
 
 def test_a_stale_update_is_at_least_one_round_old() -> None:
-    assert AttackPlan(("delayed",), strength=0.5).memory == 1
+    assert AttackPlan(build_attacks("delayed:1")).num_past == 1
+    with pytest.raises(ValueError, match="rounds is '0'; allowed: a whole number, 1 or more"):
+        build_attacks("delayed:0")
 
 
 def test_only_attacks_of_the_plan_are_counted() -> None:
@@ -1021,7 +1111,7 @@ def test_only_attacks_of_the_plan_are_counted() -> None:
         reply.content["byzantine"] = ConfigRecord({"attack": f"name-{context.node_id}"})
         return reply
 
-    plan = AttackPlan(("ipm",), fraction=0.2)
+    plan = AttackPlan(build_attacks("ipm"), fraction=0.2)
     [_, grid] = play(plan, 2, echo_app([boast]))
     assert grid.played == {"ipm": 4}
 

@@ -601,7 +601,7 @@ def test_hostile_clients_are_redrawn_each_round_and_do_no_harm() -> None:
             played.add((number, context.node_config["partition-id"]))
         return reply
 
-    mods = [watch, ByzantineMod(attack="bit-flip", strength=100.0, fraction=0.4, seed=3)]
+    mods = [watch, ByzantineMod(attack="bit-flip:100", fraction=0.4, seed=3)]
     history, parameters = serve(GMD(**options()), mods, rounds=40)
     assert error_of(parameters) < 0.3
     assert history.metrics_distributed_fit["rounds-seen"] == [(i, i) for i in range(1, 41)]
@@ -666,7 +666,7 @@ WRAPPERS: dict[str, tuple[Callable[[Strategy], Strategy], list[Any]]] = {
 def test_flowers_privacy_wrappers_take_our_strategies(name: str) -> None:
     np.random.seed(0)  # the wrappers draw their noise from it
     wrap, mods = WRAPPERS[name]
-    attack = ByzantineMod(attack="bit-flip", strength=100.0, fraction=0.4, seed=3)
+    attack = ByzantineMod(attack="bit-flip:100", fraction=0.4, seed=3)
     history, parameters = serve(wrap(GMD(**options())), [attack, *mods], rounds=40)
     assert error_of(parameters) < 0.5 * np.linalg.norm(TRUE_WEIGHTS)
     assert [count for _, count in history.metrics_distributed_fit["accepted"]] == [N] * 40

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fl_bgmd.attacks import ATTACKS, AttackPlan, is_attack
+from fl_bgmd.attacks import ATTACKS, build_attacks
 from fl_bgmd.plugins import is_path
 from fl_bgmd.strategies import FedBGMD, Round
 from simulations.cli import main
@@ -22,14 +22,14 @@ def in_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_example_runs_as_a_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["compare", "--strategies", "gmd", "my_lab:MeanAroundMedian+bucketing"]
-    arguments += ["--attack=none,my_lab:PULL_BACK", "--byzantine-fraction=0.4"]
+    arguments += ["--attack=none,my_lab:pull_back", "--byzantine-fraction=0.4"]
     arguments += ["--dataset=mnist", "--model=tiny-cnn", "--partition=iid", "--local-steps=1"]
     arguments += ["--num-server-rounds=2", "--evaluate-every=2", "--backend=inprocess"]
     assert main([*arguments, "--jobs=2", f"--results-dir={tmp_path}"]) == 0
     [cells] = tmp_path.glob("*/cells.jsonl")
     # Two strategies, each clean once and under both strengths of the attack's own sweep.
     assert len(cells.read_text().splitlines()) == 2 * 3
-    assert "my_lab:PULL_BACK" in capsys.readouterr().out
+    assert "my_lab:pull_back" in capsys.readouterr().out
 
 
 def test_the_rule_is_what_it_says() -> None:
@@ -42,11 +42,11 @@ def test_the_rule_is_what_it_says() -> None:
 
 
 def test_attacks_of_ones_own_are_not_listed() -> None:
-    assert ATTACKS["my_lab:PULL_BACK"].name == "pull-back"
-    assert is_attack("my_lab:PULL_BACK")
-    assert "my_lab:PULL_BACK" not in ATTACKS
-    assert AttackPlan(("my_lab:PULL_BACK",)).value("my_lab:PULL_BACK") == 1.0
-    with pytest.raises(KeyError):
+    assert ATTACKS["my_lab:pull_back"].name == "pull-back"
+    assert "my_lab:pull_back" not in ATTACKS
+    [bound] = build_attacks("my_lab:pull_back")
+    assert (str(bound), bound.values) == ("my_lab:pull_back", {"scale": 1.0})
+    with pytest.raises(ValueError, match=r"attack is 'pull-back'; .*package.module:NAME"):
         ATTACKS["pull-back"]
 
 
@@ -54,10 +54,11 @@ def test_attacks_of_ones_own_are_not_listed() -> None:
     ("given", "message"),
     [
         ({"strategy": "my_lab:Nothing"}, "my_lab:Nothing cannot be imported.*allowed: mean, "),
-        ({"strategy": "my_lab:PULL_BACK"}, "no subclass of RobustStrategy"),
+        ({"strategy": "my_lab:pull_back"}, "no subclass of RobustStrategy"),
         ({"strategy": "nowhere:Rule"}, "No module named 'nowhere'"),
         ({"strategy": "my_lab"}, "strategy is 'my_lab'; allowed: mean, "),
-        ({"attack": "my_lab:pull_back"}, "is a function; allowed: an Attack"),
+        ({"attack": "my_lab:NonNegative"}, "allowed: a function under @attack"),
+        ({"attack": "my_lab:pull_back:scale=-1"}, "scale is '-1'; allowed: .*0 or more"),
         ({"attack": "bit-flip+my_lab:Nothing"}, "cannot be imported"),
     ],
 )

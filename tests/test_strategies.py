@@ -1403,9 +1403,7 @@ def test_the_state_holds_tensors_and_numbers_only() -> None:
 
 
 def attacked_run(strategy: RobustStrategy, fraction: float, num_rounds: int = 60) -> float:
-    mod = ByzantineMod(
-        attack="bit-flip", strength=100.0, fraction=fraction, selection="per-round", seed=1
-    )
+    mod = ByzantineMod(attack="bit-flip:100", fraction=fraction, selection="per-round", seed=1)
     grid = InProcessGrid(regression_app([mod]), NODES, {})
     result = strategy.start(grid, regression_model(), num_rounds=num_rounds)
     return regression_error(result.arrays)

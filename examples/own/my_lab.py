@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from fl_bgmd.aggregators import Aggregate
-from fl_bgmd.attacks import Attack, View
+from fl_bgmd.attacks import attack
+from fl_bgmd.options import NonNegative
 from fl_bgmd.shares import floor_share
 from fl_bgmd.strategies import RobustStrategy, Round
 
@@ -20,18 +21,15 @@ class MeanAroundMedian(RobustStrategy):
         return Aggregate(nearest.mean(dim=0), weights=None)
 
 
-def pull_back(view: View, strength: float) -> Tensor:
-    """Return what every colluder sends: their mean update, turned round and scaled."""
-    assert view.colluders is not None
-    return -strength * view.colluders.mean(dim=0)
+@attack("an example", sweep=(0.5, 1.0))
+def pull_back(colluders: Tensor, scale: NonNegative = 1.0) -> Tensor:
+    """Return what every colluder sends: their mean update, turned round and scaled.
 
-
-PULL_BACK = Attack(
-    "pull-back",
-    "an example",
-    knows="colluders",
-    knob="factor",
-    strength=1.0,
-    sweep=(0.5, 1.0),
-    apply=pull_back,
-)
+    Parameters
+    ----------
+    colluders : Tensor
+        (m, d): their true updates.
+    scale : float
+        Factor.
+    """
+    return -scale * colluders.mean(dim=0)

@@ -1,27 +1,27 @@
 """A laboratory of attacks, and who runs them when."""
 
-from .base import OMNISCIENT, PRESETS, Attack, View
-from .collusion import (
-    alie,
-    alie_deviations,
-    directed_deviation,
-    ipm,
-    memory_consistent,
-    memory_poison,
-    memory_takeover,
-    mimic_victim,
-    min_max,
-    min_sum,
+from .attack import (
+    ATTACKS,
+    OMNISCIENT,
+    Attack,
+    Bound,
+    Strength,
+    View,
+    attack,
+    base_name,
+    build_attacks,
 )
-from .data import backdoor, blur, image_noise, impulse, label_shift, random_labels
-from .plan import AttackPlan, attack_names
-from .registry import ATTACKS, is_attack
+from .plan import AttackPlan
 from .roles import SELECTIONS, byzantine_clients, byzantine_roles
+
+# isort: split
+# In the order in which they are listed.
 from .updates import (
     ascent,
     bit_flip,
     block_hijack,
     delayed,
+    free_rider,
     gaussian,
     huge,
     inf,
@@ -32,37 +32,64 @@ from .updates import (
     zero,
 )
 
+# isort: split
+from .collusion import (
+    alie,
+    alie_deviations,
+    consistent_lie,
+    directed_deviation,
+    fang,
+    ipm,
+    memory_consistent,
+    memory_poison,
+    memory_takeover,
+    mimic,
+    mimic_victim,
+    min_max,
+    min_sum,
+    takeover_lie,
+)
+
+# isort: split
+from .data import backdoor, blur, image_noise, impulse, label_shift, random_labels
+
 __all__ = [
     "ATTACKS",
     "OMNISCIENT",
-    "PRESETS",
     "SELECTIONS",
     "Attack",
     "AttackPlan",
+    "Bound",
+    "Strength",
     "View",
     "alie",
     "alie_deviations",
     "ascent",
-    "attack_names",
+    "attack",
     "backdoor",
+    "base_name",
     "bit_flip",
     "block_hijack",
     "blur",
+    "build_attacks",
     "byzantine_clients",
     "byzantine_roles",
+    "consistent_lie",
     "delayed",
     "directed_deviation",
+    "fang",
+    "free_rider",
     "gaussian",
     "huge",
     "image_noise",
     "impulse",
     "inf",
     "ipm",
-    "is_attack",
     "label_shift",
     "memory_consistent",
     "memory_poison",
     "memory_takeover",
+    "mimic",
     "mimic_victim",
     "min_max",
     "min_sum",
@@ -71,5 +98,6 @@ __all__ = [
     "random_labels",
     "replace_gaussian",
     "sign_flip",
+    "takeover_lie",
     "zero",
 ]

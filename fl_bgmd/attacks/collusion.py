@@ -6,13 +6,22 @@ clients send the same vector. A grid that sees all replies plays them in simulat
 the attackers.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
+from pydantic import AllowInfNan
 from torch import Tensor
 
 from fl_bgmd.aggregators import geometric_median
+from fl_bgmd.options import Fraction, Positive
+
+from .attack import Outcome, Strength, attack
+from .search import honest_mean, searched
 
 _FEW_ATTACKERS_Z = 1.5
 _MEDIAN_TOL = 1e-4  # a lie need not be certified to the last digit
@@ -33,15 +42,31 @@ def alie_deviations(num_clients: int, num_byzantine: int) -> float:
     return max(0.0, NormalDist().inv_cdf(share)) if 0 < share < 1 else 0.0
 
 
+# One client alone has no spread.
+@attack("Baruch et al. (NeurIPS 2019), Algorithm 3", sweep=(None, 1.5), players=2)
 def alie(
-    colluders: Tensor, num_clients: int, z: float = 0.0, *, num_byzantine: int | None = None
+    colluders: Tensor,
+    num_clients: int,
+    z: Annotated[Positive, AllowInfNan(False)] | None = None,
+    *,
+    num_byzantine: int | None = None,
 ) -> Tensor:
     """Return ``mean - z * std`` per coordinate over the colluders' true updates.
 
-    Baruch et al. (NeurIPS 2019), Algorithm 3, whose attackers know their own data only. ``z = 0``
-    takes the paper's, :func:`alie_deviations` for ``num_byzantine`` hostile clients (by default the
-    colluders), and 1.5 where that is 0: the mean itself would be no attack. A single attacker knows
-    no deviation: it sends its own update.
+    The paper's attackers know their own data only. A single one knows no deviation: it sends its
+    own update.
+
+    Parameters
+    ----------
+    colluders : Tensor
+        (m, d): their true updates.
+    num_clients : int
+        n.
+    z : float, optional
+        Standard deviations, by default the paper's, from n and f. See :func:`alie_deviations`;
+        where that is 0 it is 1.5, since the mean itself would be no attack.
+    num_byzantine : int, optional
+        f; by default m.
     """
     hostile = len(colluders) if num_byzantine is None else num_byzantine
     z = z or alie_deviations(num_clients, hostile) or _FEW_ATTACKERS_Z
@@ -49,13 +74,42 @@ def alie(
     return mean - z * _deviation(colluders - mean)
 
 
-def ipm(honest: Tensor, eps: float = 0.5) -> Tensor:
+@attack("Xie et al. (UAI 2019), Equation 1", sweep=(0.1, 0.5, 10.0))
+def ipm(honest: Tensor, eps: Strength = 0.5) -> Tensor:
     """Return ``-eps * mean`` of the honest updates: inner-product manipulation.
 
-    Xie et al. (UAI 2019), Equation 1. A small ``eps`` passes filters of norms; a large one breaks
-    averaging.
+    A small ``eps`` passes filters of norms; a large one breaks averaging.
+
+    Parameters
+    ----------
+    honest : Tensor
+        (h, d).
+    eps : float
+        Length relative to the honest mean.
     """
     return -eps * honest.mean(0)
+
+
+@attack("Karimireddy et al. (ICLR 2022), Section 5")
+def mimic(
+    honest: Tensor,
+    honest_ids: Sequence[int],
+    colluders: Tensor,
+    colluder_ids: Sequence[int],
+    memory: dict[str, Any],
+) -> Tensor:
+    """Return the victim's update (d,): always the same client's, as long as it answers.
+
+    The victim is that of :func:`mimic_victim` in the first round.
+    """
+    known: dict[int, Tensor] = dict(
+        zip((*honest_ids, *colluder_ids), (*honest, *colluders), strict=True)
+    )
+    victim = memory.get("victim")
+    if victim not in known:
+        victim = honest_ids[mimic_victim(honest)]
+        memory.setdefault("victim", victim)
+    return known[victim]
 
 
 def mimic_victim(honest: Tensor) -> int:
@@ -70,12 +124,19 @@ def mimic_victim(honest: Tensor) -> int:
     return int(vectors[:, -1].abs().argmax()) if values[-1] > 0 else 0
 
 
-def min_max(honest: Tensor, scale: float = 1.0) -> Tensor:
+@attack("Shejwalkar and Houmansadr (NDSS 2021), Equation 5", sweep=(1.0, 3.0))
+def min_max(honest: Tensor, scale: Strength = 1.0) -> Tensor:
     """Return ``mean - gamma * std``, no further from any honest update than they are apart.
 
-    Shejwalkar and Houmansadr (NDSS 2021), Equation 5, with their "inverse standard deviation" as
-    perturbation. They search for the largest gamma; here it is the root of a quadratic. ``scale``
-    multiplies it.
+    With the paper's "inverse standard deviation" as perturbation. They search for the largest
+    gamma; here it is the root of a quadratic.
+
+    Parameters
+    ----------
+    honest : Tensor
+        (h, d).
+    scale : float
+        Multiple of the largest gamma.
     """
     mean, direction, offsets = _perturbation(honest)
     squared = float(direction @ direction)
@@ -90,11 +151,19 @@ def min_max(honest: Tensor, scale: float = 1.0) -> Tensor:
     return (mean + scale * float(roots.min()) * direction).to(honest.dtype)
 
 
-def min_sum(honest: Tensor, scale: float = 1.0) -> Tensor:
+@attack("Shejwalkar and Houmansadr (NDSS 2021), Equation 6", sweep=(1.0, 3.0))
+def min_sum(honest: Tensor, scale: Strength = 1.0) -> Tensor:
     """Return ``mean - gamma * std``, its squared distances summing to no more than theirs do.
 
-    Shejwalkar and Houmansadr (NDSS 2021), Equation 6: the sum of squared distances to the honest
-    updates is at most the largest such sum of an honest one. ``scale`` multiplies gamma.
+    The sum of squared distances to the honest updates is at most the largest such sum of an honest
+    one.
+
+    Parameters
+    ----------
+    honest : Tensor
+        (h, d).
+    scale : float
+        Multiple of the largest gamma.
     """
     mean, direction, offsets = _perturbation(honest)
     squared = float(direction @ direction)
@@ -107,12 +176,21 @@ def min_sum(honest: Tensor, scale: float = 1.0) -> Tensor:
     return (mean + scale * math.sqrt(gamma) * direction).to(honest.dtype)
 
 
-def memory_poison(honest: Tensor, scale: float = 100.0, strong: float = 0.2) -> Tensor:
+@attack("this project", sweep=(1.0, 10.0, 100.0))
+def memory_poison(honest: Tensor, scale: Strength = 100.0, strong: Fraction = 0.2) -> Tensor:
     """Return the honest mean on the strong coordinates and ``-scale`` times it on the others.
 
     Against the memory of BGMD, this project's own: the row is plausible where a block of large
-    coordinates looks, and dumps everything into the residual that the memory keeps. The strong
-    coordinates are the ``strong`` share with the largest squares.
+    coordinates looks, and dumps everything into the residual that the memory keeps.
+
+    Parameters
+    ----------
+    honest : Tensor
+        (h, d).
+    scale : float
+        Factor.
+    strong : float
+        Share of the coordinates, those with the largest squares, that counts as strong.
     """
     mean = honest.mean(0)
     kept = _strongest(honest, strong)
@@ -121,8 +199,37 @@ def memory_poison(honest: Tensor, scale: float = 100.0, strong: float = 0.2) -> 
     return poisoned
 
 
+@attack("this project", sweep=(None, 10.0))
 def memory_takeover(
-    honest: Tensor, running: Tensor, scale: float = 10.0, strong: float = 0.3
+    honest: Tensor,
+    memory: dict[str, Any],
+    outcome: Outcome | None,
+    scale: Strength | None = None,
+    strong: Fraction = 0.3,
+) -> Tensor:
+    """Return :func:`takeover_lie` (d,), by default of the scale that harms most.
+
+    Parameters
+    ----------
+    honest : Tensor
+        (h, d).
+    memory : dict
+        Its own, from round to round.
+    outcome : callable or None
+        See :class:`.attack.View`.
+    scale : float, optional
+        Factor, searched by default.
+    strong : float
+        Share of the coordinates, those with the largest squares, that counts as strong.
+    """
+    lie = functools.partial(takeover_lie, honest, honest_mean(honest, memory), strong=strong)
+    if scale is None:
+        scale = searched(lie, (0.5, 1.0, 3.0, 10.0, 30.0, 100.0), honest, memory, outcome)
+    return lie(scale)
+
+
+def takeover_lie(
+    honest: Tensor, running: Tensor, scale: float = 10.0, *, strong: float = 0.3
 ) -> Tensor:
     """Return the honest geometric median on the strong coordinates, ``-scale * running`` elsewhere.
 
@@ -136,8 +243,37 @@ def memory_takeover(
     return lie
 
 
+@attack("this project", sweep=(None, 1.0))
 def memory_consistent(
-    honest: Tensor, running: Tensor, scale: float = 1.0, strong: float = 0.2
+    honest: Tensor,
+    memory: dict[str, Any],
+    outcome: Outcome | None,
+    scale: Strength | None = None,
+    strong: Fraction = 0.2,
+) -> Tensor:
+    """Return :func:`consistent_lie` (d,), by default of the scale that harms most.
+
+    Parameters
+    ----------
+    honest : Tensor
+        (h, d).
+    memory : dict
+        Its own, from round to round.
+    outcome : callable or None
+        See :class:`.attack.View`.
+    scale : float, optional
+        Length relative to the median update, searched by default.
+    strong : float
+        Share of the coordinates, those with the largest squares, that counts as strong.
+    """
+    lie = functools.partial(consistent_lie, honest, honest_mean(honest, memory), strong=strong)
+    if scale is None:
+        scale = searched(lie, (0.25, 0.5, 1.0, 2.0, 5.0, 20.0), honest, memory, outcome)
+    return lie(scale)
+
+
+def consistent_lie(
+    honest: Tensor, running: Tensor, scale: float = 1.0, *, strong: float = 0.2
 ) -> Tensor:
     """Return the honest mean on the strong coordinates, elsewhere a push against ``running``.
 
@@ -151,6 +287,32 @@ def memory_consistent(
     kept = _strongest(honest, strong)
     lie[kept] = honest[:, kept].mean(0)
     return lie
+
+
+@attack("Fang et al. (USENIX Security 2020), Section 4.2", sweep=(None, 2.0))
+def fang(
+    honest: Tensor,
+    memory: dict[str, Any],
+    outcome: Outcome | None,
+    beyond: Annotated[float, Ge(1), AllowInfNan(False)] | None = None,
+) -> Tensor:
+    """Return :func:`directed_deviation` (d,), by default as far out as harms most.
+
+    Parameters
+    ----------
+    honest : Tensor
+        (h, d).
+    memory : dict
+        Its own, from round to round.
+    outcome : callable or None
+        See :class:`.attack.View`.
+    beyond : float, optional
+        Multiple of the honest extreme, searched by default (2 without the rule).
+    """
+    lie = functools.partial(directed_deviation, honest)
+    if beyond is None:
+        beyond = searched(lie, (1.0, 1.25, 2.0, 5.0), honest, memory, outcome, blind=2.0)
+    return lie(beyond)
 
 
 def directed_deviation(honest: Tensor, beyond: float = 2.0) -> Tensor:

@@ -5,43 +5,87 @@ and leave theirs alone. The BGMD authors' code applied the image attacks after n
 a standard deviation of 10 buries the image; here 10 is 10 of 255 grey levels.
 """
 
+from typing import Annotated
+
 import numpy as np
 import torch
+from annotated_types import Ge, Le
+from pydantic import AllowInfNan
 
 from fl_bgmd.extras import require
+from fl_bgmd.options import Allowed, Fraction, Positive
 
-from .base import Images, Labels
+from .attack import Images, Labels, Strength, attack
+
+_BGMD = "Acharya et al. (BGMD), Section 7"
 
 
-def backdoor(labels: Labels, target: int = 8) -> Labels:
-    """Return ``target`` for every label: Acharya et al. (BGMD), Section 7 (8, "bag"; code: 0)."""
+@attack(_BGMD, sweep=(1, 8), authors_code={"": 0}, target="target")
+def backdoor(labels: Labels, target: Annotated[int, Ge(0), Le(9)] = 8) -> Labels:
+    """Return ``target`` for every label (8 is "bag").
+
+    Parameters
+    ----------
+    labels : ndarray
+        (B,) int64.
+    target : int
+        The label that the model is to see in every image.
+    """
     return np.full_like(labels, target)
 
 
+@attack("Ghosh et al., Section 8 (9 - y)")
 def label_shift(labels: Labels, num_classes: int = 10) -> Labels:
-    """Return ``num_classes - 1 - label`` (9 - y): label flipping."""
+    """Return ``num_classes - 1 - label`` (9 - y) for labels (B,): label flipping."""
     return num_classes - 1 - labels
 
 
+@attack("Ghosh et al., Section 8")
 def random_labels(labels: Labels, num_classes: int, rng: np.random.Generator) -> Labels:
-    """Return labels drawn uniformly."""
+    """Return as many labels (B,), drawn uniformly."""
     return rng.integers(num_classes, size=labels.shape, dtype=np.int64)
 
 
-def image_noise(images: Images, std: float, rng: np.random.Generator) -> Images:
+@attack(_BGMD, sweep=(10.0, 100.0))
+def image_noise(
+    images: Images, std: Strength = 10.0, rng: np.random.Generator | None = None
+) -> Images:
     """Return the images plus N(0, std^2) on the 0..255 scale, rounded and clipped to it.
 
     Acharya et al. (BGMD), Section 7: N(0, 100), a standard deviation of 10.
+
+    Parameters
+    ----------
+    images : ndarray
+        (B, H, W) or (B, H, W, C) uint8.
+    std : float
+        Standard deviation, of 255 grey levels.
+    rng : numpy.random.Generator, optional
+        What the noise is drawn from; one of its own by default.
     """
+    rng = rng or np.random.default_rng()
     noisy = images + rng.normal(0.0, std, size=images.shape)
     return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
 
 
-def impulse(images: Images, share: float, rng: np.random.Generator) -> Images:
+@attack(_BGMD, sweep=(0.5, 0.9))
+def impulse(
+    images: Images, share: Fraction = 0.9, rng: np.random.Generator | None = None
+) -> Images:
     """Return the images with ``share`` of the pixels set to 0 or 255, all channels alike.
 
     Salt and pepper: Acharya et al. (BGMD), Section 7, 90 % of the pixels.
+
+    Parameters
+    ----------
+    images : ndarray
+        (B, H, W) or (B, H, W, C) uint8.
+    share : float
+        Share of the pixels.
+    rng : numpy.random.Generator, optional
+        What they are drawn from; one of its own by default.
     """
+    rng = rng or np.random.default_rng()
     hit = rng.random(images.shape[:3]) < share
     salt = np.where(rng.random(images.shape[:3]) < 0.5, np.uint8(0), np.uint8(255))
     corrupted = images.copy()
@@ -49,10 +93,19 @@ def impulse(images: Images, share: float, rng: np.random.Generator) -> Images:
     return corrupted
 
 
-def blur(images: Images, sigma: float) -> Images:
-    """Return the images under a Gaussian filter of ``sigma`` pixels.
+@attack("Acharya et al. (BGMD), Figure 4", sweep=(2.0, 4.0))
+def blur(
+    images: Images,
+    sigma: Annotated[Positive, AllowInfNan(False), Allowed("above 0, and finite")] = 2.0,
+) -> Images:
+    """Return the images under a Gaussian filter (Figure 4 (d)).
 
-    Acharya et al. (BGMD), Figure 4 (d).
+    Parameters
+    ----------
+    images : ndarray
+        (B, H, W) or (B, H, W, C) uint8.
+    sigma : float
+        Standard deviation of the filter in pixels.
     """
     require("torchvision", "the attack blur", "vision")
     from torchvision.transforms.v2 import functional as transforms

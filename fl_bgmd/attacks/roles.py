@@ -1,10 +1,13 @@
 """Who is hostile in which round, and how: computed alike by everyone who knows the seed."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from fl_bgmd.shares import floor_share
+
+A = TypeVar("A")
 
 SELECTIONS = ("per-round", "fixed")
 
@@ -42,13 +45,13 @@ def byzantine_clients(
 
 
 def byzantine_roles(
-    attacks: Sequence[str],
+    attacks: Sequence[A],
     num_clients: int,
     fraction: float,
     round: int,
     seed: int,
     selection: str = "per-round",
-) -> dict[int, str]:
+) -> dict[int, A]:
     """Return which attack each hostile client runs in a round, by partition id.
 
     The clients are those of :func:`byzantine_clients`; several ``attacks`` are dealt out to them
@@ -56,7 +59,7 @@ def byzantine_roles(
     no attacks.
     """
     if not attacks:
-        raise ValueError("attacks is empty; allowed: one name or more")
+        raise ValueError("attacks is empty; allowed: one or more")
     drawn = _drawn(num_clients, fraction, round, seed, selection)
     return {client: attacks[i % len(attacks)] for i, client in enumerate(drawn)}
 

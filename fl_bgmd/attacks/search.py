@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from .base import View
+from .attack import Outcome
 
 SEARCH_EVERY = 12
 """Rounds that an attack is played with the strength it has found."""
@@ -14,18 +15,23 @@ HORIZON = 6
 """Rounds that each strength is tried for: what enters a memory does its harm later."""
 
 
-def honest_mean(view: View) -> Tensor:
-    """Return the running mean (d,) of the honest clients' means; keep it in the view's memory."""
-    assert view.honest is not None
-    now = view.honest.mean(0)
-    before = view.memory.get("running-mean")
+def honest_mean(honest: Tensor, memory: dict[str, Any]) -> Tensor:
+    """Return the running mean (d,) of the means of ``honest`` (h, d); keep it in the memory."""
+    now = honest.mean(0)
+    before = memory.get("running-mean")
     running = now if before is None else 0.9 * before + 0.1 * now
-    view.memory["running-mean"] = running
+    memory["running-mean"] = running
     return running
 
 
 def searched(
-    view: View, lie: Callable[[float], Tensor], grid: Sequence[float], blind: float = 0.0
+    lie: Callable[[float], Tensor],
+    grid: Sequence[float],
+    honest: Tensor,
+    memory: dict[str, Any],
+    outcome: Outcome | None,
+    *,
+    blind: float | None = None,
 ) -> float:
     """Return the strength of the grid that harms most, searched every :data:`SEARCH_EVERY` rounds.
 
@@ -34,38 +40,40 @@ def searched(
 
     Parameters
     ----------
-    view : View
-        Of an attack that knows the ``rule`` and ``remembers``.
     lie : callable
         ``strength -> (d,)``.
     grid : sequence of float
         Strengths.
-    blind : float
-        The strength where there is no rule to be tried; 0: there is none.
+    honest : Tensor
+        (h, d): the updates of the honest clients.
+    memory : dict
+        Where the search keeps what it has found.
+    outcome : callable or None
+        See :class:`.attack.View`.
+    blind : float, optional
+        The strength where there is no rule to be tried.
 
     Raises
     ------
     ValueError
-        Where there is no rule to be tried, and ``blind`` is 0.
+        Where there is no rule to be tried, and no ``blind`` strength.
     """
-    if view.outcome is None:
-        if blind:
+    if outcome is None:
+        if blind is not None:
             return blind
         raise ValueError(
-            "strength is 0 (searched) and the grid was not told the server's rule; allowed: a "
-            "strength above 0, or a grid with preview="
+            "the strength is None (searched) and the grid was not told the server's rule; allowed: "
+            "a strength, or a grid with preview="
         )
-    number = int(view.memory.get("round", 0))
-    view.memory["round"] = number + 1
+    number = int(memory.get("round", 0))
+    memory["round"] = number + 1
     if number % SEARCH_EVERY == 0:
-        view.memory["strength"] = min(grid, key=lambda strength: _progress(view, lie(strength)))
-    return float(view.memory["strength"])
+        memory["strength"] = min(grid, key=lambda s: _progress(lie(s), honest, outcome))
+    return float(memory["strength"])
 
 
-def _progress(view: View, lie: Tensor) -> float:
+def _progress(lie: Tensor, honest: Tensor, outcome: Outcome) -> float:
     """Return how far the server would move along the honest mean, infinite where nobody knows."""
-    assert view.outcome is not None
-    assert view.honest is not None
-    moved = view.outcome(lie, HORIZON).double()
-    progress = float(moved @ view.honest.mean(0).to(moved))
+    moved = outcome(lie, HORIZON).double()
+    progress = float(moved @ honest.mean(0).to(moved))
     return math.inf if math.isnan(progress) else progress
