@@ -1,31 +1,17 @@
 """The model on its way down, packed: what a strategy sends and what a client makes of it."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fl_bgmd.compression import QSGD, Compressor, build_compressor
+from fl_bgmd.compression import Compressor, build_downlink, build_received
 from fl_bgmd.replies import PACKED_KEY, ModelLayout
 
 MODEL_RECORD = "fl-bgmd.model"
 """The ConfigRecord that describes a packed model."""
-
-
-def build_downlink(name: str) -> Compressor | None:
-    """Return the compressor of the model that ``name`` stands for, None for ``none``.
-
-    Only ``qsgd`` and ``qsgd:levels``: it rounds every value a little, without bias, where the
-    others would leave out or level most of the model. ``ValueError`` for anything else.
-    """
-    if name == "none":
-        return None
-    if name.partition(":")[0] != "qsgd":
-        raise ValueError(f"downlink_compressor is {name!r}; allowed: none, qsgd, qsgd:levels")
-    compressor = build_compressor(name)
-    assert isinstance(compressor, QSGD)
-    return compressor
 
 
 def pack_model(
@@ -55,8 +41,11 @@ def pack_model(
     return content, received_model(content)
 
 
-def received_model(content: RecordDict) -> ArrayRecord:
-    """Return the model in what a server sent, unpacked if it is packed."""
+def received_model(content: RecordDict, own: Iterable[object] = ()) -> ArrayRecord:
+    """Return the model in what a server sent, unpacked if it is packed.
+
+    ``own``: see :func:`fl_bgmd.compression.build_received`.
+    """
     [arrays] = content.array_records.values()
     described = content.config_records.get(MODEL_RECORD)
     if described is None:
@@ -70,15 +59,21 @@ def received_model(content: RecordDict) -> ArrayRecord:
         sizes = [int(size) for size in str(shape).split("x") if size]
         like[str(key)] = arrays.get(str(key)) or Array(np.zeros(sizes, str(dtype)))
     layout = ModelLayout(like)
-    compressor = build_compressor(str(described["compressor"]))
+    named = str(described["compressor"])
+    compressor = build_downlink(named, lambda text: build_received(text, own))
+    if compressor is None:
+        raise ValueError(f"the model is packed with compressor {named!r}; allowed: any but that")
     data = arrays[PACKED_KEY].numpy().tobytes()
     values = compressor.decode(data, math.prod(layout.values.shape)).numpy()
     return layout.to_arrays(values.astype(layout.dtype), layout.buffer_values)
 
 
-def unpack_model(content: RecordDict) -> None:
-    """Put the unpacked model into a message's content in the packed one's place."""
+def unpack_model(content: RecordDict, own: Iterable[object] = ()) -> None:
+    """Put the unpacked model into a message's content in the packed one's place.
+
+    ``own``: see :func:`fl_bgmd.compression.build_received`.
+    """
     if MODEL_RECORD in content:
         [name] = content.array_records
-        content[name] = received_model(content)
+        content[name] = received_model(content, own)
         del content[MODEL_RECORD]

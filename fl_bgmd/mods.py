@@ -3,7 +3,8 @@
 ``ClientApp(mods=[ByzantineMod()])``
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fl_bgmd.attacks import ATTACKS, AttackPlan, View, attack_names
 from fl_bgmd.broadcast import unpack_model
-from fl_bgmd.compression import Compressor, RandK, build_compressor, for_shapes
+from fl_bgmd.compression import Compressor, build_compressor, build_received
 from fl_bgmd.replies import PACKED_KEY, PACKED_RECORD, ModelLayout
 
 ATTACK_RECORD = "byzantine"
@@ -86,7 +87,7 @@ class ByzantineMod:
         compressor = update = None
         if PACKED_KEY in trained:
             packed_with = reply.content.config_records[PACKED_RECORD]["compressor"]
-            compressor = compressor_for(message, str(packed_with))
+            compressor = compressor_for(message, build_received(str(packed_with)))
             assert compressor is not None
             update, trained = unpacked(trained, before, compressor)
         else:
@@ -116,8 +117,9 @@ class ByzantineMod:
             reply.content[record_name] = sent  # byte for byte, statistics of its layers included
         else:
             lie = malicious_update(name, plan, view)
+            plain = lie if compressor is None else compressor.as_plain(lie)
             reply.content[record_name] = after.to_arrays(
-                before.values - as_plain(lie, compressor).numpy(), after.buffer_values
+                before.values - plain.numpy(), after.buffer_values
             )
         mark(reply, name)
         return reply
@@ -158,7 +160,9 @@ class CompressionMod:
     compressor : str, optional
         See :func:`fl_bgmd.compression.build_compressor`; by default what the strategy asks for. One
         that is named here is used whatever the strategy asks for, and read by no other strategy
-        than one with the same.
+        than one with the same. Of compressors of your own a message gives the name alone, which has
+        to be known on the client: name it here or in the run configuration (``compressor``), or
+        import its module in the client app.
     error_feedback : bool, optional
         Whether what the compression lost is added to the next update: ``p = g + e``, ``Q(p)`` is
         sent, ``e <- p - Q(p)`` (Algorithm 2 of Ghosh et al.). The strategy's choice by default.
@@ -169,13 +173,19 @@ class CompressionMod:
     compressor: str | None = None
     error_feedback: bool | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse a compressor that cannot be built, before any round."""
+        if self.compressor is not None:
+            build_compressor(self.compressor)
+
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Unpack the model, run the client, pack its update."""
-        unpack_model(message.content)
+        unpack_model(message.content, own_specs(context))
         reply = call_next(message, context)
         is_train = message.metadata.message_type.split(".")[0] == MessageType.TRAIN
         asked = asked_for(message)
-        compressor = compressor_for(message, self.compressor)
+        own = None if self.compressor is None else build_compressor(self.compressor)
+        compressor = compressor_for(message, own, own_specs(context))
         if compressor is None or not is_train or not reply.has_content():
             return reply
         feedback = self.error_feedback
@@ -191,7 +201,7 @@ class CompressionMod:
         update = torch.from_numpy(before.values - after.values)
         # A client that is hostile for a round does not spoil its own honest rounds' memory.
         feedback = feedback and marked(reply.content) is None
-        compressor = for_shapes(compressor, before.shapes)
+        compressor = compressor.for_shapes(before.shapes)
         # What is no contraction would make the memory grow for ever.
         feedback = feedback and compressor.delta(len(update)) > 0
         if feedback:
@@ -218,19 +228,27 @@ def asked_for(message: Message) -> ConfigRecord:
     return ConfigRecord()
 
 
-def compressor_for(message: Message, own: str | None = None) -> Compressor | None:
+def compressor_for(
+    message: Message, own: Compressor | None = None, specs: Iterable[object] = ()
+) -> Compressor | None:
     """Return the compressor that a message asks for, None where it asks for none.
 
-    ``own`` takes the place of the one asked for. Coordinates that the server chose are set.
+    ``own`` takes the place of the one asked for; ``specs``: see
+    :func:`fl_bgmd.compression.build_received`. Coordinates that the server chose are set.
     """
     asked = asked_for(message)
-    name = asked.get("compressor") if own is None else own
-    if name is None:
+    if own is None and "compressor" not in asked:
         return None
-    compressor = build_compressor(str(name))
-    if isinstance(compressor, RandK) and "compression-seed" in asked:
-        compressor = replace(compressor, seed=int(cast(int, asked["compression-seed"])))
+    compressor = own or build_received(str(asked["compressor"]), specs)
+    if "compression-seed" in asked:
+        compressor = compressor.for_round(int(cast(int, asked["compression-seed"])))
     return compressor
+
+
+def own_specs(context: Context) -> list[object]:
+    """Return the compressors that the run configuration names: the app's own, not a message's."""
+    keys = ("compressor", "downlink-compressor")
+    return [context.run_config[key] for key in keys if key in context.run_config]
 
 
 def _generator(message: Message, context: Context) -> torch.Generator | None:
@@ -255,7 +273,7 @@ def unpacked(
     packed: ArrayRecord, before: ModelLayout, compressor: Compressor
 ) -> tuple[Tensor, ArrayRecord]:
     """Return the update that packed arrays stand for, and a plain model in their place."""
-    compressor = for_shapes(compressor, before.shapes)
+    compressor = compressor.for_shapes(before.shapes)
     size = before.num_directions
     update = compressor.decode(packed[PACKED_KEY].numpy().tobytes(), size)
     update = update.to(torch.from_numpy(before.values).dtype)
@@ -263,17 +281,6 @@ def unpacked(
     for spec in before.buffers:
         model[spec.key] = packed[spec.key]
     return update, model
-
-
-def as_plain(update: Tensor, compressor: Compressor | None) -> Tensor:
-    """Return the uncompressed update that a server takes for the packed ``update``.
-
-    A server that chose the coordinates scales what comes unpacked by d / k.
-    """
-    if isinstance(compressor, RandK) and compressor.scaled and compressor.seed is not None:
-        size = len(update)
-        return update * (len(compressor.shared_coordinates(size)) / size)
-    return update
 
 
 def role(plan: AttackPlan, message: Message, context: Context) -> str | None:

@@ -20,7 +20,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
-from fl_bgmd.compression import Compressor, RandK, for_shapes
+from fl_bgmd.compression import Compressor
 
 _PIECE = 2**16
 """Values that are looked at while they are in the cache."""
@@ -309,13 +309,8 @@ def screen(
                 norm = _read_arrays(reply, layout, update, buffers, compressor)
                 row[:] = update[coordinates]
                 [arrays] = records_of(reply, ArrayRecord)
-                if isinstance(compressor, RandK) and compressor.scaled and PACKED_KEY not in arrays:
-                    with np.errstate(over="ignore"):
-                        row *= len(update) / len(row)
-                    if not np.isfinite(row).all():
-                        raise InvalidReplyError(
-                            Rejection.NON_FINITE, "the update scaled by d / k is not finite"
-                        )
+                if compressor is not None and PACKED_KEY not in arrays:
+                    _scale(row, compressor.scale(len(update)))
     except InvalidReplyError as invalid:
         return Screened(invalid.reason, _one_line(str(invalid)))
     except Exception as unforeseen:  # a client must not be able to end the run
@@ -490,9 +485,9 @@ def _read_arrays(
     arrays = records[0]
     if compressor is not None and PACKED_KEY in arrays:
         _check_keys(arrays, [PACKED_KEY, *(spec.key for spec in layout.buffers)])
-        _read_packed(arrays[PACKED_KEY], row, for_shapes(compressor, layout.shapes))
+        _read_packed(arrays[PACKED_KEY], row, compressor.for_shapes(layout.shapes))
         _read_buffers(arrays, layout, buffers)
-        return _read_norm(reply)
+        return _read_norm(reply, compressor)
     _check_keys(arrays, layout.keys)
     with np.errstate(all="ignore"):
         for spec in layout.directions:
@@ -504,6 +499,16 @@ def _read_arrays(
                 )
     _read_buffers(arrays, layout, buffers)
     return None
+
+
+def _scale(row: NDArray[np.floating], factor: float) -> None:
+    """Scale a plain update's coordinates as packing would have."""
+    if factor == 1:
+        return
+    with np.errstate(over="ignore"):
+        row *= factor
+    if not np.isfinite(row).all():
+        raise InvalidReplyError(Rejection.NON_FINITE, f"the update times {factor:g} is not finite")
 
 
 def _check_keys(arrays: ArrayRecord, expected: list[str]) -> None:
@@ -538,10 +543,18 @@ def _read_packed(array: Array, row: NDArray[np.floating], compressor: Compressor
         raise InvalidReplyError(Rejection.NON_FINITE, f"array {PACKED_KEY!r} is not finite")
 
 
-def _read_norm(reply: Message) -> float | None:
-    """Return the norm that a packed reply reports, if it does."""
-    record = reply.content.config_records.get(PACKED_RECORD)
-    norm = None if record is None else record.get("norm")
+def _read_norm(reply: Message, compressor: Compressor) -> float | None:
+    """Return the norm that a packed reply reports, if it does.
+
+    The compressor that it names has to be the server's own: nothing is built from a client's text.
+    """
+    record = reply.content.config_records.get(PACKED_RECORD, ConfigRecord())
+    named = record.get("compressor", compressor.name)
+    if named != compressor.name:
+        raise InvalidReplyError(
+            Rejection.PACKED, f"compressor is {repr(named)[:80]}; allowed: {compressor.name!r}"
+        )
+    norm = record.get("norm")
     if norm is None:
         return None
     if isinstance(norm, list) or not _is_finite(norm) or float(norm) < 0:

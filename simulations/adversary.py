@@ -23,7 +23,6 @@ from fl_bgmd.broadcast import received_model
 from fl_bgmd.compression import Compressor
 from fl_bgmd.mods import (
     ATTACK_RECORD,
-    as_plain,
     compressor_for,
     malicious_update,
     mark,
@@ -258,7 +257,6 @@ def _replace(
         _, trained = unpacked(trained, layout, compressor)
         del reply.content[PACKED_RECORD]
     after = ModelLayout(ArrayRecord({key: trained[key] for key in layout.keys}))
-    reply.content[record_name] = after.to_arrays(
-        layout.values - as_plain(update, compressor).numpy(), after.buffer_values
-    )
+    plain = update if compressor is None else compressor.as_plain(update)
+    reply.content[record_name] = after.to_arrays(layout.values - plain.numpy(), after.buffer_values)
     mark(reply, name)

@@ -19,8 +19,7 @@ from fl_bgmd.aggregators.sampling import SELECTIONS as BLOCK_SELECTIONS
 from fl_bgmd.aggregators.spectral import PROVEN_FRACTION
 from fl_bgmd.attacks import ATTACKS, PRESETS, AttackPlan, attack_names, is_attack
 from fl_bgmd.attacks import SELECTIONS as BYZANTINE_SELECTIONS
-from fl_bgmd.broadcast import build_downlink
-from fl_bgmd.compression import COMPRESSORS, build_compressor
+from fl_bgmd.compression import COMPRESSORS, build_compressor, build_downlink, names_of
 from fl_bgmd.data import DATASETS, SCHEMES, TRAINING_EXAMPLES
 from fl_bgmd.models import MODELS
 from fl_bgmd.plugins import is_path, load_object
@@ -185,13 +184,17 @@ SETTINGS: dict[str, Setting] = {
     "weighting": _choice(WEIGHTINGS, "of the clients"),
     "compressor": Setting(
         str,
-        f"{', '.join(COMPRESSORS)}, with :parameter where there is one",
+        f"{', '.join(COMPRESSORS)}, with :value or :option=value,...; package.module:CLASS",
         _accepted_by(build_compressor),
         "of the clients' updates",
     ),
     "error-feedback": _choice(ON_OFF, "whether clients keep what compression lost"),
     "downlink-compressor": Setting(
-        str, "none, qsgd, qsgd:levels", _accepted_by(build_downlink), "of the model on its way down"
+        str,
+        f"none, {names_of(lambda kind: kind.carries_model)}, with :value or :option=value,...; "
+        "package.module:CLASS",
+        _accepted_by(build_downlink),
+        "of the model on its way down",
     ),
     "gmd.solver": _choice(SOLVERS, "of the geometric median"),
     "bgmd.solver": _choice(SOLVERS, "of the geometric median of the block"),
@@ -349,11 +352,10 @@ def _check_combinations(config: Config) -> None:
             "above 0"
         )
     if config["shared-coordinates"] == "on":
-        kind = str(config["compressor"]).partition(":")[0]
-        if kind not in ("rand-k", "scaled-rand-k"):
+        if not build_compressor(str(config["compressor"])).can_share_coordinates:
             raise ConfigError(
                 f"shared-coordinates is 'on' with compressor {config['compressor']!r}; allowed: "
-                "rand-k, scaled-rand-k"
+                + names_of(lambda kind: kind.can_share_coordinates)
             )
         remembers = config["strategy"] == "bgmd" and config["bgmd.memory"] != "none"
         if remembers or config["strategy"] == "centered-clipping":

@@ -9,7 +9,6 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -31,9 +30,9 @@ from fl_bgmd.aggregators import Aggregate, GeometricMedian
 from fl_bgmd.aggregators.mixing import Mixing, buckets, nearest_neighbors
 from fl_bgmd.aggregators.norms import euclidean_norms
 from fl_bgmd.aggregators.rows import vector_norm
-from fl_bgmd.broadcast import MODEL_RECORD, build_downlink, pack_model
+from fl_bgmd.broadcast import MODEL_RECORD, pack_model
 from fl_bgmd.checkpoints import Checkpoints
-from fl_bgmd.compression import RandK, build_compressor
+from fl_bgmd.compression import build_compressor, build_downlink, names_of
 from fl_bgmd.replies import ModelLayout, Rejection, median_metrics
 from fl_bgmd.shares import FEWEST, floor_share, hostile_count, largest_bucket
 
@@ -262,10 +261,10 @@ class RobustStrategy(FedAvg):
         self.bench_rounds = bench_rounds
         self.compressor = None if compressor == "none" else build_compressor(compressor)
         self.error_feedback = error_feedback
-        if shared_coordinates and not isinstance(self.compressor, RandK):
+        if shared_coordinates and not (self.compressor and self.compressor.can_share_coordinates):
             raise ValueError(
-                f"shared_coordinates is True with compressor {compressor!r}; allowed: rand-k, "
-                "scaled-rand-k"
+                f"shared_coordinates is True with compressor {compressor!r}; allowed: "
+                + names_of(lambda kind: kind.can_share_coordinates)
             )
         if shared_coordinates and not self.can_share_coordinates:
             raise ValueError(
@@ -448,10 +447,10 @@ class RobustStrategy(FedAvg):
             config["compressor"] = self.compressor.name
             config["error-feedback"] = self.error_feedback
         if self.shared_coordinates:
-            assert isinstance(self.compressor, RandK)
+            assert self.compressor is not None
             chosen = config["compression-seed"] = config["round-seed"]
-            self.compressor = replace(self.compressor, seed=int(cast(int, chosen)))
-            self._coordinates = self.compressor.shared_coordinates(self._layout.num_directions)
+            self.compressor = self.compressor.for_round(int(cast(int, chosen)))
+            self._coordinates = self.compressor.coordinates(self._layout.num_directions)
         return self._layout
 
     def configure_evaluate(
