@@ -14,8 +14,8 @@ from rich.table import Table
 
 from benchmarks.measure import seconds
 from fl_bgmd.compression import build_compressor
+from fl_bgmd.layout import ModelLayout
 from fl_bgmd.models import build
-from fl_bgmd.replies import ModelLayout
 
 NAMES = (
     "none",

@@ -25,8 +25,9 @@ from clients.training import (
 from fl_bgmd.attacks import ATTACKS, AttackPlan
 from fl_bgmd.data import Dataset, load, partition
 from fl_bgmd.models import build
-from fl_bgmd.mods import ByzantineMod, CompressionMod, mark, role, server_round
+from fl_bgmd.mods import ByzantineMod, CompressionMod, role
 from fl_bgmd.strategies import resolve_device
+from fl_bgmd.wire import EXAMPLES, PARTITION, mark, server_round
 
 # Hostile clients adhere to the compression: Option I of Ghosh et al.
 app = ClientApp(mods=[CompressionMod(), ByzantineMod()])
@@ -47,9 +48,9 @@ def handle_train(message: Message, context: Context) -> Message:
     else:
         job, attack, trained = prepared
     metrics: dict[str, int | float | list[int] | list[float]] = {
-        "num-examples": len(job.indices),
+        EXAMPLES: len(job.indices),
         "train-loss": trained.loss,
-        "partition-id": int(context.node_config["partition-id"]),
+        PARTITION: int(context.node_config[PARTITION]),
     }
     content = RecordDict({"arrays": ArrayRecord(trained.state), "metrics": MetricRecord(metrics)})
     reply = Message(content, reply_to=message)
@@ -107,7 +108,7 @@ def _training_job(message: Message, context: Context, model: nn.Module) -> tuple
 
 def _key(message: Message, context: Context) -> tuple[int, int]:
     """Return the round and the partition that a message is about."""
-    return server_round(message), int(context.node_config["partition-id"])
+    return server_round(message), int(context.node_config[PARTITION])
 
 
 @app.evaluate()
@@ -115,17 +116,17 @@ def handle_evaluate(message: Message, context: Context) -> Message:
     """Evaluate the received model on this client's even share of the test examples."""
     dataset, model = _dataset(context), _received(message, context)
     device = resolve_device(str(context.run_config["device"]))
-    partition_id = int(context.node_config["partition-id"])
+    partition_id = int(context.node_config[PARTITION])
     shares = np.array_split(
         np.arange(len(dataset.test_labels)), int(context.node_config["num-partitions"])
     )
     with threads(int(context.run_config["client-threads"])):
         found = evaluate(model, dataset, shares[partition_id], device)
     metrics: dict[str, int | float | list[int] | list[float]] = {
-        "num-examples": found.count,
+        EXAMPLES: found.count,
         "loss": found.loss,
         "accuracy": found.accuracy,
-        "partition-id": partition_id,
+        PARTITION: partition_id,
     }
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
 
@@ -139,7 +140,7 @@ def _data_attack(
     corrupt = None if name is None else ATTACKS[name].corrupt
     if name is None or corrupt is None:
         return None, None
-    partition_id = int(context.node_config["partition-id"])
+    partition_id = int(context.node_config[PARTITION])
     rng = np.random.default_rng(plan.client_seed(server_round(message), partition_id))
     strength, classes = plan.value(name), dataset.num_classes
     return name, lambda images, labels: corrupt(images, labels, strength, classes, rng)

@@ -28,7 +28,9 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
 from flwr.serverapp.strategy import FedAvg as MessageFedAvg
 
-from fl_bgmd.replies import PACKED_KEY, ModelLayout, declared_array, median_metrics
+from fl_bgmd.layout import ModelLayout
+from fl_bgmd.replies import declared_array, median_metrics
+from fl_bgmd.wire import EXAMPLES, packed_keys
 
 from . import bgmd, clipping, cmd, gmd, krum, mean, norm_threshold, robust_filter
 from .checks import check_options, options_of
@@ -52,7 +54,6 @@ __all__ = [
 
 LOG = logging.getLogger("flwr.fl_bgmd")
 
-_EXAMPLES = "num-examples"
 _LOSS = "fl-bgmd.loss"
 _AS_SENT = "as-sent"
 _FAILED = 2
@@ -155,7 +156,7 @@ class LegacyStrategy(FedAvg):
     ) -> list[tuple[ClientProxy, FitIns]]:
         """Sample clients and send them the model, the round and the round's seed."""
         pairs = super().configure_fit(server_round, parameters, client_manager)
-        asked = ConfigRecord({"server-round": server_round})
+        asked = ConfigRecord()
         self._layout = self.rule.open_round(server_round, self._model(parameters), asked)
         self.rule.expect(len(pairs))
         added = cast(dict[str, Scalar], dict(asked))
@@ -220,7 +221,7 @@ class LegacyStrategy(FedAvg):
     def _names(self, arrays: list[Array]) -> list[str]:
         """Return the names of the arrays in a reply: the model's, or those of a packed update."""
         assert self._layout is not None
-        packed = [PACKED_KEY, *(spec.key for spec in self._layout.buffers)]
+        packed = packed_keys(self._layout)
         is_packed = (
             self.rule.compressor is not None
             and len(arrays) == len(packed)
@@ -240,7 +241,7 @@ class LegacyStrategy(FedAvg):
             self._combined = dict(
                 combine(
                     [
-                        (int(cast(float, found[_EXAMPLES])), _as_sent(content))
+                        (int(cast(float, found[EXAMPLES])), _as_sent(content))
                         for found, content in zip(numbers, contents, strict=True)
                     ]
                 )
@@ -259,7 +260,7 @@ def _content(
         for key, value in res.metrics.items()
         if isinstance(value, int | float)
     }
-    numbers[_EXAMPLES] = res.num_examples
+    numbers[EXAMPLES] = res.num_examples
     if loss is not None:
         numbers[_LOSS] = loss
     content = RecordDict(

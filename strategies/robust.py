@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -30,11 +30,12 @@ from fl_bgmd.aggregators import Aggregate, GeometricMedian
 from fl_bgmd.aggregators.mixing import Mixing, buckets, nearest_neighbors
 from fl_bgmd.aggregators.norms import euclidean_norms
 from fl_bgmd.aggregators.rows import vector_norm
-from fl_bgmd.broadcast import MODEL_RECORD, pack_model
 from fl_bgmd.checkpoints import Checkpoints
 from fl_bgmd.compression import build_compressor, build_downlink, names_of
-from fl_bgmd.replies import ModelLayout, Rejection, median_metrics
+from fl_bgmd.layout import ModelLayout
+from fl_bgmd.replies import Rejection, median_metrics
 from fl_bgmd.shares import FEWEST, floor_share, hostile_count, largest_bucket
+from fl_bgmd.wire import MODEL_RECORD, Terms, pack_model
 
 from .checks import check_options, options_of, require, resolve_device
 from .intake import LOG, Intake, Round, capped_examples, in_order, take_in
@@ -390,7 +391,7 @@ class RobustStrategy(FedAvg):
         self.open_round(server_round, arrays, config)
         if self.fraction_train == 0.0:
             return []
-        content, received = self._broadcast(arrays, config, int(cast(int, config["round-seed"])))
+        content, received = self._broadcast(arrays, config, self._round_seed(server_round))
         if received is not arrays:
             self._layout = ModelLayout(received)
         [sent] = content.array_records.values()
@@ -440,16 +441,19 @@ class RobustStrategy(FedAvg):
         buffers_finite = np.isfinite(self._layout.buffer_values).all()
         if not (np.isfinite(self._layout.values).all() and buffers_finite):
             raise ValueError("arrays of the global model hold a NaN or an infinity")
-        config["round-seed"] = self._round_seed(server_round)
+        seed = self._round_seed(server_round)
         if self.seed is None:
             self.generator.seed()  # nothing of earlier rounds tells what this one draws
-        if self.compressor is not None:
-            config["compressor"] = self.compressor.name
-            config["error-feedback"] = self.error_feedback
+        Terms(
+            round=server_round,
+            seed=seed,
+            compressor=None if self.compressor is None else self.compressor.name,
+            error_feedback=self.error_feedback,
+            compression_seed=seed if self.shared_coordinates else None,
+        ).to_config(config)
         if self.shared_coordinates:
             assert self.compressor is not None
-            chosen = config["compression-seed"] = config["round-seed"]
-            self.compressor = self.compressor.for_round(int(cast(int, chosen)))
+            self.compressor = self.compressor.for_round(seed)
             self._coordinates = self.compressor.coordinates(self._layout.num_directions)
         return self._layout
 
@@ -1000,7 +1004,7 @@ class RobustStrategy(FedAvg):
         chosen = self._roster.sample(grid, server_round, message_type, fraction, minimum, needed)
         if message_type == MessageType.TRAIN:
             self._warn_of_few_asked(len(chosen))
-        record.config_records[self.configrecord_key]["server-round"] = server_round
+        Terms(round=server_round).to_config(record.config_records[self.configrecord_key])
         messages = list(self._construct_messages(record, chosen, message_type))
         self._roster.sent(messages)
         return messages

@@ -9,10 +9,10 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Result
 
-from fl_bgmd.broadcast import MODEL_RECORD, pack_model, received_model
 from fl_bgmd.compression import build_downlink
 from fl_bgmd.mods import CompressionMod
 from fl_bgmd.strategies import GMD, EmptyRoundsError, Mean, RobustStrategy
+from fl_bgmd.wire import MODEL_RECORD, pack_model, received_model
 from simulations import backends
 from simulations.config import validate
 from simulations.grid import InProcessGrid

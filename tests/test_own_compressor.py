@@ -28,19 +28,13 @@ from flwr.common import ndarrays_to_parameters
 from flwr.server import ServerAppComponents, ServerConfig
 from flwr.serverapp import ServerApp
 
-from fl_bgmd.broadcast import pack_model, unpack_model
 from fl_bgmd.compression import COMPRESSORS, build_compressor, build_downlink, build_received
+from fl_bgmd.layout import BUFFER_DTYPE, ModelLayout
 from fl_bgmd.mods import CompressionMod
 from fl_bgmd.options import OptionError
-from fl_bgmd.replies import (
-    BUFFER_DTYPE,
-    PACKED_KEY,
-    PACKED_RECORD,
-    ModelLayout,
-    Rejection,
-    screen,
-)
+from fl_bgmd.replies import Rejection, screen
 from fl_bgmd.strategies import GMD, legacy
+from fl_bgmd.wire import PACKED_KEY, PACKED_RECORD, pack_model, unpack_model
 from simulations.cli import main
 from simulations.config import ConfigError, validate
 from simulations.experiment import build_strategy
@@ -255,7 +249,7 @@ def test_a_message_makes_no_client_import_a_module_for_the_model() -> None:
         with pytest.raises(OptionError, match="in a message; allowed: none, "):
             unpack_model(content.copy())
     content["fl-bgmd.model"]["compressor"] = NAME
-    unpack_model(content, own=[SPEC])
+    unpack_model(content, specs=[SPEC])
     assert same_bits(content["arrays"], received)
     content, _ = pack_model(plain_model(), compressor, 0)
     content["fl-bgmd.model"]["compressor"] = "top-k"

@@ -25,16 +25,9 @@ from flwr.serverapp.strategy import FedAvg
 
 from fl_bgmd.aggregators import coordinate_median
 from fl_bgmd.compression import build_compressor
+from fl_bgmd.layout import BUFFER_DTYPE, ModelLayout
 from fl_bgmd.mods import ByzantineMod, CompressionMod
-from fl_bgmd.replies import (
-    BUFFER_DTYPE,
-    PACKED_KEY,
-    PACKED_RECORD,
-    ModelLayout,
-    Rejection,
-    Screened,
-    screen,
-)
+from fl_bgmd.replies import Rejection, Screened, screen
 from fl_bgmd.strategies import (
     BGMD,
     GMD,
@@ -45,6 +38,7 @@ from fl_bgmd.strategies import (
     NormThreshold,
     RobustFilter,
 )
+from fl_bgmd.wire import PACKED_KEY, PACKED_RECORD
 from simulations.config import ConfigError, validate
 from simulations.grid import InProcessGrid
 
