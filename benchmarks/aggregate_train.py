@@ -18,8 +18,9 @@ from rich.table import Table
 
 from benchmarks.measure import peak_extra_bytes, seconds
 from fl_bgmd.aggregators import geometric_median
+from fl_bgmd.layout import BUFFER_DTYPE, ModelLayout
 from fl_bgmd.models import build
-from fl_bgmd.replies import BUFFER_DTYPE, ModelLayout, screen
+from fl_bgmd.replies import screen
 from fl_bgmd.strategies import BGMD, CMD, GMD, Mean, NormThreshold, RobustFilter
 from simulations.grid import InProcessGrid
 

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import seconds
-from fl_bgmd.compression import build_compressor, for_shapes
+from fl_bgmd.compression import build_compressor
+from fl_bgmd.layout import ModelLayout
 from fl_bgmd.models import build
-from fl_bgmd.replies import ModelLayout
 
 NAMES = (
     "none",
@@ -47,7 +47,7 @@ def main() -> None:
     for column in ("compressor", "bytes", "of float32", "encode (s)", "decode (s)"):
         table.add_column(column, justify="left" if column == "compressor" else "right")
     for name in NAMES:
-        compressor = for_shapes(build_compressor(name), layout.shapes)
+        compressor = build_compressor(name).for_shapes(layout.shapes)
         message = compressor.encode(update)
         packing = seconds(lambda c=compressor: c.encode(update), options.repeats, cpu)
         unpacking = seconds(lambda c=compressor, m=message: c.decode(m, size), options.repeats, cpu)

@@ -11,11 +11,12 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 from torch import nn
 
-from fl_bgmd.attacks import AttackPlan
+from fl_bgmd.attacks import AttackPlan, Bound
 from fl_bgmd.data import Dataset, load, partition
 from fl_bgmd.models import build
-from fl_bgmd.mods import ByzantineMod, CompressionMod, mark, role, server_round
+from fl_bgmd.mods import ByzantineMod, CompressionMod, role
 from fl_bgmd.strategies import resolve_device
+from fl_bgmd.wire import EXAMPLES, PARTITION, mark, server_round
 
 from .together import train_together
 from .training import (
@@ -48,9 +49,9 @@ def handle_train(message: Message, context: Context) -> Message:
     else:
         job, attack, trained = prepared
     metrics: dict[str, int | float | list[int] | list[float]] = {
-        "num-examples": len(job.indices),
+        EXAMPLES: len(job.indices),
         "train-loss": trained.loss,
-        "partition-id": int(context.node_config["partition-id"]),
+        PARTITION: int(context.node_config[PARTITION]),
     }
     content = RecordDict({"arrays": ArrayRecord(trained.state), "metrics": MetricRecord(metrics)})
     reply = Message(content, reply_to=message)
@@ -108,7 +109,7 @@ def _training_job(message: Message, context: Context, model: nn.Module) -> tuple
 
 def _key(message: Message, context: Context) -> tuple[int, int]:
     """Return the round and the partition that a message is about."""
-    return server_round(message), int(context.node_config["partition-id"])
+    return server_round(message), int(context.node_config[PARTITION])
 
 
 @app.evaluate()
@@ -116,17 +117,17 @@ def handle_evaluate(message: Message, context: Context) -> Message:
     """Evaluate the received model on this client's even share of the test examples."""
     dataset, model = _dataset(context), _received(message, context)
     device = resolve_device(str(context.run_config["device"]))
-    partition_id = int(context.node_config["partition-id"])
+    partition_id = int(context.node_config[PARTITION])
     shares = np.array_split(
         np.arange(len(dataset.test_labels)), int(context.node_config["num-partitions"])
     )
     with threads(int(context.run_config["client-threads"])):
         found = evaluate(model, dataset, shares[partition_id], device)
     metrics: dict[str, int | float | list[int] | list[float]] = {
-        "num-examples": found.count,
+        EXAMPLES: found.count,
         "loss": found.loss,
         "accuracy": found.accuracy,
-        "partition-id": partition_id,
+        PARTITION: partition_id,
     }
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
 
@@ -139,7 +140,7 @@ def _data_attack(
     bound = role(plan, message, context)
     if bound is None or bound.attack.place != "data":
         return None, None
-    partition_id = int(context.node_config["partition-id"])
+    partition_id = int(context.node_config[PARTITION])
     rng = np.random.default_rng(plan.client_seed(server_round(message), partition_id))
     classes = dataset.num_classes
     return bound, lambda images, labels: bound.corrupt(images, labels, classes, rng)

@@ -3,23 +3,29 @@
 ``ClientApp(mods=[ByzantineMod()])``
 """
 
-from dataclasses import InitVar, dataclass, replace
-from typing import Any, cast
+from dataclasses import InitVar, dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
 from fl_bgmd.attacks import ATTACKS, AttackPlan, Bound, View, build_attacks
 from fl_bgmd.attacks.plan import refuse_former
-from fl_bgmd.broadcast import unpack_model
-from fl_bgmd.compression import Compressor, RandK, build_compressor, for_shapes
-from fl_bgmd.replies import PACKED_KEY, PACKED_RECORD, ModelLayout
-
-ATTACK_RECORD = "byzantine"
-"""ConfigRecord in which a hostile reply says, for the record, which attack it played."""
+from fl_bgmd.compression import build_compressor, build_received
+from fl_bgmd.layout import ModelLayout
+from fl_bgmd.wire import (
+    PARTITION,
+    Terms,
+    TrainedReply,
+    mark,
+    marked,
+    packed_with,
+    server_round,
+    unpack_model,
+)
 
 _PAST = "fl-bgmd.past-update"
 _ERROR = "fl-bgmd.compression-error"
@@ -84,20 +90,10 @@ class ByzantineMod:
         if bound is None and not plan.num_past:
             return reply
         [sent] = message.content.array_records.values()
-        [(record_name, trained)] = reply.content.array_records.items()
-        before = ModelLayout(sent)
-        compressor = update = None
-        if PACKED_KEY in trained:
-            packed_with = reply.content.config_records[PACKED_RECORD]["compressor"]
-            compressor = compressor_for(message, str(packed_with))
-            assert compressor is not None
-            update, trained = unpacked(trained, before, compressor)
-        else:
-            # In the order sent: a client may reply in another one.
-            trained = ArrayRecord({key: trained[key] for key in sent})
-        after = ModelLayout(trained)
-        if update is None:
-            update = torch.from_numpy(before.values - after.values)
+        named = packed_with(reply.content)
+        own = None if named is None else Terms.of(message.content).packing(build_received(named))
+        trained = TrainedReply.read(reply.content, ModelLayout(sent), own)
+        update = trained.update
         if plan.num_past:
             _remember(context, (*past, update)[-plan.num_past :])
         if bound is None or (bound.num_past and not past):
@@ -114,13 +110,11 @@ class ByzantineMod:
             past=past,
         )
         if bound.attack.untrained:
-            reply.content[record_name] = sent  # byte for byte, statistics of its layers included
+            [record] = reply.content.array_records
+            reply.content[record] = sent  # byte for byte, statistics of its layers included
         else:
-            lie = bound.lie(view)
-            reply.content[record_name] = after.to_arrays(
-                before.values - as_plain(lie, compressor).numpy(), after.buffer_values
-            )
-        mark(reply, bound)
+            trained.replace(bound.lie(view))
+        mark(reply, str(bound))
         return reply
 
     def plan(self, context: Context) -> AttackPlan:
@@ -142,7 +136,7 @@ class ByzantineMod:
 class CompressionMod:
     """Let a client send its update packed, with error feedback across rounds.
 
-    The reply's arrays give way to one array of bytes (:data:`fl_bgmd.replies.PACKED_KEY`) and the
+    The reply's arrays give way to one array of bytes (:data:`fl_bgmd.wire.PACKED_KEY`) and the
     model's buffers as they are; nothing else in the app changes. A strategy with ``compressor=``
     asks for it in each round's configuration; under any other strategy, and for replies that are
     no model, the mod does nothing. It also unpacks models of strategies with
@@ -157,7 +151,9 @@ class CompressionMod:
     compressor : str, optional
         See :func:`fl_bgmd.compression.build_compressor`; by default what the strategy asks for. One
         that is named here is used whatever the strategy asks for, and read by no other strategy
-        than one with the same.
+        than one with the same. Of compressors of your own a message gives the name alone, which has
+        to be known on the client: name it here or in the run configuration (``compressor``), or
+        import its module in the client app.
     error_feedback : bool, optional
         Whether what the compression lost is added to the next update: ``p = g + e``, ``Q(p)`` is
         sent, ``e <- p - Q(p)`` (Algorithm 2 of Ghosh et al.). The strategy's choice by default.
@@ -168,77 +164,57 @@ class CompressionMod:
     compressor: str | None = None
     error_feedback: bool | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse a compressor that cannot be built, before any round."""
+        if self.compressor is not None:
+            build_compressor(self.compressor)
+
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Unpack the model, run the client, pack its update."""
-        unpack_model(message.content)
-        reply = call_next(message, context)
+        specs = _own_specs(context)
+        unpack_model(message.content, specs)
+        terms = Terms.of(message.content)
         is_train = message.metadata.message_type.split(".")[0] == MessageType.TRAIN
-        asked = asked_for(message)
-        compressor = compressor_for(message, self.compressor)
-        if compressor is None or not is_train or not reply.has_content():
+        own = None if self.compressor is None else build_compressor(self.compressor)
+        compressor = terms.packing(own, specs) if is_train else None
+        reply = call_next(message, context)
+        if compressor is None or not reply.has_content():
             return reply
-        feedback = self.error_feedback
-        if feedback is None:
-            feedback = bool(asked.get("error-feedback", True))
         [sent] = message.content.array_records.values()
-        records = list(reply.content.array_records.items())
-        if len(records) != 1 or set(records[0][1]) != set(sent):
+        records = list(reply.content.array_records.values())
+        if len(records) != 1 or set(records[0]) != set(sent):
             return reply  # no model: the server's screening says so
-        [(record_name, trained)] = records
         before = ModelLayout(sent)
-        after = ModelLayout(ArrayRecord({key: trained[key] for key in sent}))
-        update = torch.from_numpy(before.values - after.values)
+        trained = TrainedReply.read(reply.content, before, compressor)
+        update, compressor = trained.update, compressor.for_shapes(before.shapes)
+        feedback = terms.error_feedback if self.error_feedback is None else self.error_feedback
         # A client that is hostile for a round does not spoil its own honest rounds' memory.
         feedback = feedback and marked(reply.content) is None
-        compressor = for_shapes(compressor, before.shapes)
         # What is no contraction would make the memory grow for ever.
         feedback = feedback and compressor.delta(len(update)) > 0
         if feedback:
             update = update + _error_memory(context, update)
-        data = compressor.encode(update, _generator(message, context))
+        data = compressor.encode(update, _generator(terms, context))
         if feedback:
             lost = update - compressor.decode(data, len(update))
             if bool(torch.isfinite(lost).all()):  # an update that is not finite leaves nothing
                 context.state[_ERROR] = ArrayRecord({"error": Array(lost.numpy())})
-        packed = ArrayRecord({PACKED_KEY: Array(np.frombuffer(data, np.uint8))})
-        for spec in after.buffers:
-            packed[spec.key] = trained[spec.key]
-        reply.content[record_name] = packed
         norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
-        reply.content[PACKED_RECORD] = ConfigRecord({"compressor": compressor.name, "norm": norm})
+        trained.pack(data, compressor, norm)
         return reply
 
 
-def asked_for(message: Message) -> ConfigRecord:
-    """Return what the strategy asks for, empty where it asks for nothing."""
-    for config in message.content.config_records.values():
-        if "compressor" in config:
-            return config
-    return ConfigRecord()
+def _own_specs(context: Context) -> list[object]:
+    """Return the compressors that the run configuration names: the app's own, not a message's."""
+    keys = ("compressor", "downlink-compressor")
+    return [context.run_config[key] for key in keys if key in context.run_config]
 
 
-def compressor_for(message: Message, own: str | None = None) -> Compressor | None:
-    """Return the compressor that a message asks for, None where it asks for none.
-
-    ``own`` takes the place of the one asked for. Coordinates that the server chose are set.
-    """
-    asked = asked_for(message)
-    name = asked.get("compressor") if own is None else own
-    if name is None:
-        return None
-    compressor = build_compressor(str(name))
-    if isinstance(compressor, RandK) and "compression-seed" in asked:
-        compressor = replace(compressor, seed=int(cast(int, asked["compression-seed"])))
-    return compressor
-
-
-def _generator(message: Message, context: Context) -> torch.Generator | None:
+def _generator(terms: Terms, context: Context) -> torch.Generator | None:
     """Return what this client's rounding of this round is drawn from, the same in each re-run."""
-    configs = message.content.config_records.values()
-    seeds = [int(cast(int, c["round-seed"])) for c in configs if "round-seed" in c]
-    if not seeds or "partition-id" not in context.node_config:
+    if terms.seed is None or PARTITION not in context.node_config:
         return None
-    draw = np.random.SeedSequence([*seeds, int(context.node_config["partition-id"])])
+    draw = np.random.SeedSequence([terms.seed, int(context.node_config[PARTITION])])
     return torch.Generator().manual_seed(int(draw.generate_state(1)[0]))
 
 
@@ -250,54 +226,10 @@ def _error_memory(context: Context, update: Tensor) -> Tensor:
     return torch.from_numpy(record["error"].numpy().copy())
 
 
-def unpacked(
-    packed: ArrayRecord, before: ModelLayout, compressor: Compressor
-) -> tuple[Tensor, ArrayRecord]:
-    """Return the update that packed arrays stand for, and a plain model in their place."""
-    compressor = for_shapes(compressor, before.shapes)
-    size = before.num_directions
-    update = compressor.decode(packed[PACKED_KEY].numpy().tobytes(), size)
-    update = update.to(torch.from_numpy(before.values).dtype)
-    model = before.to_arrays(before.values - update.numpy(), before.buffer_values)
-    for spec in before.buffers:
-        model[spec.key] = packed[spec.key]
-    return update, model
-
-
-def as_plain(update: Tensor, compressor: Compressor | None) -> Tensor:
-    """Return the uncompressed update that a server takes for the packed ``update``.
-
-    A server that chose the coordinates scales what comes unpacked by d / k.
-    """
-    if isinstance(compressor, RandK) and compressor.scaled and compressor.seed is not None:
-        size = len(update)
-        return update * (len(compressor.shared_coordinates(size)) / size)
-    return update
-
-
 def role(plan: AttackPlan, message: Message, context: Context) -> Bound | None:
     """Return the attack that this client plays in this round, None if it is honest."""
     roles = plan.roles(int(context.node_config["num-partitions"]), server_round(message))
     return roles.get(int(context.node_config["partition-id"]))
-
-
-def server_round(message: Message) -> int:
-    """Return the round that a message names, 0 where it names none."""
-    number = 0
-    for config in message.content.config_records.values():
-        number = int(cast(int, config.get("server-round", number)))
-    return number
-
-
-def mark(reply: Message, bound: Bound) -> None:
-    """Write into a reply which attack it is the work of."""
-    reply.content[ATTACK_RECORD] = ConfigRecord({"attack": str(bound)})
-
-
-def marked(content: RecordDict) -> str | None:
-    """Return the attack that a reply says it is the work of, None for an honest one."""
-    record = content.config_records.get(ATTACK_RECORD)
-    return None if record is None else str(record.get("attack", ""))
 
 
 def _past_updates(context: Context) -> tuple[Tensor, ...]:

@@ -1,8 +1,8 @@
 """The trust boundary: what a client sends is hostile until it was looked at here.
 
-:class:`ModelLayout` says what was sent out; :func:`screen` looks at one reply alone, decodes it
-without unpickling and without allocating more than the model allows, and writes its update into a
-row of the update matrix. It never raises for anything a client can send.
+:class:`~fl_bgmd.layout.ModelLayout` says what was sent out; :func:`screen` looks at one reply
+alone, decodes it without unpickling and without allocating more than the model allows, and writes
+its update into a row of the update matrix. It never raises for anything a client can send.
 """
 
 import math
@@ -20,21 +20,14 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
-from fl_bgmd.compression import Compressor, RandK, for_shapes
+from fl_bgmd.compression import Compressor
+from fl_bgmd.layout import FLOATS, ArraySpec, ModelLayout
+from fl_bgmd.wire import EXAMPLES, PACKED_KEY, PACKED_RECORD, PARTITION, packed_keys
 
 _PIECE = 2**16
 """Values that are looked at while they are in the cache."""
 
 MetricValue = int | float | list[int] | list[float]
-
-BUFFER_DTYPE = np.dtype(np.longdouble)
-"""Holds every float64 and, where it has 64 bits of mantissa, every 64-bit integer."""
-
-PACKED_KEY = "fl-bgmd.packed"
-"""Key of the array that holds a packed update in place of the model's own."""
-
-PACKED_RECORD = "compression"
-"""ConfigRecord of a packed reply: the compressor and, where asked for, the update's norm."""
 
 Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 
@@ -47,8 +40,6 @@ _MAX_CONFIG_BYTES = 2**20
 _MAX_DETAIL = 300
 _MAX_REASON = 2**16
 _MAX_KEY = 80
-_BUFFER_SUFFIXES = ("running_mean", "running_var")
-_FLOATS = ("float16", "float32", "float64")
 _WRAPPED = re.compile(r"<class '([^'\n]{1,200})'>:<'")
 _COLORS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _RAISED = re.compile(r"[A-Za-z_][\w.]*(:|$)")
@@ -87,129 +78,12 @@ class Rejection(StrEnum):
     """Its ConfigRecords hold more than a mebibyte: no part of the protocol."""
 
 
-@dataclass(frozen=True)
-class ArraySpec:
-    """One array of the model: where it came from and what a reply must hold in its place."""
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[np.generic]
-    offset: int
-    """Where its values start in the row of its role."""
-
-    @property
-    def size(self) -> int:
-        """Number of values."""
-        return math.prod(self.shape)
-
-
 class InvalidReplyError(Exception):
     """Raised inside this module while a reply is screened; ends up as a :class:`Rejection`."""
 
     def __init__(self, reason: Rejection, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
-
-
-class ModelLayout:
-    """How the arrays of a model are laid out in flat rows.
-
-    Attributes
-    ----------
-    directions : list of ArraySpec
-        Floating-point arrays that are trained: rows of the update matrix.
-    buffers : list of ArraySpec
-        Batch-norm statistics and integer or boolean arrays: their values are combined, not
-        their differences.
-    dtype : numpy dtype
-        Of the update matrix: float64 if any direction is, float32 otherwise.
-
-    Raises
-    ------
-    ValueError
-        If an array of the model is neither floating-point, integer nor boolean, or no array is
-        trained.
-    """
-
-    def __init__(self, arrays: ArrayRecord) -> None:
-        self.keys = list(arrays.keys())
-        self.directions: list[ArraySpec] = []
-        self.buffers: list[ArraySpec] = []
-        values = {key: array.numpy() for key, array in arrays.items()}
-        for key, value in values.items():
-            dtype = value.dtype
-            if dtype.name in _FLOATS and not key.endswith(_BUFFER_SUFFIXES):
-                specs = self.directions
-            elif dtype.name in _FLOATS or dtype.kind in "iub":
-                specs = self.buffers
-            else:
-                raise ValueError(
-                    f"array {key!r} of the model has dtype {dtype}; allowed: "
-                    f"{', '.join(_FLOATS)}, integers and bool"
-                )
-            offset = specs[-1].offset + specs[-1].size if specs else 0
-            specs.append(ArraySpec(key, value.shape, dtype, offset))
-        if not self.directions or self.num_directions == 0:
-            raise ValueError("the model holds no floating-point array to train")
-        wide = any(spec.dtype == np.float64 for spec in self.directions)
-        self.dtype = np.dtype(np.float64 if wide else np.float32)
-        self.values = self._flatten(values, self.directions, self.dtype)
-        self.buffer_values = self._flatten(values, self.buffers, BUFFER_DTYPE)
-
-    @property
-    def num_directions(self) -> int:
-        """Length d of an update."""
-        last = self.directions[-1]
-        return last.offset + last.size
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of the trained arrays, in the order in which an update holds them."""
-        return tuple(spec.shape for spec in self.directions)
-
-    @property
-    def num_buffers(self) -> int:
-        """Number of values that are combined as they are."""
-        return self.buffers[-1].offset + self.buffers[-1].size if self.buffers else 0
-
-    def to_arrays(
-        self, directions: NDArray[np.floating], buffers: NDArray[np.floating]
-    ) -> ArrayRecord:
-        """Build the ArrayRecord of a model from its flat values, in the order and dtypes sent."""
-        arrays: dict[str, Array] = {}
-        for specs, values in ((self.directions, directions), (self.buffers, buffers)):
-            for spec in specs:
-                value = values[spec.offset : spec.offset + spec.size].reshape(spec.shape)
-                if spec.dtype.kind in "iu":
-                    limits = np.iinfo(spec.dtype.name)
-                    value = np.clip(np.rint(value), limits.min, limits.max)
-                elif spec.dtype.kind == "b":
-                    value = np.rint(value)
-                with np.errstate(over="ignore", invalid="ignore"):
-                    # Not np.ascontiguousarray: it turns a 0-d array into one of shape (1,).
-                    arrays[spec.key] = Array(np.array(value, dtype=spec.dtype, order="C"))
-        return ArrayRecord({key: arrays[key] for key in self.keys})
-
-    def holds(self, directions: NDArray[np.floating]) -> bool:
-        """Whether all values are finite, also in the dtypes of the arrays they go to."""
-        if not np.isfinite(directions).all():
-            return False
-        with np.errstate(over="ignore"):
-            return all(
-                np.isfinite(
-                    directions[spec.offset : spec.offset + spec.size].astype(spec.dtype)
-                ).all()
-                for spec in self.directions
-                if spec.dtype.itemsize < directions.dtype.itemsize
-            )
-
-    @staticmethod
-    def _flatten(
-        values: dict[str, NDArray[np.generic]], specs: list[ArraySpec], dtype: np.dtype[np.generic]
-    ) -> NDArray[np.floating]:
-        if not specs:
-            return np.zeros(0, dtype=dtype)
-        return np.concatenate([values[spec.key].ravel().astype(dtype) for spec in specs])
 
 
 @dataclass(frozen=True)
@@ -246,7 +120,7 @@ def screen(
     row: NDArray[np.floating] | None = None,
     buffers: NDArray[np.floating] | None = None,
     *,
-    examples_key: str = "num-examples",
+    examples_key: str = EXAMPLES,
     needs_examples: bool = False,
     seen_nodes: set[int] | None = None,
     asked: Mapping[str, int] | None = None,
@@ -265,7 +139,8 @@ def screen(
         (d,) of ``layout.dtype``: receives ``sent - received``, the update. Holds nothing of use
         when the reply is rejected.
     buffers : ndarray, optional
-        (number of buffer values,) of :data:`BUFFER_DTYPE`: receives the reply's buffers.
+        (number of buffer values,) of :data:`~fl_bgmd.layout.BUFFER_DTYPE`: receives the reply's
+        buffers.
     examples_key : str
         The metric with the number of examples.
     needs_examples : bool
@@ -309,13 +184,8 @@ def screen(
                 norm = _read_arrays(reply, layout, update, buffers, compressor)
                 row[:] = update[coordinates]
                 [arrays] = records_of(reply, ArrayRecord)
-                if isinstance(compressor, RandK) and compressor.scaled and PACKED_KEY not in arrays:
-                    with np.errstate(over="ignore"):
-                        row *= len(update) / len(row)
-                    if not np.isfinite(row).all():
-                        raise InvalidReplyError(
-                            Rejection.NON_FINITE, "the update scaled by d / k is not finite"
-                        )
+                if compressor is not None and PACKED_KEY not in arrays:
+                    _scale(row, compressor.scale(len(update)))
     except InvalidReplyError as invalid:
         return Screened(invalid.reason, _one_line(str(invalid)))
     except Exception as unforeseen:  # a client must not be able to end the run
@@ -365,7 +235,7 @@ def partition_id(reply: Message) -> int | None:
     if not reply.has_content():
         return None
     for record in records_of(reply, MetricRecord):
-        value = record.get("partition-id")
+        value = record.get(PARTITION)
         if isinstance(value, int) and 0 <= value < 2**31:
             return value
     return None
@@ -449,7 +319,7 @@ def _read_metrics(
             f"{examples_key} is {shown}; allowed: a finite number of 0 or more",
         )
     num_examples = float(cast(float, examples)) if is_count else 1.0
-    record.pop("partition-id", None)
+    record.pop(PARTITION, None)
     count = sum(len(value) if isinstance(value, list) else 1 for value in record.values())
     count += len(examples) if isinstance(examples, list) else 0
     if count > MAX_METRIC_VALUES:
@@ -489,10 +359,10 @@ def _read_arrays(
         )
     arrays = records[0]
     if compressor is not None and PACKED_KEY in arrays:
-        _check_keys(arrays, [PACKED_KEY, *(spec.key for spec in layout.buffers)])
-        _read_packed(arrays[PACKED_KEY], row, for_shapes(compressor, layout.shapes))
+        _check_keys(arrays, packed_keys(layout))
+        _read_packed(arrays[PACKED_KEY], row, compressor.for_shapes(layout.shapes))
         _read_buffers(arrays, layout, buffers)
-        return _read_norm(reply)
+        return _read_norm(reply, compressor)
     _check_keys(arrays, layout.keys)
     with np.errstate(all="ignore"):
         for spec in layout.directions:
@@ -504,6 +374,16 @@ def _read_arrays(
                 )
     _read_buffers(arrays, layout, buffers)
     return None
+
+
+def _scale(row: NDArray[np.floating], factor: float) -> None:
+    """Scale a plain update's coordinates as packing would have."""
+    if factor == 1:
+        return
+    with np.errstate(over="ignore"):
+        row *= factor
+    if not np.isfinite(row).all():
+        raise InvalidReplyError(Rejection.NON_FINITE, f"the update times {factor:g} is not finite")
 
 
 def _check_keys(arrays: ArrayRecord, expected: list[str]) -> None:
@@ -538,10 +418,18 @@ def _read_packed(array: Array, row: NDArray[np.floating], compressor: Compressor
         raise InvalidReplyError(Rejection.NON_FINITE, f"array {PACKED_KEY!r} is not finite")
 
 
-def _read_norm(reply: Message) -> float | None:
-    """Return the norm that a packed reply reports, if it does."""
-    record = reply.content.config_records.get(PACKED_RECORD)
-    norm = None if record is None else record.get("norm")
+def _read_norm(reply: Message, compressor: Compressor) -> float | None:
+    """Return the norm that a packed reply reports, if it does.
+
+    The compressor that it names has to be the server's own: nothing is built from a client's text.
+    """
+    record = reply.content.config_records.get(PACKED_RECORD, ConfigRecord())
+    named = record.get("compressor", compressor.name)
+    if named != compressor.name:
+        raise InvalidReplyError(
+            Rejection.PACKED, f"compressor is {repr(named)[:80]}; allowed: {compressor.name!r}"
+        )
+    norm = record.get("norm")
     if norm is None:
         return None
     if isinstance(norm, list) or not _is_finite(norm) or float(norm) < 0:
@@ -656,4 +544,4 @@ def _converts_safely(received: np.dtype[np.generic], sent: np.dtype[np.generic])
     """Whether values may be used in place of those sent: the same dtype, or float for float."""
     if received.hasobject or not received.isnative or received.subdtype is not None:
         return False
-    return received == sent or (received.name in _FLOATS and sent.name in _FLOATS)
+    return received == sent or (received.name in FLOATS and sent.name in FLOATS)

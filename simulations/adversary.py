@@ -13,31 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Message, MessageType, RecordDict
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from torch import Tensor
 
-from fl_bgmd.attacks import OMNISCIENT, AttackPlan, Bound, View
-from fl_bgmd.broadcast import received_model
+from fl_bgmd.attacks import OMNISCIENT, AttackPlan, View
 from fl_bgmd.compression import Compressor
-from fl_bgmd.mods import (
-    ATTACK_RECORD,
-    as_plain,
-    compressor_for,
-    mark,
-    marked,
-    server_round,
-    unpacked,
-)
-from fl_bgmd.replies import (
-    BUFFER_DTYPE,
-    PACKED_KEY,
-    PACKED_RECORD,
-    ModelLayout,
-    partition_id,
-    screen,
-)
+from fl_bgmd.layout import BUFFER_DTYPE, ModelLayout
+from fl_bgmd.replies import partition_id, screen
+from fl_bgmd.wire import ATTACK_RECORD, Terms, TrainedReply, mark, marked, received_model
 
 from .grid import InProcessGrid, asked_for
 
@@ -86,11 +71,10 @@ class AdversarialGrid(Grid):
         if not is_train:
             return self._inner.send_and_receive(sent, timeout=timeout)
         # Copies of what is needed: a grid may take the messages apart.
-        number = server_round(sent[0])
+        terms = Terms.of(sent[0].content)
         layout = ModelLayout(received_model(sent[0].content))
         replies = list(self._inner.send_and_receive(sent, timeout=timeout))
-        compressor = compressor_for(sent[0])
-        self._conspire(replies, layout, number, compressor)
+        self._conspire(replies, layout, terms.round, terms.packing())
         planned = {str(bound) for bound in self._plan.attacks}
         for reply in replies:
             if reply.has_content() and (name := marked(reply.content)) is not None:
@@ -157,7 +141,9 @@ class AdversarialGrid(Grid):
             )
             vector = bound.lie(view)
             for partition in players:
-                _replace(by_partition[partition], bound, vector, layout, compressor)
+                reply = by_partition[partition]
+                TrainedReply.read(reply.content, layout, compressor).replace(vector)
+                mark(reply, str(bound))
                 updates[partition] = vector
 
     def _outcome(
@@ -241,26 +227,3 @@ def _update(
     screened = screen(reply, layout, row, buffers, compressor=compressor)
     update = torch.from_numpy(row) if screened.reason is None else None
     return update, float(screened.num_examples)
-
-
-def _replace(
-    reply: Message,
-    bound: Bound,
-    update: Tensor,
-    layout: ModelLayout,
-    compressor: Compressor | None,
-) -> None:
-    """Put a model that amounts to ``update`` into a reply, in the dtypes that it had.
-
-    Where compression was asked for it goes out uncompressed: these attackers send anything.
-    """
-    [(record_name, trained)] = reply.content.array_records.items()
-    if PACKED_KEY in trained:
-        assert compressor is not None  # its update has been read
-        _, trained = unpacked(trained, layout, compressor)
-        del reply.content[PACKED_RECORD]
-    after = ModelLayout(ArrayRecord({key: trained[key] for key in layout.keys}))
-    reply.content[record_name] = after.to_arrays(
-        layout.values - as_plain(update, compressor).numpy(), after.buffer_values
-    )
-    mark(reply, bound)

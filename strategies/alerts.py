@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fl_bgmd.replies import ModelLayout, Rejection
+from fl_bgmd.layout import ModelLayout
+from fl_bgmd.replies import Rejection
 from fl_bgmd.shares import FEWEST, hostile_count
 
 from .reputation import far_out

@@ -12,7 +12,8 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_bgmd.replies import BUFFER_DTYPE, ModelLayout, Screened, partition_id, records_of, screen
+from fl_bgmd.layout import BUFFER_DTYPE, ModelLayout
+from fl_bgmd.replies import Screened, partition_id, records_of, screen
 from fl_bgmd.shares import hostile_count
 
 from .figures import Figures

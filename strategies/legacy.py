@@ -27,8 +27,10 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
 
+from fl_bgmd.layout import ModelLayout
 from fl_bgmd.options import check_all, declared
-from fl_bgmd.replies import PACKED_KEY, ModelLayout, declared_array, median_metrics
+from fl_bgmd.replies import declared_array, median_metrics
+from fl_bgmd.wire import EXAMPLES, packed_keys
 
 from . import rules
 from .robust import RobustStrategy
@@ -36,7 +38,6 @@ from .settings import FLOWERS_OPTIONS, OWN_OPTIONS, OwnRounds, options_of
 
 LOG = logging.getLogger("flwr.fl_bgmd")
 
-_EXAMPLES = "num-examples"
 _LOSS = "fl-bgmd.loss"
 _AS_SENT = "as-sent"
 _FAILED = 2
@@ -129,7 +130,7 @@ class LegacyStrategy(FedAvg):
     ) -> list[tuple[ClientProxy, FitIns]]:
         """Sample clients and send them the model, the round and the round's seed."""
         pairs = super().configure_fit(server_round, parameters, client_manager)
-        asked = ConfigRecord({"server-round": server_round})
+        asked = ConfigRecord()
         self._layout = self.rule.open_round(server_round, self._model(parameters), asked)
         self.rule.expect(len(pairs))
         added = cast(dict[str, Scalar], dict(asked))
@@ -194,7 +195,7 @@ class LegacyStrategy(FedAvg):
     def _names(self, arrays: list[Array]) -> list[str]:
         """Return the names of the arrays in a reply: the model's, or those of a packed update."""
         assert self._layout is not None
-        packed = [PACKED_KEY, *(spec.key for spec in self._layout.buffers)]
+        packed = packed_keys(self._layout)
         is_packed = (
             self.rule.compressor is not None
             and len(arrays) == len(packed)
@@ -214,7 +215,7 @@ class LegacyStrategy(FedAvg):
             self._combined = dict(
                 combine(
                     [
-                        (int(cast(float, found[_EXAMPLES])), _as_sent(content))
+                        (int(cast(float, found[EXAMPLES])), _as_sent(content))
                         for found, content in zip(numbers, contents, strict=True)
                     ]
                 )
@@ -233,7 +234,7 @@ def _content(
         for key, value in res.metrics.items()
         if isinstance(value, int | float)
     }
-    numbers[_EXAMPLES] = res.num_examples
+    numbers[EXAMPLES] = res.num_examples
     if loss is not None:
         numbers[_LOSS] = loss
     content = RecordDict(

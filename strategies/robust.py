@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -28,12 +28,13 @@ from fl_bgmd.aggregators import Aggregate, Rule, build_rule
 from fl_bgmd.aggregators.norms import euclidean_norms
 from fl_bgmd.aggregators.rows import vector_norm
 from fl_bgmd.aggregators.rule import INJECTED, Bound, Kind, build_mixings
-from fl_bgmd.broadcast import MODEL_RECORD, build_downlink, pack_model
 from fl_bgmd.checkpoints import Checkpoints
-from fl_bgmd.compression import RandK, build_compressor
+from fl_bgmd.compression import build_compressor, build_downlink, names_of
+from fl_bgmd.layout import ModelLayout
 from fl_bgmd.options import OptionError, check_all
-from fl_bgmd.replies import ModelLayout, median_metrics
+from fl_bgmd.replies import median_metrics
 from fl_bgmd.shares import FEWEST
+from fl_bgmd.wire import MODEL_RECORD, Terms, pack_model
 
 from .alerts import TOO_FEW, Alerts
 from .errors import EmptyRoundsError
@@ -169,10 +170,10 @@ class RobustStrategy(FedAvg):
             raise OptionError(f"weighting is {settings.weighting!r} with {name}; allowed: uniform")
         if not settings.shared_coordinates:
             return
-        if not isinstance(self.compressor, RandK):
+        if self.compressor is None or not self.compressor.can_share_coordinates:
             raise OptionError(
                 f"shared_coordinates is True with compressor {settings.compressor!r}; allowed: "
-                "rand-k, scaled-rand-k"
+                + names_of(lambda kind: kind.can_share_coordinates)
             )
         if not self.can_share_coordinates:
             raise OptionError(
@@ -266,7 +267,7 @@ class RobustStrategy(FedAvg):
         if self.fraction_train == 0.0:
             return []
         assert self._sent is not None
-        content, received = self._broadcast(arrays, config, int(cast(int, config["round-seed"])))
+        content, received = self._broadcast(arrays, config, self._round_seed(server_round))
         layout = self._sent.layout if received is arrays else ModelLayout(received)
         [sent] = content.array_records.values()
         self._sent = replace(self._sent, layout=layout, num_bytes=_num_bytes(sent))
@@ -311,20 +312,22 @@ class RobustStrategy(FedAvg):
             )
         if not (np.isfinite(layout.values).all() and np.isfinite(layout.buffer_values).all()):
             raise ValueError("arrays of the global model hold a NaN or an infinity")
-        seed = config["round-seed"] = self._round_seed(server_round)
+        seed = self._round_seed(server_round)
         if self.seed is None:  # nothing of earlier rounds tells what this one draws
             fresh = torch.Generator()
             fresh.seed()
             self._state = replace(self._state, generator=fresh.get_state())
         compressor, coordinates = self.compressor, None
-        if compressor is not None:
-            config["compressor"] = compressor.name
-            config["error-feedback"] = self.error_feedback
-        if self.shared_coordinates:
-            assert isinstance(compressor, RandK)
-            config["compression-seed"] = seed
-            compressor = replace(compressor, seed=seed)
-            coordinates = compressor.shared_coordinates(layout.num_directions)
+        Terms(
+            round=server_round,
+            seed=seed,
+            compressor=None if compressor is None else compressor.name,
+            error_feedback=self.error_feedback,
+            compression_seed=seed if self.shared_coordinates else None,
+        ).to_config(config)
+        if self.shared_coordinates and compressor is not None:
+            compressor = compressor.for_round(seed)
+            coordinates = compressor.coordinates(layout.num_directions)
         self._sent = Sent(arrays, layout, layout, compressor, coordinates, _num_bytes(arrays))
         return layout
 
@@ -662,7 +665,7 @@ class RobustStrategy(FedAvg):
         chosen = self._roster.sample(grid, server_round, message_type, fraction, minimum, needed)
         if message_type == MessageType.TRAIN:
             self._alerts.of_few_asked(len(chosen))
-        record.config_records[self.configrecord_key]["server-round"] = server_round
+        Terms(round=server_round).to_config(record.config_records[self.configrecord_key])
         messages = list(self._construct_messages(record, chosen, message_type))
         self._roster.sent(messages)
         return messages

@@ -13,9 +13,8 @@ from flwr.serverapp.strategy import FedAvg
 from pydantic import AfterValidator
 
 from fl_bgmd.aggregators import RULES, build_mixings
-from fl_bgmd.broadcast import build_downlink
 from fl_bgmd.checkpoints import Checkpoints
-from fl_bgmd.compression import build_compressor
+from fl_bgmd.compression import build_compressor, build_downlink
 from fl_bgmd.options import (
     Allowed,
     Count,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fl_bgmd.aggregators import Aggregate, Rule
 from fl_bgmd.compression import Compressor
-from fl_bgmd.replies import ModelLayout
+from fl_bgmd.layout import ModelLayout
 
 from .ties import Tied, find_ties
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_bgmd.replies import ArraySpec
+from fl_bgmd.layout import ArraySpec
 
 _PROBE = 16
 """Values that tell most arrays apart."""

@@ -20,7 +20,6 @@ from fl_bgmd.compression import (
     Sign,
     TopK,
     build_compressor,
-    for_shapes,
 )
 from fl_bgmd.compression.bits import (
     indices_size,
@@ -205,7 +204,8 @@ def test_server_chosen_coordinates_do_not_travel() -> None:
     compressor = RandK(0.1, seed=9)
     assert compressor.num_bytes(1000) == 400
     result = through(compressor, torch.arange(1.0, 1001.0))
-    chosen = compressor.coordinates(1000, 9)
+    chosen = compressor.coordinates(1000)
+    assert chosen is not None
     assert np.flatnonzero(result.numpy()).tolist() == chosen.tolist()
 
 
@@ -238,7 +238,7 @@ def test_low_rank_is_the_best_approximation_of_each_layer(
     matrix = torch.randn(rows, columns, generator=draw)
     bias = torch.randn(5, generator=draw)
     vector = torch.cat((matrix.flatten(), bias))
-    compressor = for_shapes(LowRank(rank), ((rows, columns), (5,)))
+    compressor = LowRank(rank).for_shapes(((rows, columns), (5,)))
     result = through(compressor, vector)
     assert len(compressor.encode(vector)) == compressor.num_bytes(len(vector))
     torch.testing.assert_close(result[-5:], bias)
@@ -253,7 +253,7 @@ def test_low_rank_is_the_best_approximation_of_each_layer(
 
 def test_low_rank_refuses_shapes_of_another_size() -> None:
     with pytest.raises(ValueError, match="shapes hold another number of values than 7"):
-        for_shapes(LowRank(1), ((2, 3),)).encode(torch.zeros(7))
+        LowRank(1).for_shapes(((2, 3),)).encode(torch.zeros(7))
 
 
 # -------------------------------------------------------------------------------- hostile
@@ -324,17 +324,78 @@ def test_names_build_what_bears_them(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("qsgd:levels=15,bucket=0", QSGD(15, bucket=0)),
+        ("qsgd:15,bucket=0", QSGD(15, bucket=0)),
+        ("qsgd:bucket=8", QSGD(bucket=8)),
+        ("top-k:fraction=0.01", TopK(0.01)),
+        ("scaled-rand-k:0.5", RandK(0.5, scaled=True)),
+        ("l1-sign", Sign()),
+        ("sign", Sign(scaled=False)),
+        ("low-rank:rank=3", LowRank(3)),
+    ],
+)
+def test_every_option_is_within_reach(text: str, expected: Compressor) -> None:
+    assert build_compressor(text) == expected
+    assert build_compressor(expected.name) == expected
+
+
+@pytest.mark.parametrize(
+    ("compressor", "name"),
+    [
+        (NoCompression(), "none"),
+        (TopK(), "top-k:0.1"),
+        (RandK(1 / 3), f"rand-k:{1 / 3!r}"),
+        (RandK(0.25, scaled=True, seed=4), "scaled-rand-k:0.25"),
+        (QSGD(), "qsgd:63"),
+        (QSGD(15, bucket=0), "qsgd:15,bucket=0"),
+        (Sign(), "l1-sign"),
+        (Sign(scaled=False), "sign"),
+        (LowRank(shapes=((2, 3),)), "low-rank:2"),
+    ],
+)
+def test_the_name_says_what_differs_from_the_defaults(compressor: Compressor, name: str) -> None:
+    assert compressor.name == name
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TopK(0), "fraction is 0; allowed: above 0 to 1"),
+        (lambda: RandK(1.5), "fraction is 1.5; allowed: above 0 to 1"),
+        (lambda: QSGD(2**15), "levels is 32768; allowed: a whole number, 1 to 32767"),
+        (lambda: QSGD(bucket=-1), "bucket is -1"),
+        (lambda: LowRank(0), "rank is 0"),
+    ],
+)
+def test_classes_check_their_options(make: Callable[[], Compressor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("zip", "compressor is 'zip'; allowed: none, top-k"),
-        ("sign:3", "which has no parameter"),
-        ("top-k:0", "fraction is 0.0; allowed: above 0 to 1"),
+        ("zip", "compressor is 'zip'.*; allowed: none, .*top-k.*, or package.module:NAME"),
+        ("sign:3", "compressor is 'sign:3': sign has no option"),
+        ("top-k:0", "fraction is '0'; allowed: above 0 to 1"),
         ("top-k:x", "compressor is 'top-k:x'"),
-        ("qsgd:1.5", "allowed: an integer"),
-        ("qsgd:0", "levels is 0"),
+        ("qsgd:1.5", "allowed: a whole number"),
+        ("qsgd:0", "levels is '0'; allowed: a whole number, 1 to 32767"),
         ("qsgd:inf", "compressor is 'qsgd:inf'"),
-        ("rand-k:nan", "fraction is nan"),
-        ("low-rank:0", "rank is 0; allowed: 1 or more"),
+        ("qsgd:bucket=-1", "bucket is '-1'; allowed: a whole number, 0 or more"),
+        ("qsgd:levles=3", "qsgd has no option 'levles'; did you mean 'levels'"),
+        ("rand-k:nan", "fraction is 'nan'"),
+        ("rand-k:seed=3", "rand-k has no option 'seed'"),
+        ("rand-k:scaled=on", "rand-k has no option 'scaled'"),
+        ("low-rank:0", "rank is '0'; allowed: a whole number, 1 or more"),
+        ("low-rank:2,shapes=3", "low-rank has no option 'shapes'"),
+        (
+            "fl_bgmd.compression:Compressor",
+            "it is a Compressor; allowed: a class under @compressor",
+        ),
+        ("fl_bgmd.compression:RandK", "allowed: one of rand-k, scaled-rand-k"),
     ],
 )
 def test_other_names_are_refused(name: str, message: str) -> None:

@@ -9,9 +9,10 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Result
 
-from fl_bgmd.broadcast import MODEL_RECORD, build_downlink, pack_model, received_model
+from fl_bgmd.compression import build_downlink
 from fl_bgmd.mods import CompressionMod
 from fl_bgmd.strategies import GMD, EmptyRoundsError, Mean, RobustStrategy
+from fl_bgmd.wire import MODEL_RECORD, pack_model, received_model
 from simulations import backends
 from simulations.config import validate
 from simulations.grid import InProcessGrid
@@ -48,7 +49,8 @@ def test_the_same_seed_rounds_the_same_way_and_on_average_it_is_right() -> None:
 
 @pytest.mark.parametrize("name", ["top-k:0.1", "qsgd:0", "sign", "zip", ""])
 def test_what_would_not_leave_a_model_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"(downlink_compressor|levels) is .*; allowed: "):
+    expected = r"(downlink_compressor|levels|compressor) is .*; allowed: "
+    with pytest.raises(ValueError, match=expected):
         GMD(downlink_compressor=name)
 
 

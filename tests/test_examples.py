@@ -41,8 +41,8 @@ from flwr.serverapp.strategy import (
 from clients.training import threads
 from fl_bgmd.data import load
 from fl_bgmd.mods import ByzantineMod, CompressionMod
-from fl_bgmd.replies import PACKED_KEY
 from fl_bgmd.strategies import GMD
+from fl_bgmd.wire import PACKED_KEY
 from simulations.backends import ClientResources, ConfiguredClientApp
 from simulations.config import Config
 from simulations.grid import InProcessGrid

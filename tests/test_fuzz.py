@@ -27,7 +27,9 @@ from hypothesis.extra import numpy as npst
 from test_strategies import named, train_round
 
 from fl_bgmd.compression import build_compressor
-from fl_bgmd.replies import BUFFER_DTYPE, PACKED_KEY, PACKED_RECORD, ModelLayout, screen
+from fl_bgmd.layout import BUFFER_DTYPE, ModelLayout
+from fl_bgmd.replies import screen
+from fl_bgmd.wire import PACKED_KEY, PACKED_RECORD
 
 HONEST, FUZZED = 5, 20
 KEYS = ("weight", "bias")

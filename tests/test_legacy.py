@@ -52,8 +52,9 @@ from flwr.serverapp import ServerApp
 
 import fl_bgmd.strategies
 from fl_bgmd.mods import ByzantineMod, CompressionMod
-from fl_bgmd.replies import PACKED_KEY, Rejection
+from fl_bgmd.replies import Rejection
 from fl_bgmd.strategies import legacy
+from fl_bgmd.wire import PACKED_KEY
 from simulations.grid import InProcessGrid
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -44,9 +44,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fl_bgmd.layout import BUFFER_DTYPE, ModelLayout
 from fl_bgmd.replies import (
-    BUFFER_DTYPE,
-    ModelLayout,
     Rejection,
     Screened,
     median_metrics,

@@ -14,8 +14,8 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from fl_bgmd.aggregators import Aggregate
+from fl_bgmd.layout import ModelLayout
 from fl_bgmd.mods import CompressionMod
-from fl_bgmd.replies import ModelLayout
 from fl_bgmd.strategies import (
     BGMD,
     CMD,

@@ -1,4 +1,4 @@
-"""Packing integers into as few bits as they need: bit planes, and sorted indices after Elias-Fano.
+"""Packing numbers into bytes: float32, bit planes, and sorted indices after Elias-Fano.
 
 All lengths follow from the counts alone, so a receiver knows how many bytes to expect before it
 touches them.
@@ -7,9 +7,34 @@ touches them.
 import math
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Bytes = NDArray[np.uint8]
+
+FLOAT = np.dtype("<f4")
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def check_length(data: bytes, expected: int, name: str) -> None:
+    """Raise ``ValueError`` for a message of another length than expected."""
+    if len(data) != expected:
+        raise ValueError(f"{len(data)} bytes of {name}; expected {expected}")
+
+
+def pack_floats(vector: Tensor) -> bytes:
+    """Return the values as little-endian float32, those beyond its range at its ends."""
+    values = vector.detach().to(torch.float32).clamp(-LARGEST, LARGEST).numpy()
+    return bytes(values.astype(FLOAT))
+
+
+def unpack_floats(data: bytes, count: int) -> NDArray[np.float32]:
+    """Return a view of ``count`` finite values; raises ``ValueError`` for others."""
+    values = np.frombuffer(data, FLOAT, count=count)
+    if not np.isfinite(values).all():
+        raise ValueError("a value is NaN or infinite")
+    return values
 
 
 def planes_size(count: int, bits: int) -> int:

@@ -1,0 +1,133 @@
+"""How the arrays of a model are laid out in flat rows, and how rows become arrays again."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from numpy.typing import NDArray
+
+BUFFER_DTYPE = np.dtype(np.longdouble)
+"""Holds every float64 and, where it has 64 bits of mantissa, every 64-bit integer."""
+
+FLOATS = ("float16", "float32", "float64")
+"""Names of the dtypes that are trained."""
+
+_BUFFER_SUFFIXES = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of the model: where it came from and what a reply must hold in its place."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    offset: int
+    """Where its values start in the row of its role."""
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+class ModelLayout:
+    """How the arrays of a model are laid out in flat rows.
+
+    Attributes
+    ----------
+    directions : list of ArraySpec
+        Floating-point arrays that are trained: rows of the update matrix.
+    buffers : list of ArraySpec
+        Batch-norm statistics and integer or boolean arrays: their values are combined, not
+        their differences.
+    dtype : numpy dtype
+        Of the update matrix: float64 if any direction is, float32 otherwise.
+
+    Raises
+    ------
+    ValueError
+        If an array of the model is neither floating-point, integer nor boolean, or no array is
+        trained.
+    """
+
+    def __init__(self, arrays: ArrayRecord) -> None:
+        self.keys = list(arrays.keys())
+        self.directions: list[ArraySpec] = []
+        self.buffers: list[ArraySpec] = []
+        values = {key: array.numpy() for key, array in arrays.items()}
+        for key, value in values.items():
+            dtype = value.dtype
+            if dtype.name in FLOATS and not key.endswith(_BUFFER_SUFFIXES):
+                specs = self.directions
+            elif dtype.name in FLOATS or dtype.kind in "iub":
+                specs = self.buffers
+            else:
+                raise ValueError(
+                    f"array {key!r} of the model has dtype {dtype}; allowed: "
+                    f"{', '.join(FLOATS)}, integers and bool"
+                )
+            offset = specs[-1].offset + specs[-1].size if specs else 0
+            specs.append(ArraySpec(key, value.shape, dtype, offset))
+        if not self.directions or self.num_directions == 0:
+            raise ValueError("the model holds no floating-point array to train")
+        wide = any(spec.dtype == np.float64 for spec in self.directions)
+        self.dtype = np.dtype(np.float64 if wide else np.float32)
+        self.values = self._flatten(values, self.directions, self.dtype)
+        self.buffer_values = self._flatten(values, self.buffers, BUFFER_DTYPE)
+
+    @property
+    def num_directions(self) -> int:
+        """Length d of an update."""
+        last = self.directions[-1]
+        return last.offset + last.size
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the trained arrays, in the order in which an update holds them."""
+        return tuple(spec.shape for spec in self.directions)
+
+    @property
+    def num_buffers(self) -> int:
+        """Number of values that are combined as they are."""
+        return self.buffers[-1].offset + self.buffers[-1].size if self.buffers else 0
+
+    def to_arrays(
+        self, directions: NDArray[np.floating], buffers: NDArray[np.floating]
+    ) -> ArrayRecord:
+        """Build the ArrayRecord of a model from its flat values, in the order and dtypes sent."""
+        arrays: dict[str, Array] = {}
+        for specs, values in ((self.directions, directions), (self.buffers, buffers)):
+            for spec in specs:
+                value = values[spec.offset : spec.offset + spec.size].reshape(spec.shape)
+                if spec.dtype.kind in "iu":
+                    limits = np.iinfo(spec.dtype.name)
+                    value = np.clip(np.rint(value), limits.min, limits.max)
+                elif spec.dtype.kind == "b":
+                    value = np.rint(value)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    # Not np.ascontiguousarray: it turns a 0-d array into one of shape (1,).
+                    arrays[spec.key] = Array(np.array(value, dtype=spec.dtype, order="C"))
+        return ArrayRecord({key: arrays[key] for key in self.keys})
+
+    def holds(self, directions: NDArray[np.floating]) -> bool:
+        """Whether all values are finite, also in the dtypes of the arrays they go to."""
+        if not np.isfinite(directions).all():
+            return False
+        with np.errstate(over="ignore"):
+            return all(
+                np.isfinite(
+                    directions[spec.offset : spec.offset + spec.size].astype(spec.dtype)
+                ).all()
+                for spec in self.directions
+                if spec.dtype.itemsize < directions.dtype.itemsize
+            )
+
+    @staticmethod
+    def _flatten(
+        values: dict[str, NDArray[np.generic]], specs: list[ArraySpec], dtype: np.dtype[np.generic]
+    ) -> NDArray[np.floating]:
+        if not specs:
+            return np.zeros(0, dtype=dtype)
+        return np.concatenate([values[spec.key].ravel().astype(dtype) for spec in specs])
