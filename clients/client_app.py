@@ -56,7 +56,7 @@ def handle_train(message: Message, context: Context) -> Message:
     content = RecordDict({"arrays": ArrayRecord(trained.state), "metrics": MetricRecord(metrics)})
     reply = Message(content, reply_to=message)
     if attack is not None:
-        mark(reply, attack)
+        mark(reply, str(attack))
     return reply
 
 
