@@ -165,9 +165,12 @@ class RobustStrategy(FedAvg):
 
     def _check_together(self) -> None:
         """Refuse options that do not fit the rule."""
-        settings, name = self.settings, type(self).__name__
+        settings = self.settings
+        name = type(self).__name__ if self.spec else str(self.rule.rule)
         if settings.weighting != "uniform" and not self.weightable:
-            raise OptionError(f"weighting is {settings.weighting!r} with {name}; allowed: uniform")
+            raise OptionError(
+                f"weighting is {settings.weighting!r}; allowed: uniform, {name} takes no weights"
+            )
         if not settings.shared_coordinates:
             return
         if self.compressor is None or not self.compressor.can_share_coordinates:

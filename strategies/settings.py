@@ -1,6 +1,7 @@
 """The options of all strategies, declared once."""
 
 import inspect
+import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from flwr.serverapp.strategy import FedAvg
 from pydantic import AfterValidator
 
@@ -114,7 +115,8 @@ class Settings:
     """
 
     server_learning_rate: Annotated[
-        Positive | Callable[[int], float], Allowed("above 0, or a function from the round to it")
+        Annotated[float, Gt(0), Lt(math.inf)] | Callable[[int], float],
+        Allowed("above 0, or a function from the round to it"),
     ] = 1.0
     server_momentum: Annotated[float, Ge(0), Lt(1)] = 0.0
     server_nesterov: bool = False
@@ -147,8 +149,7 @@ class Settings:
         """Refuse a Nesterov momentum that is none."""
         if self.server_nesterov and not self.server_momentum:
             raise OptionError(
-                "server_nesterov is True with server_momentum 0; allowed: False, or a "
-                "server_momentum above 0"
+                "server_nesterov is True; allowed: False, or a server_momentum above 0"
             )
 
 

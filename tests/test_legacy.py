@@ -286,7 +286,7 @@ def test_clients_with_names_of_any_kind_keep_their_memory() -> None:
         strategy.aggregate_fit(
             number, [(p, trained(plain_model(), i)) for i, p in enumerate(proxies)], []
         )
-    assert len(strategy.rule.state_dict()["client-memory"]) == 3
+    assert len(strategy.rule.state_dict()["memory"]["nodes"]) == 3
 
 
 # --------------------------------------------------------------------------- hostile results

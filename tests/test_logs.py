@@ -15,10 +15,10 @@ from flwr.serverapp.strategy import FedAvg, Result
 
 import fl_bgmd.strategies
 from fl_bgmd.checkpoints import Checkpoints
-from fl_bgmd.strategies import BGMD, CMD, GMD, Krum, Mean, MultiKrum, RobustStrategy
+from fl_bgmd.strategies import BGMD, CMD, GMD, Krum, Mean, MultiKrum, RobustStrategy, options_of
 from simulations.grid import InProcessGrid
-from strategies.checks import options_of
 from strategies.reporting import table, values_of
+from strategies.settings import FLOWERS_OPTIONS
 
 CLASSES = sorted(
     (
@@ -55,8 +55,7 @@ def test_every_option_and_its_value_is_logged(
     cls: type[RobustStrategy], log: pytest.LogCaptureFixture
 ) -> None:
     run(cls(byzantine_fraction=0.125), nodes=5, rounds=1)
-    flower = options_of(FedAvg)
-    for name in options_of(cls).keys() - flower.keys():
+    for name in options_of(cls).keys() - FLOWERS_OPTIONS.keys():
         assert f"── {name}: " in log.text
     assert "── byzantine_fraction: 0.125\n" in log.text
 
@@ -134,7 +133,7 @@ def test_a_table_ends_the_run(log: pytest.LogCaptureFixture) -> None:
 
 def test_the_table_of_a_long_run_is_short() -> None:
     rounds = {number: MetricRecord({f"m{i}": 1.0 for i in range(30)}) for number in range(1, 501)}
-    lines = table(Result(train_metrics_clientapp=rounds), ())
+    lines = table(Result(train_metrics_clientapp=rounds))
     assert len(lines) == 1 + 20 + 1
     assert lines[1].split()[0] == "1"
     assert lines[-2].split()[0] == "500"

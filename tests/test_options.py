@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -13,8 +14,8 @@ import pytest
 import fl_bgmd.strategies
 from fl_bgmd.aggregators import Aggregate
 from fl_bgmd.checkpoints import Checkpoints
-from fl_bgmd.strategies import BGMD, GMD, Krum, Mean, RobustStrategy, Round, legacy
-from strategies.checks import OptionError, check_options, options_of
+from fl_bgmd.options import OptionError
+from fl_bgmd.strategies import BGMD, GMD, Krum, Mean, RobustStrategy, Round, legacy, options_of
 
 if TYPE_CHECKING:
     from nowhere import Unknown  # type: ignore[import-not-found]
@@ -28,24 +29,26 @@ LEGACY: list[type[legacy.LegacyStrategy]] = [
     getattr(legacy, name) for name in legacy.__all__ if name != "LegacyStrategy"
 ]
 
-# What nobody could mean, by annotation.
+# What nobody could mean, by type.
 WRONG: dict[Any, list[Any]] = {
-    int: ["3", 2.0, True, None, [3]],
-    float: ["0.3", True, None, 1j, [0.3]],
-    bool: ["on", 1, 0, None],
-    str: [3, None, b"none", True],
-    int | None: ["3", 2.0, True],
-    float | None: ["0.3", True, [0.3]],
+    int: ["3", 2.0, True, [3]],
+    float: ["0.3", True, 1j, [0.3]],
+    bool: ["on", 1, 0],
+    str: [3, b"none", True],
 }
 
 
 def checked(cls: type) -> dict[str, list[Any]]:
     """Return the values of a wrong type for each option that has a plain one."""
-    return {
-        name: WRONG[annotation]
-        for name, (annotation, _) in options_of(cls).items()
-        if annotation in WRONG
-    }
+    found = {}
+    for name, option in options_of(cls).items():
+        kind = option.annotation
+        while hasattr(kind, "__metadata__") or type(None) in typing.get_args(kind):
+            plain = hasattr(kind, "__metadata__")
+            kind = kind.__origin__ if plain else typing.get_args(kind)[0]
+        if isinstance(kind, type) and kind in WRONG:
+            found[name] = WRONG[kind]
+    return found
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -63,7 +66,7 @@ def test_every_option_checks_its_type(cls: type[RobustStrategy]) -> None:
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_every_default_may_be_given(cls: type[RobustStrategy]) -> None:
-    cls(**{name: default for name, (_, default) in options_of(cls).items()})
+    cls(**{name: option.default for name, option in options_of(cls).items()})
 
 
 @pytest.mark.parametrize("cls", LEGACY)
@@ -95,11 +98,15 @@ def test_the_older_api_checks_its_options_too(cls: type[legacy.LegacyStrategy]) 
         (
             BGMD,
             {"byzantine_fraction": "0.3"},
-            "byzantine_fraction is '0.3'; allowed: a number (int or float)",
+            "byzantine_fraction is '0.3'; allowed: a number, 0 to below 0.5",
         ),
-        (BGMD, {"checkpoints": 3}, "checkpoints is 3; allowed: a Checkpoints or a string or "),
-        (BGMD, {"server_learning_rate": "1"}, "server_learning_rate is '1'; allowed: a number "),
-        (BGMD, {"seed": 1.0}, "seed is 1.0; allowed: a whole number (int) or None"),
+        (BGMD, {"checkpoints": 3}, "checkpoints is 3; allowed: a Checkpoints, or a string, or "),
+        (
+            BGMD,
+            {"server_learning_rate": "1"},
+            "server_learning_rate is '1'; allowed: a number, above 0, or a ",
+        ),
+        (BGMD, {"seed": 1.0}, "seed is 1.0; allowed: None, or 0 to below 2^63"),
     ],
 )
 def test_the_error_says_what_is_wrong(
@@ -115,9 +122,7 @@ def test_what_stands_for_a_number_is_one() -> None:
     numbers: dict[str, Any] = {"byzantine_fraction": np.float64(0.25), "fraction_train": 1}
     assert BGMD(**numbers, server_learning_rate=1).byzantine_fraction == 0.25
     # torch takes no such seed, and a checkpoint could not hold it.
-    with pytest.raises(
-        OptionError, match=r"seed is .*3.*; allowed: a whole number \(int\) or None"
-    ):
+    with pytest.raises(OptionError, match=r"seed is .*3.*; allowed: None, or 0 to below"):
         BGMD(seed=np.int64(3))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"byzantine_fraction is nan; allowed: 0 to below 0.5"):
         BGMD(byzantine_fraction=math.nan)
@@ -182,10 +187,3 @@ def test_rules_of_ones_own_are_checked_by_their_own_signatures() -> None:
 def test_folders_are_paths_or_strings(tmp_path: Path) -> None:
     for folder in (tmp_path, str(tmp_path), Checkpoints(tmp_path), None):
         BGMD(checkpoints=folder)
-
-
-def test_options_may_be_checked_against_any_table() -> None:
-    known = {"count": (int, 3)}
-    check_options("It", {"count": 3}, known)
-    with pytest.raises(OptionError, match="It has no option 'coun'; did you mean 'count'"):
-        check_options("It", {"coun": 3}, known)

@@ -418,8 +418,8 @@ def test_hostile_clients_after_the_mod_lie_about_shared_coordinates_too() -> Non
     """Their plain updates are scaled by the server: what arrives is the lie, not d / k times it."""
     norms = []
     for mods in (
-        [CompressionMod(error_feedback=False), ByzantineMod("bit-flip", 3.0, fraction=0.4)],
-        [ByzantineMod("bit-flip", 3.0, fraction=0.4), CompressionMod(error_feedback=False)],
+        [CompressionMod(error_feedback=False), ByzantineMod("bit-flip:3", fraction=0.4)],
+        [ByzantineMod("bit-flip:3", fraction=0.4), CompressionMod(error_feedback=False)],
     ):
         made = Mean(**options(compressor="scaled-rand-k:0.5", shared_coordinates=True))
         result = fit(made, mods, 1)

@@ -315,7 +315,7 @@ def test_a_round_on_the_in_process_grid(name: str) -> None:
 @pytest.mark.parametrize("mixing", ["none", "nearest-neighbor", "bucketing"])
 @pytest.mark.parametrize("name", ["mean", "gmd", "bgmd", "cmd", "krum"])
 def test_mixing_comes_before_the_rule(name: str, mixing: str) -> None:
-    strategy = named(name, mixing=mixing, bucket_size=2)
+    strategy = named(name, mixing=mixing)
     model = plain_model()
     messages = messages_of(strategy, model)
     replies = honest_replies(messages)
@@ -1258,9 +1258,14 @@ def test_arguments_are_by_keyword_and_known() -> None:
             cls(no_such_option=1)
 
 
-def test_the_base_class_names_no_rule() -> None:
-    with pytest.raises(TypeError, match="abstract"):
+def test_the_base_class_takes_a_rule_and_the_others_have_one() -> None:
+    with pytest.raises(TypeError, match=r"rule is '' for RobustStrategy; allowed: a spec such as"):
         RobustStrategy()
+    with pytest.raises(TypeError, match=r"rule is 'gmd' for BGMD; allowed: none"):
+        BGMD("gmd")
+    assert str(RobustStrategy("gmd:tol=1e-3", mixing="bucketing:3").rule) == (
+        "gmd:tol=0.001+bucketing:bucket-size=3"
+    )
 
 
 # ------------------------------------------------------------------------- invalid values
@@ -1277,11 +1282,10 @@ def test_the_base_class_names_no_rule() -> None:
         (Mean, "server_momentum", -0.1, "0 to below 1"),
         (Mean, "server_nesterov", True, "False, or a server_momentum above 0"),
         (Mean, "server_momentum", math.nan, "0 to below 1"),
-        (GMD, "mixing", "nnm", "none, nearest-neighbor, bucketing"),
+        (GMD, "mixing", "nnm", "nearest-neighbor, bucketing"),
         (GMD, "byzantine_fraction", 0.5, "0 to below 0.5"),
         (GMD, "byzantine_fraction", -0.1, "0 to below 0.5"),
         (GMD, "byzantine_fraction", math.nan, "0 to below 0.5"),
-        (GMD, "bucket_size", 0, "1 or more"),
         (GMD, "weighting", "size", "uniform, examples"),
         (BGMD, "weighting", "examples", "uniform"),
         (GMD, "min_valid_replies", 0, "a whole number, 1 or more"),
@@ -1294,7 +1298,7 @@ def test_the_base_class_names_no_rule() -> None:
         (GMD, "solver", "secant", "gram, newton, weiszfeld"),
         (BGMD, "block_fraction", 0.0, "above 0 to 1"),
         (BGMD, "block_fraction", 1.1, "above 0 to 1"),
-        (BGMD, "min_block_size", 0, "1 or more"),
+        (BGMD, "min_block_size", 0, "a whole number, 1 or more"),
         (BGMD, "block_fraction", math.nan, "above 0 to 1"),
         (BGMD, "selection", "first", "sample, top-k, uniform"),
         (BGMD, "score", "variance", "clipped, squared-norm, norm"),
@@ -1307,9 +1311,9 @@ def test_the_base_class_names_no_rule() -> None:
         (NormThreshold, "order", 0.5, "1 or more"),
         (RobustFilter, "sigma0", 0.0, "above 0"),
         (RobustFilter, "method", "median", "mean"),
-        (MultiKrum, "num_selected", 0, "1 or more"),
+        (MultiKrum, "num_selected", 0, "a whole number, 1 or more"),
         (CenteredClipping, "radius", 0.0, "above 0"),
-        (CenteredClipping, "iterations", 0, "1 or more"),
+        (CenteredClipping, "iterations", 0, "a whole number, 1 or more"),
     ],
 )
 def test_invalid_values_are_refused_with_name_value_and_what_is_allowed(
@@ -1321,8 +1325,10 @@ def test_invalid_values_are_refused_with_name_value_and_what_is_allowed(
 
 
 def test_per_client_memory_and_bucketing_do_not_go_together() -> None:
-    with pytest.raises(ValueError, match="'per-client' with mixing 'bucketing'; allowed"):
+    with pytest.raises(ValueError, match="mixing is 'bucketing' with bgmd:memory=per-client; all"):
         BGMD(memory="per-client", mixing="bucketing")
+    with pytest.raises(ValueError, match="bucket_size is '0'; allowed: a whole number, 1 or more"):
+        GMD(mixing="bucketing:0")
 
 
 def test_aggregating_before_configuring_is_an_error() -> None:
@@ -1386,15 +1392,15 @@ def test_the_state_holds_tensors_and_numbers_only() -> None:
         strategy = make(cls, **own)
         run_rounds(strategy, plain_model(), [1, 2])
         for key, value in strategy.state_dict().items():
-            if key == "client-memory":
-                assert all(isinstance(v, Tensor) for v in value.values())
-            elif key == "reputation":
+            if key == "reputation":
                 assert value == {"against": {}, "until": {}}
             elif key == "ties":
                 assert value == {}
             elif isinstance(value, dict):
                 assert key == "memory"
-                assert all(v is None or isinstance(v, float | Tensor) for v in value.values())
+                assert all(
+                    v is None or isinstance(v, float | Tensor | tuple) for v in value.values()
+                )
             else:
                 assert value is None or isinstance(value, int | Tensor), key
 
