@@ -30,8 +30,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_bgmd.attacks import SELECTIONS, bit_flip, byzantine_clients, gaussian
-from fl_bgmd.mods import ATTACK_RECORD, ByzantineMod
-from fl_bgmd.replies import ModelLayout, screen
+from fl_bgmd.layout import ModelLayout
+from fl_bgmd.mods import ByzantineMod
+from fl_bgmd.replies import screen
+from fl_bgmd.wire import ATTACK_RECORD
 from simulations.grid import InProcessGrid
 
 NODES = 10

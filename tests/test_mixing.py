@@ -242,7 +242,9 @@ def test_refused_fractions(byzantine_fraction: float) -> None:
 
 @pytest.mark.parametrize("bucket_size", [0, -2])
 def test_refused_bucket_sizes(bucket_size: int) -> None:
-    with pytest.raises(ValueError, match=f"bucket_size is {bucket_size}; allowed: 1 or more"):
+    with pytest.raises(
+        ValueError, match=f"bucket_size is {bucket_size}; allowed: a whole number, 1 or more"
+    ):
         bucketing(torch.ones(4, 2), bucket_size=bucket_size)
 
 

@@ -387,7 +387,9 @@ def test_every_dtype(dtype: torch.dtype) -> None:
 def test_warns_above_a_quarter() -> None:
     updates = torch.from_numpy(np.random.default_rng(8).standard_normal((10, 4)))
     updates[:4] *= 1e6
-    message = "byzantine_fraction is 0.4: the guarantee of the spectral filter .* ends at 0.25"
+    message = (
+        "a hostile share of 0.40 .4 of 10.: the guarantee of the robust filter .* ends at 0.25"
+    )
     with pytest.warns(UserWarning, match=message):
         result = spectral_filter(updates, byzantine_fraction=0.4)
     assert not result.kept[:4].any()
@@ -434,7 +436,7 @@ def test_many_equal_outliers_do_not_pass_for_the_rule(n: int, hostile: int) -> N
     """Beyond the guarantee, where all weights fall below a half in one step."""
     updates = torch.randn(n, 6, generator=torch.Generator().manual_seed(1))
     updates[:hostile] = -1000.0
-    with pytest.warns(UserWarning, match="byzantine_fraction"):
+    with pytest.warns(UserWarning, match="a hostile share of 0.45"):
         result = spectral_filter(updates, byzantine_fraction=0.45)
     assert not result.kept[:hostile].any()
     assert float(result.vector.norm()) < 10

@@ -111,7 +111,7 @@ def test_a_run_is_the_same_but_for_the_order_of_sums(changes: dict[str, Any]) ->
     losses = [[entry["train-loss"] for entry in result.rounds[1:]] for result in (one, other)]
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert losses[0] != losses[1]
+    assert one.rounds[-1]["loss"] != other.rounds[-1]["loss"]  # or they were not trained together
 
 
 def test_the_clients_do_not_train_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -383,12 +383,13 @@ def _warning(function: Callable[P, A]) -> Callable[P, A]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> A:
+        result = function(*args, **kwargs)  # which checks the options
         share, rows = kwargs.get("byzantine_fraction"), kwargs.get("updates", *args[:1])
         if isinstance(share, float) and isinstance(rows, Tensor) and kind.limits is not None:
             hostile = floor_share(share, len(rows))
             for _, sentence in kind.limits(len(rows), hostile, share):
                 warnings.warn(sentence, stacklevel=2)
-        return function(*args, **kwargs)
+        return result
 
     return call
 
