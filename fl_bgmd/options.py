@@ -12,7 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -208,7 +208,7 @@ def check_all(owner: str, given: Mapping[str, Any], options: Options) -> dict[st
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """Check a function's keyword options by their declaration whenever it is called."""
-    options = {option.parameter: option for option in declared(function).values()}
+    options = {o.parameter: replace(o, name=o.parameter) for o in declared(function).values()}
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

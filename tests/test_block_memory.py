@@ -265,5 +265,5 @@ def test_few_coordinates_are_all_in_the_block() -> None:
     torch.testing.assert_close(result.vector, geometric_median(rows).vector)
     assert len(block_geometric_median(torch.randn(5, 1_001)).block) == 1_000
     assert len(block_geometric_median(torch.randn(5, 20_000)).block) == 2_000
-    with pytest.raises(ValueError, match="min_block_size is 0; allowed: 1 or more"):
+    with pytest.raises(ValueError, match="min_block_size is 0; allowed: a whole number, 1 or more"):
         block_geometric_median(rows, min_block_size=0)

@@ -17,10 +17,11 @@ from pretend_gpu import pretend_gpu
 from torch import Tensor
 
 from fl_bgmd.aggregators import (
+    RULES,
     BlockMemory,
-    Pipeline,
     block_geometric_median,
     bucketing,
+    build_rule,
     centered_clipping,
     coordinate_median,
     geometric_median,
@@ -35,7 +36,7 @@ from fl_bgmd.aggregators import (
     trimmed_mean,
 )
 from fl_bgmd.strategies import RobustStrategy
-from simulations.config import STRATEGIES, Value, validate
+from simulations.config import Value, validate
 from simulations.experiment import build_strategy
 from simulations.grid import InProcessGrid
 
@@ -54,7 +55,7 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(3)
 
 
-RULES: dict[str, Callable[[Tensor], Any]] = {
+FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "mean": mean,
     "geometric-median": geometric_median,
     "geometric-median-weiszfeld": partial(geometric_median, solver="weiszfeld"),
@@ -86,7 +87,7 @@ RULES: dict[str, Callable[[Tensor], Any]] = {
     "centered-clipping": centered_clipping,
     "nearest-neighbor-mixing": nearest_neighbor_mixing,
     "bucketing": lambda rows: bucketing(rows, generator=seeded()),
-    "pipeline": Pipeline(nearest_neighbor_mixing, geometric_median),
+    "pipeline": build_rule("gmd+nearest-neighbor"),
 }
 
 
@@ -113,10 +114,10 @@ def agree(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_rules(name: str, dtype: torch.dtype, gpu: torch.device) -> None:
     rows = rows_of(dtype)
-    expected, result = RULES[name](rows), RULES[name](rows.to(gpu))
+    expected, result = FUNCTIONS[name](rows), RULES[name](rows.to(gpu))
     wanted, found = tensors_of(expected), tensors_of(result)
     assert wanted.keys() == found.keys()
     for key, value in wanted.items():
@@ -142,7 +143,7 @@ def test_rules_on_many_rows(name: str, gpu: torch.device) -> None:
     """More rows than any n x n matrix is made for."""
     rows = torch.randn(1_050, 40, generator=torch.Generator().manual_seed(0)) + 0.3
     rows[:100] *= 50
-    expected, result = RULES[name](rows), RULES[name](rows.to(gpu))
+    expected, result = FUNCTIONS[name](rows), RULES[name](rows.to(gpu))
     wanted, found = tensors_of(expected), tensors_of(result)
     assert wanted.keys() == found.keys()
     for key, value in wanted.items():
@@ -190,7 +191,7 @@ def test_rows_that_are_not_finite(name: str, gpu: torch.device) -> None:
     rows = rows_of(torch.float32)
     rows[4, 7] = float("nan")
     with pytest.raises(ValueError, match="row 4"):
-        RULES[name](rows.to(gpu))
+        FUNCTIONS[name](rows.to(gpu))
 
 
 @pytest.mark.parametrize("size", [1e-170, 1e170, 1e300])
@@ -202,29 +203,24 @@ def test_rows_out_of_the_range_of_squares(size: float, gpu: torch.device) -> Non
 
 
 CONFIGURED: dict[str, dict[str, Value]] = {
-    **{name: {"strategy": name} for name in STRATEGIES if name != "bgmd"},
+    **{name: {"strategy": name} for name in RULES if name != "bgmd"},
     **{
         f"bgmd-{rule}": {
-            "strategy": "bgmd",
-            "bgmd.memory": rule,
-            "bgmd.selection": "top-k",
-            "bgmd.block-fraction": 0.5,
-            "bgmd.min-block-size": 1,
+            "strategy": f"bgmd:memory={rule},selection=top-k,block-fraction=0.5,min-block-size=1"
         }
         for rule in ("robust", "mean", "per-client", "none")
     },
-    "gmd-nesterov": {"strategy": "gmd", "server-momentum": 0.9, "server-nesterov": "on"},
+    "gmd-nesterov": {"strategy": "gmd", "server-momentum": 0.9, "server-nesterov": True},
     "gmd-examples": {"strategy": "gmd", "weighting": "examples"},
     "centered-clipping-momentum": {"strategy": "centered-clipping", "server-momentum": 0.5},
-    "gmd-mixed": {"strategy": "gmd", "mixing": "nearest-neighbor"},
-    "cmd-buckets": {"strategy": "cmd", "mixing": "bucketing"},
-    "gmd-shared": {"strategy": "gmd", "compressor": "rand-k:0.5", "shared-coordinates": "on"},
+    "gmd-mixed": {"strategy": "gmd+nearest-neighbor"},
+    "cmd-buckets": {"strategy": "cmd+bucketing"},
+    "gmd-shared": {"strategy": "gmd", "compressor": "rand-k:0.5", "shared-coordinates": True},
 }
 SHARED: dict[str, Value] = {
     "num-clients": N,
     "partition": "iid",
     "fraction-evaluate": 0.0,
-    "mixing": "none",
     "assumed-byzantine-fraction": 0.25,
     "device": "cpu",
 }

@@ -616,7 +616,7 @@ def test_non_finite_rows_are_named(value: float, solver: str, dtype: torch.dtype
         ({"tol": 0.0}, "tol is 0.0; allowed: above 0"),
         ({"tol": -1.0}, "tol is -1.0; allowed: above 0"),
         ({"tol": math.nan}, "tol is nan; allowed: above 0"),
-        ({"max_iter": 0}, "max_iter is 0; allowed: 1 or more"),
+        ({"max_iter": 0}, "max_iter is 0; allowed: a whole number, 1 or more"),
         ({"solver": "secant"}, "solver is 'secant'; allowed: gram, newton, weiszfeld"),
         ({"weights": torch.ones(3)}, r"weights has shape \(3,\); allowed: \(2,\)"),
         ({"weights": torch.ones(2, 1)}, r"weights has shape \(2, 1\); allowed: \(2,\)"),

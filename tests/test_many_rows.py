@@ -242,10 +242,10 @@ def test_equal_rows_tie_to_the_lower_index() -> None:
 @pytest.mark.parametrize("n", [9, DENSE_ROWS + 5])
 def test_mixings_as_matrices(n: int) -> None:
     """Whatever holds it, a mixing is a matrix: rows, values and shares see the same one."""
-    rows = normal(n, 3).double()
+    rows, seeded = normal(n, 3).double(), torch.Generator().manual_seed(0)
     for mixing in (
         nearest_neighbors(rows, byzantine_fraction=0.3),
-        buckets(n, 4, torch.Generator().manual_seed(0)),
+        buckets(rows, byzantine_fraction=0.1, bucket_size=4, generator=seeded),
     ):
         matrix = mixing.apply(torch.eye(n, dtype=torch.float64)).numpy()
         np.testing.assert_allclose(matrix.sum(axis=1), 1)

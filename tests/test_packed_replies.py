@@ -290,7 +290,7 @@ def test_ten_thousand_corrupt_messages_end_nothing_and_cost_nothing() -> None:
 def test_unknown_compressors_are_refused() -> None:
     with pytest.raises(ValueError, match=r"compressor is 'zip'.*; allowed: none, "):
         GMD(compressor="zip")
-    with pytest.raises(ValueError, match="order is 1.0 with norms 'reported'; allowed: 2"):
+    with pytest.raises(ValueError, match=r"order is 1\.0 with norms 'reported'; allowed: 2"):
         NormThreshold(norms="reported", order=1)
     with pytest.raises(ValueError, match="norms is 'believed'; allowed: computed, reported"):
         NormThreshold(norms="believed")
