@@ -231,10 +231,10 @@ def descend(
 ) -> tuple[NDArray[Any], Tensor | None]:
     """Return a model (d,) after a step of torch's SGD along an update, and the next momentum."""
     parameter = torch.from_numpy(values.copy())
-    parameter.grad = update.to(parameter)
+    parameter.grad = update.cpu().to(parameter.dtype)
     sgd = torch.optim.SGD([parameter], learning_rate, momentum, nesterov=nesterov)
     if velocity is not None:
-        sgd.state[parameter]["momentum_buffer"] = velocity.to(parameter, copy=True)
+        sgd.state[parameter]["momentum_buffer"] = velocity.cpu().to(parameter.dtype, copy=True)
     sgd.step()
     return parameter.numpy(), sgd.state[parameter].get("momentum_buffer")
 
