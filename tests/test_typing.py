@@ -50,10 +50,12 @@ MYPY = """
 [mypy]
 mypy_path = installed
 strict = True
+# As what is in site-packages.
 [mypy-fl_bgmd.*]
-follow_imports = silent  # as what is in site-packages
+follow_imports = silent
+# Takes minutes, and has no part in options.
 [mypy-torch.*]
-follow_imports = skip  # takes minutes, and has no part in options
+follow_imports = skip
 """
 WRONG = [
     "wrong = BGMD(blok_fraction=0.2)",
