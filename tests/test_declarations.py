@@ -103,7 +103,7 @@ def run(strategy: RobustStrategy, rounds: int = 2, **settings: Any) -> ArrayReco
 
 
 def test_by_path_and_once_it_is_imported_by_name() -> None:
-    with pytest.raises(OptionError, match="rule is 'halfway'; .*allowed: mean, "):
+    with pytest.raises(OptionError, match="rule is 'halfway'; allowed: .*package.module"):
         build_rule("halfway")
     by_path = build_rule("tmp_mod:halfway:share=0.3+tmp_mod:pull_in:2")
     by_name = build_rule("halfway:0.3+pull-in:steps=2")
@@ -127,7 +127,6 @@ def test_by_path_and_once_it_is_imported_by_name() -> None:
     ],
 )
 def test_wrong_options_are_refused_everywhere(spec: str, message: str) -> None:
-    message = message.replace("it is a function; allowed: a function under @mixing", "under @mixing")
     for use in (build_rule, RobustStrategy):
         with pytest.raises(OptionError, match=message):
             use(spec)
@@ -153,15 +152,9 @@ def test_as_a_flower_strategy() -> None:
 def test_as_a_class_with_help(spec: str) -> None:
     imported()
 
-    class Halfway(RobustStrategy):
-        pass
-
-    class Named(RobustStrategy):
-        spec = "halfway"
-
-    Named.spec = spec
+    named = type("Named", (RobustStrategy,), {"spec": spec})
     own = imported().Halfway
-    for cls in (own, Named):
+    for cls in (own, named):
         assert cls(share=0.3).share == 0.3
         assert same_bits(
             run(cls(share=0.3, seed=1)), run(RobustStrategy("halfway:share=0.3", seed=1))
