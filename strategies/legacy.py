@@ -92,7 +92,9 @@ class LegacyStrategy(FedAvg):
             raise TypeError(
                 f"{', '.join(foreign)}: not for the older API, whose rounds are Flower's"
             )
-        check_all(type(self).__name__, {"parameter_names": parameter_names, **options}, self.options())
+        check_all(
+            type(self).__name__, {"parameter_names": parameter_names, **options}, self.options()
+        )
         super().__init__(**{name: options.pop(name) for name in _OPTIONS & options.keys()})
         self.parameter_names = None if parameter_names is None else list(parameter_names)
         self._combined: Metrics = {}

@@ -103,7 +103,7 @@ def run(strategy: RobustStrategy, rounds: int = 2, **settings: Any) -> ArrayReco
 
 
 def test_by_path_and_once_it_is_imported_by_name() -> None:
-    with pytest.raises(OptionError, match="rule is 'halfway'; allowed: .*package.module"):
+    with pytest.raises(OptionError, match=r"rule is 'halfway'; allowed: .*package.module"):
         build_rule("halfway")
     by_path = build_rule("tmp_mod:halfway:share=0.3+tmp_mod:pull_in:2")
     by_name = build_rule("halfway:0.3+pull-in:steps=2")
