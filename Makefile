@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 FLWR_MIN := $(shell sed -n 's/.*"flwr>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install simulate laboratory test test-slow test-flwr-min test-deployment benchmark lint format clean
+.PHONY: help install simulate laboratory test test-slow test-flwr-min test-deployment benchmark lint config format clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -62,6 +62,9 @@ lint: $(READY) ## Linters and type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+config: $(READY) ## Write strategies/typed.py from the options' declarations
+	$(BIN)/python -m strategies.generate
 
 format: $(READY) ## Format the code
 	$(BIN)/ruff check --fix .

@@ -7,7 +7,9 @@ messages, configuration keys, command line and :func:`help` are derived from it.
 import difflib
 import functools
 import inspect
+import json
 import math
+import operator
 import re
 import types
 import typing
@@ -136,6 +138,8 @@ class Option:
 
 Options = Mapping[str, Option]
 
+_HEADER = "Parameters\n----------\n"
+
 
 @functools.cache
 def _adapter(annotation: Any) -> TypeAdapter[Any]:
@@ -154,7 +158,7 @@ def declared(
         hints = typing.get_type_hints(function, include_extras=True)
     except (NameError, AttributeError):  # imported for type checkers only: values are not checked
         hints = {}
-    help = documentation(function)
+    help = documentation(inspect.getdoc(function) or "")
     kinds: list[Any] = [inspect.Parameter.KEYWORD_ONLY]
     if positional:
         kinds.append(inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -165,16 +169,14 @@ def declared(
         annotation = hints.get(parameter.name, Any)
         marks = getattr(annotation, "__metadata__", ())
         name = next((m.name for m in marks if isinstance(m, Named)), parameter.name)
-        text = help.get(name, help.get(parameter.name, ""))
+        text = help.get(parameter.name, help.get(name, ""))
         found[name] = Option(name, parameter.name, annotation, parameter.default, text)
     return found
 
 
-def documentation(documented: Any) -> dict[str, str]:
+def documentation(text: str) -> dict[str, str]:
     """Return the first sentence that a NumPy docstring has on each parameter."""
-    text = inspect.getdoc(documented) or ""
-    _, _, section = text.partition("Parameters\n----------\n")
-    section = re.split(r"\n\w[\w ]*\n-{3,}\n", section)[0]
+    section = _parameters_of(text)[1]
     found = {}
     for names, body in re.findall(
         r"^(\S[^\n]*?)(?: : [^\n]*)?\n((?:[ \t]+[^\n]*\n?|\n)*)", section, re.M
@@ -183,6 +185,34 @@ def documentation(documented: Any) -> dict[str, str]:
         for name in names.split(","):
             found[name.strip().lstrip("*")] = sentence
     return found
+
+
+def _parameters_of(text: str) -> tuple[str, str, str]:
+    """Split a NumPy docstring into what is before, in and after its section on parameters."""
+    before, _, rest = text.partition(_HEADER)
+    section, *after = re.split(r"\n(?=\w[\w ]*\n-{3,}\n)", rest, maxsplit=1)
+    return before, section, "".join(after)
+
+
+def with_parameters(text: str, options: Iterable[Option], others: str = "") -> str:
+    """Return a NumPy docstring that has an entry for each of the options.
+
+    ``others`` says what ``**options`` takes beside them. Entries that are there stay as they are.
+    """
+    before, section, after = _parameters_of(inspect.cleandoc(text))
+    known = documentation(f"{_HEADER}{section}")
+    entries = [section.rstrip("\n")] if section else []
+    for option in options:
+        if option.name in known:
+            continue
+        has_default = option.default is not inspect.Parameter.empty
+        default = f", default {option.default!r}" if has_default else ""
+        entries.append(f"{option.name} : {spelled(option.annotation)}{default}")
+        entries += [f"    {option.help}."] if option.help else []
+    if others and "options" not in known:
+        entries += ["**options", f"    {others}"]
+    parts = [before.rstrip("\n"), _HEADER + "\n".join(entries), after.strip("\n")]
+    return "\n\n".join(part for part in parts if part)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -218,6 +248,37 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return call
+
+
+# ------------------------------------------------------------------------------------ as types
+
+
+def unmarked(annotation: Any) -> Any:
+    """Return the type of an annotation without bounds and marks."""
+    if hasattr(annotation, "__metadata__"):
+        return unmarked(annotation.__origin__)
+    members = _members(annotation)
+    if len(members) == 1:
+        return annotation
+    return functools.reduce(operator.or_, (unmarked(member) for member in members))
+
+
+def spelled(annotation: Any) -> str:
+    """Return how an annotation is written, without bounds and marks."""
+    if hasattr(annotation, "__metadata__"):
+        return spelled(annotation.__origin__)
+    members = _members(annotation)
+    if len(members) > 1:
+        return " | ".join(spelled(member) for member in members)
+    if annotation in (None, type(None)):
+        return "None"
+    if isinstance(annotation, list):
+        return f"[{', '.join(spelled(each) for each in annotation)}]"
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return f"Literal[{', '.join(json.dumps(value) for value in inner)}]"
+    name = getattr(origin or annotation, "__name__", str(annotation))
+    return f"{name}[{', '.join(spelled(each) for each in inner)}]" if inner else name
 
 
 # ------------------------------------------------------------------------------------ in words

@@ -28,13 +28,13 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
 
 from fl_bgmd.layout import ModelLayout
-from fl_bgmd.options import check_all, declared
+from fl_bgmd.options import Option, check_all, declared
 from fl_bgmd.replies import declared_array, median_metrics
 from fl_bgmd.wire import EXAMPLES, packed_keys
 
 from . import rules
 from .robust import RobustStrategy
-from .settings import FLOWERS_OPTIONS, OWN_OPTIONS, OwnRounds, options_of
+from .settings import FLOWERS_OPTIONS, OWN_OPTIONS, OwnRounds, options_of, signature_of
 
 LOG = logging.getLogger("flwr.fl_bgmd")
 
@@ -80,6 +80,7 @@ class LegacyStrategy(FedAvg):
     """
 
     rule_type: ClassVar[type[RobustStrategy]]
+    __signature__: ClassVar[inspect.Signature]
 
     def __init__(self, *, parameter_names: Sequence[str] | None = None, **options: Any) -> None:
         if foreign := sorted(_MESSAGE_OPTIONS.intersection(options)):
@@ -91,15 +92,9 @@ class LegacyStrategy(FedAvg):
             raise TypeError(
                 f"{', '.join(foreign)}: not for the older API, whose rounds are Flower's"
             )
-        left_out = _MESSAGE_OPTIONS | _OWN_ROUNDS
-        known = {
-            name: option
-            for name, option in options_of(self.rule_type).items()
-            if name not in left_out
-        }
-        known |= declared(FedAvg.__init__, ("self",), positional=True)
-        known |= declared(LegacyStrategy.__init__)
-        check_all(type(self).__name__, {"parameter_names": parameter_names, **options}, known)
+        check_all(
+            type(self).__name__, {"parameter_names": parameter_names, **options}, self.options()
+        )
         super().__init__(**{name: options.pop(name) for name in _OPTIONS & options.keys()})
         self.parameter_names = None if parameter_names is None else list(parameter_names)
         self._combined: Metrics = {}
@@ -109,6 +104,15 @@ class LegacyStrategy(FedAvg):
             evaluate_metrics_aggr_fn=self._combiner(self.evaluate_metrics_aggregation_fn),
             **options,
         )
+
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """Return what can be given by keyword: the rule's options, the older ``FedAvg``'s, own."""
+        left_out = _MESSAGE_OPTIONS | _OWN_ROUNDS
+        rule = options_of(cls.rule_type)
+        known = {name: option for name, option in rule.items() if name not in left_out}
+        known |= declared(FedAvg.__init__, ("self",), positional=True)
+        return known | declared(LegacyStrategy.__init__)
 
     def __repr__(self) -> str:
         """Name the strategy."""
@@ -305,21 +309,24 @@ def _scalars(metrics: MetricRecord | None) -> Metrics:
     return {key: value for key, value in (metrics or {}).items() if isinstance(value, int | float)}
 
 
-def _older(rule_type: type[RobustStrategy]) -> type[LegacyStrategy]:
-    """Return the older twin of a strategy."""
-    text = f":class:`fl_bgmd.strategies.{rule_type.__name__}` for the older API."
-    own = {"rule_type": rule_type, "__doc__": text, "__module__": __name__}
-    return type(rule_type.__name__, (LegacyStrategy,), own)
+def older(strategy: type[RobustStrategy]) -> type[LegacyStrategy]:
+    """Return a strategy class, one of your own for example, for apps of the older API."""
+    text = f":class:`{strategy.__name__}` for the older API."
+    own = {"rule_type": strategy, "__doc__": text, "__module__": strategy.__module__}
+    made: type[LegacyStrategy] = type(strategy.__name__, (LegacyStrategy,), own)
+    options = made.options()
+    made.__signature__ = signature_of(made, options, takes_spec=False)
+    return made
 
 
 _TWINS = {
-    name: _older(found)
+    name: older(found)
     for name, found in vars(rules).items()
     if isinstance(found, type) and issubclass(found, RobustStrategy) and found.spec
 }
 globals().update(_TWINS)
 
-__all__ = ["LegacyStrategy", *sorted(_TWINS)]
+__all__ = ["LegacyStrategy", *sorted(_TWINS)]  # what there is to choose from
 
 
 def __getattr__(name: str) -> type[LegacyStrategy]:

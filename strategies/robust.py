@@ -1,8 +1,10 @@
 """The base of all strategies: from Flower messages to a rule and back."""
 
 import hashlib
+import inspect
 import math
 import secrets
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -44,7 +46,15 @@ from .reporting import log_options
 from .reputation import Reputation
 from .roster import Roster
 from .rounds import EvaluateFn, StopFn, run_rounds
-from .settings import FLOWERS_OPTIONS, OWN_OPTIONS, Settings, options_of, resolve_device
+from .settings import (
+    FLOWERS_OPTIONS,
+    OWN_OPTIONS,
+    Settings,
+    docstring_of,
+    options_of,
+    resolve_device,
+    signature_of,
+)
 from .step import Round, Sent, State, aggregate, take_step
 from .ties import Tied, find_ties
 
@@ -92,8 +102,19 @@ class RobustStrategy(FedAvg):
     weights_tell = False
     """Whether a weight near zero speaks against a client: not where honest ones are left out."""
 
+    __signature__: ClassVar[inspect.Signature]
+
     given: dict[str, Any]
     """The options as they were given."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Tell :func:`help` and :func:`inspect.signature` the options of a subclass."""
+        super().__init_subclass__(**keywords)
+        options = options_of(cls)
+        takes_spec = not cls.spec and cls.aggregate is RobustStrategy.aggregate
+        cls.__signature__ = signature_of(cls, options, takes_spec=takes_spec)
+        if sys.flags.optimize < 2:  # -OO: without docstrings
+            cls.__doc__ = docstring_of(cls, options)
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """Check the options before any constructor computes with them."""
@@ -684,3 +705,8 @@ def _uses_nothing(_: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _uses_memory(_: Mapping[str, Any]) -> tuple[str, ...]:
     return ("memory",)
+
+
+RobustStrategy.__signature__ = signature_of(
+    RobustStrategy, options_of(RobustStrategy), takes_spec=True
+)

@@ -1,17 +1,33 @@
 """The strategies by name: each is its rule with the options of all strategies."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 from fl_bgmd.options import OptionError
 
 from .robust import RobustStrategy
+
+if TYPE_CHECKING:
+    from .typed import (
+        BGMDOptions,
+        CenteredClippingOptions,
+        GMDOptions,
+        MultiKrumOptions,
+        NormThresholdOptions,
+        RobustFilterOptions,
+        StrategyOptions,
+        TrimmedMeanOptions,
+    )
 
 
 class Mean(RobustStrategy):
     """Average the clients' updates: FedAvg with screened replies. Tolerates no hostile client."""
 
     spec = "mean"
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[StrategyOptions]) -> None: ...
 
 
 class GMD(RobustStrategy):
@@ -21,6 +37,10 @@ class GMD(RobustStrategy):
     """
 
     spec = "gmd"
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[GMDOptions]) -> None: ...
 
 
 class BGMD(RobustStrategy):
@@ -33,6 +53,10 @@ class BGMD(RobustStrategy):
 
     spec = "bgmd"
 
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[BGMDOptions]) -> None: ...
+
 
 class QBGMD(BGMD):
     """BGMD whose clients send quantized updates: the slides' QBGMD.
@@ -44,7 +68,7 @@ class QBGMD(BGMD):
 
     defaults: ClassVar[Mapping[str, Any]] = {"compressor": "qsgd", "error_feedback": False}
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, **options: "Unpack[BGMDOptions]") -> None:
         if options.get("compressor") == "none":
             raise OptionError("compressor is 'none'; allowed: a compressor")
         super().__init__(**options)
@@ -67,11 +91,19 @@ class CMD(RobustStrategy):
 
     spec = "cmd"
 
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[StrategyOptions]) -> None: ...
+
 
 class TrimmedMean(RobustStrategy):
     """Coordinate-wise trimmed mean of Yin et al."""
 
     spec = "trimmed-mean"
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[TrimmedMeanOptions]) -> None: ...
 
 
 class NormThreshold(RobustStrategy):
@@ -83,6 +115,10 @@ class NormThreshold(RobustStrategy):
 
     spec = "norm-threshold"
 
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[NormThresholdOptions]) -> None: ...
+
 
 class RobustFilter(RobustStrategy):
     """Filter the updates that stretch their covariance: Algorithm 3 of Data and Diggavi.
@@ -92,11 +128,19 @@ class RobustFilter(RobustStrategy):
 
     spec = "robust-filter"
 
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[RobustFilterOptions]) -> None: ...
+
 
 class Krum(RobustStrategy):
     """Follow the one update with the closest neighbors: Krum of Blanchard et al."""
 
     spec = "krum"
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[StrategyOptions]) -> None: ...
 
 
 class MultiKrum(RobustStrategy):
@@ -104,8 +148,16 @@ class MultiKrum(RobustStrategy):
 
     spec = "multi-krum"
 
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[MultiKrumOptions]) -> None: ...
+
 
 class CenteredClipping(RobustStrategy):
     """Clip the updates around the previous aggregate: Karimireddy et al. (ICML 2021)."""
 
     spec = "centered-clipping"
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[CenteredClippingOptions]) -> None: ...

@@ -26,6 +26,9 @@ from fl_bgmd.options import (
     Positive,
     Share,
     declared,
+    nearest,
+    unmarked,
+    with_parameters,
 )
 from fl_bgmd.registry import split_specs
 
@@ -202,8 +205,52 @@ def options_of(cls: type, rule: str = "") -> dict[str, Option]:
     kind = RULES.parse(split_specs(spec)[0])[0] if spec else None
     options = {**FLOWERS_OPTIONS, **OWN_OPTIONS, **(kind.options if kind else {})}
     for name, value in getattr(cls, "defaults", {}).items():
-        options[name] = replace(options[name], default=value)
+        if name not in options | found:
+            raise OptionError(f"{cls.__name__}.defaults has {name!r}; {nearest(name, options)}")
+        if name in options:
+            options[name] = replace(options[name], default=value)
     return {**options, **found}
+
+
+def signature_of(cls: type, options: Options, *, takes_spec: bool) -> inspect.Signature:
+    """Return the signature of a strategy class: its constructor's, with each option by name.
+
+    ``takes_spec`` says whether it is given a rule, whose options may be any.
+    """
+    rest = [*inspect.signature(cls.__init__).parameters.values()][1:]  # type: ignore[misc]
+    others = [p for p in rest if p.kind is inspect.Parameter.VAR_KEYWORD and takes_spec]
+    own = [
+        p
+        for p in rest
+        if p.kind is not inspect.Parameter.VAR_KEYWORD
+        and (takes_spec or p.kind is not inspect.Parameter.POSITIONAL_ONLY)
+    ]
+    names = {p.name for p in own}
+    added = [
+        inspect.Parameter(
+            option.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=option.default,
+            annotation=unmarked(option.annotation),
+        )
+        for option in options.values()
+        if option.name not in names
+    ]
+    return inspect.Signature([*own, *added, *others])
+
+
+def docstring_of(cls: type, options: Options) -> str:
+    """Return the docstring of a strategy class, the rule's where it has none, with its options."""
+    text, spec = cls.__doc__ or "", getattr(cls, "spec", "")
+    if not text and spec:
+        text = RULES.parse(split_specs(spec)[0])[0].summary
+    changed = getattr(cls, "defaults", {})
+    common = {**FLOWERS_OPTIONS, **OWN_OPTIONS}
+    own = [o for name, o in options.items() if name not in common or name in changed]
+    return with_parameters(text, own, _OTHERS)
+
+
+_OTHERS = "Those of every strategy and Flower's, as for :class:`RobustStrategy`."
 
 
 def resolve_device(device: str) -> torch.device:

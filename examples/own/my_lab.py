@@ -2,23 +2,34 @@
 
 from torch import Tensor
 
-from fl_bgmd.aggregators import Aggregate
+from fl_bgmd.aggregators import Aggregate, rule
 from fl_bgmd.attacks import attack
-from fl_bgmd.options import NonNegative
+from fl_bgmd.options import NonNegative, Share
 from fl_bgmd.shares import floor_share
-from fl_bgmd.strategies import RobustStrategy, Round
+from fl_bgmd.strategies import RobustStrategy
+
+
+@rule("mean-around-median")
+def mean_around_median(updates: Tensor, *, byzantine_fraction: Share = 0.25) -> Aggregate:
+    """In every coordinate, the mean of the n - f values nearest the median (Xie et al., 2018).
+
+    Parameters
+    ----------
+    updates : Tensor
+        (n, d).
+    byzantine_fraction : float
+        The hostile share of the rows.
+    """
+    keep = len(updates) - floor_share(byzantine_fraction, len(updates))
+    distances = (updates - updates.median(dim=0).values).abs()
+    nearest = updates.gather(0, distances.argsort(dim=0)[:keep])
+    return Aggregate(nearest.mean(dim=0), weights=None)
 
 
 class MeanAroundMedian(RobustStrategy):
-    """In every coordinate, the mean of the n - f values nearest the median (Xie et al., 2018)."""
+    """The rule as a Flower strategy with a name of its own."""
 
-    def aggregate(self, current: Round) -> Aggregate:
-        """Return the vector (d,) that ``current.updates`` (n, d) come to."""
-        rows = current.updates
-        keep = len(rows) - floor_share(self.byzantine_fraction, len(rows))
-        distances = (rows - rows.median(dim=0).values).abs()
-        nearest = rows.gather(0, distances.argsort(dim=0)[:keep])
-        return Aggregate(nearest.mean(dim=0), weights=None)
+    spec = "my_lab:mean_around_median"
 
 
 @attack("an example", sweep=(0.5, 1.0))

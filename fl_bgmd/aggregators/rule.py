@@ -309,7 +309,7 @@ def _memory_type(kind: Kind) -> Any:
 def _accept(what: str, kinds: Registry[Kind]) -> Callable[[Any], Kind]:
     def accept(found: Any) -> Kind:
         kind = getattr(found, "kind", None)
-        if not isinstance(kind, Kind):
+        if not isinstance(kind, Kind) or kind not in kinds.values():
             raise ValueError(f"it is a {type(found).__name__}; allowed: a function under @{what}")
         return kind
 

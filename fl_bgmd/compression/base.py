@@ -10,6 +10,7 @@ in their annotations::
 """
 
 import functools
+import inspect
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -131,7 +132,7 @@ C = TypeVar("C", bound=Compressor)
 def _options(made: type[Compressor]) -> dict[str, Option]:
     """Return the options that the fields of a class declare."""
     hints = typing.get_type_hints(made, include_extras=True)
-    help = documentation(made)
+    help = documentation(inspect.getdoc(made) or "")
     return {
         field.name: Option(
             field.name, field.name, hints[field.name], field.default, help.get(field.name, "")

@@ -1,0 +1,139 @@
+"""The strategies' options as types (PEP 692), for type checkers and editors.
+
+Written by ``python -m strategies.generate`` (``make config``) from their declarations; not to be
+edited.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, TypedDict
+
+from flwr.app import MetricRecord, RecordDict
+
+from fl_bgmd.checkpoints import Checkpoints
+
+
+class StrategyOptions(TypedDict, total=False):
+    """The options of all strategies, and Flower's."""
+
+    fraction_train: float
+    fraction_evaluate: float
+    min_train_nodes: int
+    min_evaluate_nodes: int
+    min_available_nodes: int
+    weighted_by_key: str
+    arrayrecord_key: str
+    configrecord_key: str
+    train_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord] | None
+    evaluate_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord] | None
+    server_learning_rate: float | Callable[[int], float]
+    """Step of the server along the update, above 0."""
+    server_momentum: float
+    """Momentum of the server's SGD (torch's), 0 to below 1."""
+    server_nesterov: bool
+    """Whether that momentum is Nesterov's."""
+    mixing: str
+    """Pre-aggregation."""
+    byzantine_fraction: float
+    """Hostile share of the clients to prepare for, 0 to below 1/2."""
+    weighting: Literal["uniform", "examples"]
+    """Whether ``num-examples`` weights the clients."""
+    min_valid_replies: int | None
+    """With fewer accepted replies the round keeps the model."""
+    max_empty_rounds: int
+    """How many rounds in a row may come to nothing before the run ends."""
+    node_wait_timeout: float
+    """Seconds to wait for enough nodes to be connected, above 0."""
+    too_few_nodes: Literal["fail", "go-on"]
+    """What happens when they are not there by then."""
+    bench_after: int
+    """Bad rounds in a row after which a node sits out."""
+    bench_rounds: int
+    """How many rounds a node sits out."""
+    checkpoints: Checkpoints | str | Path | None
+    """Folder to save checkpoints to and resume from."""
+    compressor: str
+    """What clients with :class:`fl_bgmd.mods.CompressionMod` pack their updates with."""
+    error_feedback: bool
+    """Whether these clients keep what the compression lost for the next round."""
+    shared_coordinates: bool
+    """Whether the server chooses the coordinates of ``rand-k`` in each round, the same for all."""
+    downlink_compressor: str
+    """What the model is rounded with on its way down."""
+    seed: int | None
+    """Seed of the sampling of nodes, blocks and buckets, for runs that can be repeated."""
+    device: str
+    """Where the update matrix lives."""
+
+
+class GMDOptions(StrategyOptions, total=False):
+    """The options of :class:`.rules.GMD`."""
+
+    solver: Literal["gram", "newton", "weiszfeld"]
+    """``gram`` iterates on the n x n Gram matrix."""
+    tol: float
+    """Iterate until the certified ``gap`` is at most this."""
+    max_iter: int
+    """Return the best point so far, with its true gap, after this many steps."""
+
+
+class BGMDOptions(StrategyOptions, total=False):
+    """The options of :class:`.rules.BGMD`."""
+
+    block_fraction: float
+    """Share of the coordinates in a block, above 0 to 1."""
+    min_block_size: int
+    """The block has at least this many columns, all of fewer."""
+    selection: Literal["sample", "top-k", "uniform"]
+    """See :func:`~fl_bgmd.aggregators.sampling.select_block`."""
+    score: Literal["clipped", "squared-norm", "norm"]
+    """What a column is worth."""
+    memory: Literal["robust", "mean", "per-client", "none"]
+    """``mean`` is the paper's Equation 8."""
+    solver: Literal["gram", "newton", "weiszfeld"]
+    """Of the geometric median of the block."""
+    tol: float
+    """Of the geometric median of the block."""
+
+
+class TrimmedMeanOptions(StrategyOptions, total=False):
+    """The options of :class:`.rules.TrimmedMean`."""
+
+    trim_fraction: float | None
+    """Dropped at each end."""
+
+
+class NormThresholdOptions(StrategyOptions, total=False):
+    """The options of :class:`.rules.NormThreshold`."""
+
+    drop_fraction: float | None
+    """The paper's beta, 0 to below 1."""
+    order: float
+    """Order of the norm, 1 or more."""
+    norms: Literal["computed", "reported"]
+    """Option II computes the norms of the updates as received."""
+
+
+class RobustFilterOptions(StrategyOptions, total=False):
+    """The options of :class:`.rules.RobustFilter`."""
+
+    sigma0: float | None
+    """Above 0, the paper's sigma_0."""
+    method: Literal["mean", "saddle"]
+    """How a row is reconstructed from the others."""
+
+
+class MultiKrumOptions(StrategyOptions, total=False):
+    """The options of :class:`.rules.MultiKrum`."""
+
+    num_selected: int | None
+    """How many are averaged, all where there are fewer."""
+
+
+class CenteredClippingOptions(StrategyOptions, total=False):
+    """The options of :class:`.rules.CenteredClipping`."""
+
+    radius: float | None
+    """Above 0, the tau of the paper."""
+    iterations: int
+    """1 or more."""
