@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 FLWR_MIN := $(shell sed -n 's/.*"flwr>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install simulate laboratory test test-slow test-flwr-min test-deployment benchmark lint format clean
+.PHONY: help install simulate laboratory test test-slow test-flwr-min test-deployment benchmark lint format config clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ lint: $(READY) ## Linters and type checker
 format: $(READY) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+config: $(READY) ## Write the defaults of the run configuration into pyproject.toml
+	$(BIN)/python -m simulations.config
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) $(VENV)-flwr-min .mypy_cache .pytest_cache .ruff_cache .hypothesis dist

@@ -165,7 +165,8 @@ class RobustStrategy(FedAvg):
 
     def _check_together(self) -> None:
         """Refuse options that do not fit the rule."""
-        settings, name = self.settings, type(self).__name__
+        settings = self.settings
+        name = type(self).__name__ if self.spec else str(self.rule)
         if settings.weighting != "uniform" and not self.weightable:
             raise OptionError(f"weighting is {settings.weighting!r} with {name}; allowed: uniform")
         if not settings.shared_coordinates:
