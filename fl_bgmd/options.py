@@ -136,10 +136,13 @@ class Option:
     def _error(self, value: Any, error: ValidationError | None = None) -> OptionError:
         errors = [] if error is None else error.errors()
         reasons = [e["ctx"]["error"] for e in errors if e["type"] == "value_error"]
-        if reasons and str(reasons[0]).startswith(f"{self.name} is "):
-            return OptionError(str(reasons[0]))
-        why = f" ({reasons[0]})" if reasons else ""
         allowed = self.allowed
+        if reasons and str(reasons[0]).startswith(f"{self.name} is "):
+            said = str(reasons[0])
+            return OptionError(said if "allowed: " in said else f"{said}; allowed: {allowed}")
+        if reasons and "allowed: " in str(reasons[0]):
+            return OptionError(f"{self.name} is {value!r}: {reasons[0]}")
+        why = f" ({reasons[0]})" if reasons else ""
         is_number = allowed[:1].isdigit() or allowed.startswith("above")
         if is_number and isinstance(value, bool | str):
             allowed = f"a number, {allowed}"  # not a text that looks like one

@@ -330,25 +330,25 @@ _ASKED = "Share of the clients that evaluate in a round"
 SETTINGS: dict[str, Option] = _settings()
 """Every key."""
 
-_GONE = {
-    "num-shards": 'partition = "shards:80"',
-    "alpha": 'partition = "dirichlet:0.5"',
-    "mixing": 'strategy = "bgmd+nearest-neighbor"',
-    "bucket-size": 'strategy = "gmd+bucketing:3"',
-    "gmd.solver": 'strategy = "gmd:solver=weiszfeld"',
+_GONE: Mapping[str, str] = {
+    "num-shards": "partition = 'shards:{}'",
+    "alpha": "partition = 'dirichlet:{}'",
+    "mixing": "strategy = 'bgmd+{}'",
+    "bucket-size": "strategy = 'bgmd+bucketing:{}'",
     **{
-        f"bgmd.{key}": f'strategy = "bgmd:{key}=..."'
-        for key in ("solver", "block-fraction", "min-block-size", "selection", "score", "memory")
+        f"{rule}.{key}": f"strategy = '{rule}:{key}={{}}'"
+        for rule, keys in {
+            "gmd": ("solver",),
+            "bgmd": ("solver", "block-fraction", "min-block-size", "selection", "score", "memory"),
+            "norm-threshold": ("order", "norms"),
+            "robust-filter": ("sigma0",),
+            "multi-krum": ("num-selected",),
+            "centered-clipping": ("radius",),
+        }.items()
+        for key in keys
     },
-    **{
-        f"norm-threshold.{key}": f'strategy = "norm-threshold:{key}=..."'
-        for key in ("order", "norms")
-    },
-    "robust-filter.sigma0": 'strategy = "robust-filter:sigma0=..."',
-    "multi-krum.num-selected": 'strategy = "multi-krum:num-selected=..."',
-    "centered-clipping.radius": 'strategy = "centered-clipping:radius=..."',
 }
-"""Keys of earlier versions, and what became of them."""
+"""Keys of earlier versions, and the form that their values have now."""
 
 
 def defaults() -> Config:
@@ -392,7 +392,8 @@ def _check_key(key: str, value: Any) -> None:
     except OptionError as error:
         raise ConfigError(str(error)) from None
     if key in _GONE:
-        raise ConfigError(f"key {key!r} (value {value!r}) is no more; now: {_GONE[key]}")
+        now = _GONE[key].format(value).replace("+none", "")
+        raise ConfigError(f"{key} is {value!r}, and is no more; allowed: {now}")
     if key not in SETTINGS:
         close = difflib.get_close_matches(key, SETTINGS, n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
