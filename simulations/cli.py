@@ -250,9 +250,9 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    attacks, options.attack = columns(options.attack or "none"), None  # several: no value of a key
     given = _given(options)
     rows: dict[str, Config] = {name: {"strategy": name} for name in options.strategies}
-    attacks = columns(str(given.pop("attack", "none")))
     names = options.strategies
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise ConfigError(f"strategies holds {', '.join(twice)} twice; allowed: each once")
@@ -432,9 +432,7 @@ def _reproduce_figure(options: argparse.Namespace) -> int:
 def _keys(options: argparse.Namespace) -> int:
     found = [key for key in SETTINGS if fnmatch.fnmatchcase(key, f"*{options.pattern}*")]
     if not found:
-        raise ConfigError(
-            f"pattern is {options.pattern!r}; allowed: part of {', '.join(SETTINGS)}"
-        )
+        raise ConfigError(f"pattern is {options.pattern!r}; allowed: part of {', '.join(SETTINGS)}")
     CONSOLE.print(keys_table(SETTINGS[key] for key in found))
     return 0
 

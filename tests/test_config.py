@@ -164,7 +164,7 @@ def test_a_bad_value_is_refused_with_key_value_and_what_is_allowed(key: str, val
     message = refusal({key: value})
     assert message.startswith(f"{key} is {value!r}")
     assert "allowed: " in message
-    if key not in SPECS | {"device"}:  # there the option's own allowed values, where it is an option that is bad
+    if key not in SPECS | {"device"}:  # there what is allowed of the part that is bad
         assert SETTINGS[key].allowed in message
 
 
@@ -537,7 +537,10 @@ def test_at_least_one_node_trains() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"min-valid-replies": 11}, "min-valid-replies is 11; allowed: none, or 1 to 10, the share"),
+        (
+            {"min-valid-replies": 11},
+            "min-valid-replies is 11; allowed: none, or 1 to 10, the share",
+        ),
         ({"attack": "backdoor:12"}, "attack is 'backdoor:12': target is '12'.* number, 0 to 9"),
         ({"attack": "backdoor:3.5"}, "attack is 'backdoor:3.5': target is '3.5'.* 0 to 9"),
         ({"attack": "delayed:0.5"}, "attack is 'delayed:0.5': rounds is '0.5'.* 1 or more"),
@@ -593,7 +596,10 @@ def test_the_default_of_the_valid_replies_is_the_strategys() -> None:
     [
         ({"strategy": "krum"}, ["4 of 10 clients may be hostile; krum is proved for n > 2 f"]),
         ({"strategy": "krum", "assumed-byzantine-fraction": 0.3}, []),
-        ({"strategy": "robust-filter"}, ["the guarantee of the robust filter (Data and Diggavi, Theorem 3) ends at 0.25"]),
+        (
+            {"strategy": "robust-filter"},
+            ["the guarantee of the robust filter (Data and Diggavi, Theorem 3) ends at 0.25"],
+        ),
         ({"strategy": "gmd+bucketing"}, ["hostile buckets must not be the majority"]),
         ({"strategy": "bgmd"}, []),
     ],
