@@ -70,5 +70,8 @@ format: $(READY) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+config: $(READY) ## Write the defaults of the run configuration into pyproject.toml
+	$(BIN)/python -m simulations.config
+
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) $(VENV)-flwr-min .mypy_cache .pytest_cache .ruff_cache .hypothesis dist

@@ -151,29 +151,13 @@ def partitions(dataset: Dataset, config: Mapping[str, Any], count: int) -> list[
 
     Raises ``ValueError`` for shares that cannot be.
     """
-    return _partitions(
-        dataset,
-        count,
-        str(config["partition"]),
-        int(config["num-shards"]),
-        float(config["alpha"]),
-        int(config["seed"]),
-    )
+    return _partitions(dataset, count, str(config["partition"]), int(config["seed"]))
 
 
 @lru_cache(maxsize=4)
-def _partitions(
-    dataset: Dataset, count: int, scheme: str, num_shards: int, alpha: float, seed: int
-) -> list[NDArray[np.int64]]:
+def _partitions(dataset: Dataset, count: int, spec: str, seed: int) -> list[NDArray[np.int64]]:
     """Partition the training examples: once per process, not in each round of each client."""
-    return partition(
-        dataset.train_labels,
-        count,
-        scheme=scheme,
-        num_shards=num_shards,
-        alpha=alpha,
-        seed=seed,
-    )
+    return partition(dataset.train_labels, count, scheme=spec, seed=seed)
 
 
 @lru_cache(maxsize=4)

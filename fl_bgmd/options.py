@@ -13,20 +13,20 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AllowInfNan, ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 Share = Annotated[float, Ge(0), Lt(0.5)]
 """A share of the clients that leaves the others the majority."""
 
 Fraction = Annotated[float, Gt(0), Le(1)]
-NonNegative = Annotated[float, Ge(0)]
-Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0), AllowInfNan(False)]
+Positive = Annotated[float, Gt(0), AllowInfNan(False)]
 Count = Annotated[int, Ge(1)]
 
 P = ParamSpec("P")
@@ -107,29 +107,44 @@ class Option:
         if value is self.default:
             return value
         try:
-            return _adapter(self.annotation).validate_python(value, strict=True)
+            found = _adapter(self.annotation).validate_python(value, strict=True)
         except ValidationError as error:
             raise self._error(value, error) from None
         except (PydanticUserError, TypeError):  # a protocol, for example: unchecked
             return value
+        return self._within_64_bits(found)
 
     def parse(self, text: Any) -> Any:
         """Return what a text stands for; values of other types are checked as they are."""
         if not isinstance(text, str):
             return self.check(text)
-        if text == "none" and _takes_none(self.annotation):
+        types = _types(self.annotation)
+        if text == "none" and type(None) in types:
             return None
+        if types <= {int, type(None)} and not _WHOLE.fullmatch(text):
+            raise self._error(text)
         try:
-            return _adapter(self.annotation).validate_python(text)
+            found = _adapter(self.annotation).validate_python(text)
         except ValidationError as error:
             raise self._error(text, error) from None
+        return self._within_64_bits(found)
 
-    def _error(self, value: Any, error: ValidationError) -> OptionError:
-        reasons = [e["ctx"]["error"] for e in error.errors() if e["type"] == "value_error"]
-        if reasons and str(reasons[0]).startswith(f"{self.name} is "):
-            return OptionError(str(reasons[0]))
-        why = f" ({reasons[0]})" if reasons else ""
+    def _within_64_bits(self, value: Any) -> Any:
+        """Refuse whole numbers that no message or tensor can hold."""
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise OptionError(f"{self.name} is {value}; allowed: {self.allowed}, within 64 bits")
+        return value
+
+    def _error(self, value: Any, error: ValidationError | None = None) -> OptionError:
+        errors = [] if error is None else error.errors()
+        reasons = [e["ctx"]["error"] for e in errors if e["type"] == "value_error"]
         allowed = self.allowed
+        if reasons and str(reasons[0]).startswith(f"{self.name} is "):
+            said = str(reasons[0])
+            return OptionError(said if "allowed: " in said else f"{said}; allowed: {allowed}")
+        if reasons and "allowed: " in str(reasons[0]):
+            return OptionError(f"{self.name} is {value!r}: {reasons[0]}")
+        why = f" ({reasons[0]})" if reasons else ""
         is_number = allowed[:1].isdigit() or allowed.startswith("above")
         if is_number and isinstance(value, bool | str):
             allowed = f"a number, {allowed}"  # not a text that looks like one
@@ -323,16 +338,18 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     return typing.get_args(annotation) if is_union else (annotation,)
 
 
-def _takes_none(annotation: Any) -> bool:
-    inner = (
-        getattr(annotation, "__origin__", annotation)
-        if hasattr(annotation, "__metadata__")
-        else annotation
-    )
-    return any(member is type(None) for member in _members(inner))
+def _types(annotation: Any) -> set[Any]:
+    """Return the types that an annotation allows, without their bounds."""
+    if hasattr(annotation, "__metadata__"):
+        return _types(annotation.__origin__)
+    members = _members(annotation)
+    return {annotation} if len(members) == 1 else set().union(*map(_types, members))
 
 
-def _bounds(kind: type, marks: Iterable[Any]) -> str:
+_WHOLE = re.compile(r"[+-]?[0-9]+")
+
+
+def _bounds(kind: type, marks: Sequence[Any]) -> str:
     low, high, above, below = -math.inf, math.inf, False, False
     for mark in marks:
         if isinstance(mark, Ge | Gt):
@@ -341,5 +358,6 @@ def _bounds(kind: type, marks: Iterable[Any]) -> str:
             high, below = float(getattr(mark, "le", getattr(mark, "lt", 0))), isinstance(mark, Lt)
     whole = "a whole number, " if kind is int else ""
     if high == math.inf:
-        return f"{whole}above {low:g}" if above else f"{whole}{low:g} or more"
+        finite = ", and finite" if any(isinstance(m, AllowInfNan) for m in marks) else ""
+        return (f"{whole}above {low:g}" if above else f"{whole}{low:g} or more") + finite
     return f"{whole}{'above ' if above else ''}{low:g} to {'below ' if below else ''}{high:g}"

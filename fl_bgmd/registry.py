@@ -8,7 +8,7 @@ import difflib
 import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 from .options import Option, OptionError, Options, nearest
@@ -56,7 +56,7 @@ class Spec:
             option: Option | None = by_key.get(key.replace("_", "-"))
             if option is None:
                 raise OptionError(f"{self.name} has no option {key!r}; {nearest(key, by_key)}")
-            found[option.name] = option.parse(text)
+            found[option.name] = replace(option, name=option.key).parse(text)
         return found
 
 

@@ -1,6 +1,7 @@
-"""The command line: ``run`` one configuration, ``compare`` several, fetch ``data``."""
+"""The command line: ``run`` one configuration, ``compare`` several, list ``keys``."""
 
 import argparse
+import fnmatch
 import logging
 import math
 import sys
@@ -55,6 +56,7 @@ from .report import (
     attacks_table,
     counted,
     grid_table,
+    keys_table,
     plot_accuracy,
     plot_data_attacks,
     plot_grid,
@@ -116,7 +118,7 @@ def _require_extras(options: argparse.Namespace) -> None:
     """Check what the command needs at its end before hours of computing."""
     if getattr(options, "backend", None) == "ray":
         require("ray", "backend ray", "simulation")
-    draws = options.command not in (_data, _attacks) or getattr(options, "picture", None)
+    draws = options.command not in (_data, _attacks, _keys) or getattr(options, "picture", None)
     if draws:
         require("matplotlib", "plots", "plots")
 
@@ -202,6 +204,10 @@ def _parser(program: str) -> argparse.ArgumentParser:
     again.add_argument("--results-dir", type=_path, default=Path("results"))
     again.add_argument("--output", type=_path, help="folder of table and plots; default: results")
 
+    keys = commands.add_parser("keys", help="list the keys of the run configuration")
+    keys.set_defaults(command=_keys)
+    keys.add_argument("pattern", nargs="?", default="", help="part of a key: lr, *-fraction")
+
     attacks = commands.add_parser("attacks", help="list the attacks, draw what they do to images")
     attacks.set_defaults(command=_attacks)
     attacks.add_argument("--dataset", choices=DATASETS, default="cifar10")
@@ -244,9 +250,9 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    attacks, options.attack = columns(options.attack or "none"), None  # several: no value of a key
     given = _given(options)
     rows: dict[str, Config] = {name: {"strategy": name} for name in options.strategies}
-    attacks = columns(str(given.pop("attack", "none")))
     names = options.strategies
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise ConfigError(f"strategies holds {', '.join(twice)} twice; allowed: each once")
@@ -420,6 +426,14 @@ def _reproduce_figure(options: argparse.Namespace) -> int:
         table = draw(folder, seeds=options.seeds or seeds, done=status.update)
     print(table.read_text(encoding="utf-8"))
     CONSOLE.print(f"written: {folder}", soft_wrap=True)
+    return 0
+
+
+def _keys(options: argparse.Namespace) -> int:
+    found = [key for key in SETTINGS if fnmatch.fnmatchcase(key, f"*{options.pattern}*")]
+    if not found:
+        raise ConfigError(f"pattern is {options.pattern!r}; allowed: part of {', '.join(SETTINGS)}")
+    CONSOLE.print(keys_table(SETTINGS[key] for key in found))
     return 0
 
 

@@ -17,11 +17,11 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le, Lt
 from pydantic import AfterValidator
 
-from fl_bgmd.aggregators import MIXINGS, RULES, build_rule
+from fl_bgmd.aggregators import MIXINGS, RULES, build_mixings, build_rule
 from fl_bgmd.attacks import ATTACKS, AttackPlan, build_attacks
 from fl_bgmd.attacks.plan import refuse_former
 from fl_bgmd.clients import LR_SCHEDULES
-from fl_bgmd.data import DATASETS, SCHEMES, TRAINING_EXAMPLES
+from fl_bgmd.data import DATASETS, SCHEMES, TRAINING_EXAMPLES, build_partition
 from fl_bgmd.models import MODELS
 from fl_bgmd.options import (
     Allowed,
@@ -33,9 +33,9 @@ from fl_bgmd.options import (
     Positive,
     declared,
 )
-from fl_bgmd.registry import is_path, load_object, split_specs
+from fl_bgmd.registry import is_path, load_object, parse_spec, split_specs
 from fl_bgmd.shares import FEWEST, floor_share
-from fl_bgmd.strategies import OWN_OPTIONS, RobustStrategy, resolve_device
+from fl_bgmd.strategies import OWN_OPTIONS, RobustStrategy, options_of, resolve_device
 
 Value = bool | int | float | str
 Config = dict[str, Any]
@@ -72,7 +72,7 @@ def own_strategy(spec: str) -> type[RobustStrategy] | None:
     Raises ``ValueError`` for what cannot be imported and for a class that is no
     :class:`RobustStrategy`.
     """
-    name = split_specs(spec)[0]
+    name = parse_spec(split_specs(spec)[0], RULES).name
     if not is_path(name):
         return None
     found = load_object(name)
@@ -87,12 +87,28 @@ def strategy_of(spec: str, **options: Any) -> RobustStrategy:
     if own is None:
         return RobustStrategy(spec, **options)
     mixing = "+".join(split_specs(spec)[1:])
-    return own(**options, mixing=mixing or "none")
+    return own(**options, **_own_values(own, spec), mixing=mixing or "none")
+
+
+def _own_values(own: type[RobustStrategy], spec: str) -> dict[str, Any]:
+    """Return the options in the spec of a class: its constructor's and its rule's."""
+    shared = options_of(RobustStrategy)  # which have keys of their own
+    options = {name: o for name, o in options_of(own).items() if name not in shared}
+    return parse_spec(split_specs(spec)[0], RULES).values(options)
 
 
 def _strategy(spec: str) -> str:
-    if own_strategy(spec) is None:
+    own = own_strategy(spec)
+    if own is None:
         build_rule(spec)
+    else:
+        _own_values(own, spec)
+        build_mixings("+".join(split_specs(spec)[1:]) or "none")
+    return spec
+
+
+def _partition(spec: str) -> str:
+    build_partition(spec)
     return spec
 
 
@@ -160,10 +176,6 @@ class RunSettings:
         Model to be trained.
     partition : str
         How the training examples are spread over the clients.
-    num_shards : int
-        Shards of partition shards; a multiple of num-clients.
-    alpha : float
-        Concentration of partition dirichlet.
     strategy : str
         The server's rule and its mixings: rule:option=value+mixing+mixing.
     min_available_clients : int
@@ -213,9 +225,11 @@ class RunSettings:
     dataset: Literal[DATASETS] = "cifar10"  # type: ignore[valid-type]
     data_dir: Annotated[str, *_FOLDER, Operation(), Environment()] = ""
     model: Literal[MODELS] = "small-cnn"  # type: ignore[valid-type]
-    partition: Literal[SCHEMES] = "shards"  # type: ignore[valid-type]
-    num_shards: Count = 80
-    alpha: Annotated[Positive, Le(1e6)] = 0.5
+    partition: Annotated[
+        str,
+        AfterValidator(_partition),
+        Allowed(f"one of {', '.join(SCHEMES)}, or package.module:NAME, with options: shards:80"),
+    ] = "shards:80"
     strategy: Annotated[
         str,
         AfterValidator(_strategy),
@@ -275,6 +289,9 @@ _LEFT_OUT = ("mixing", "checkpoints", "seed", "device")
 _APP_DEFAULTS = {"byzantine_fraction": 0.4}
 """Where the app differs from the strategies: its experiments are attacked."""
 
+_ANNOTATIONS = {"server_learning_rate": Positive}
+"""Strategy options that take less from a configuration: functions are no text."""
+
 STRATEGY_KEYS: dict[str, str] = {
     **{name: _RENAMED.get(name, o.key) for name, o in OWN_OPTIONS.items() if name not in _LEFT_OUT},
     "fraction_train": "fraction-train",
@@ -293,8 +310,18 @@ def _settings() -> dict[str, Option]:
     }
     for name, key in STRATEGY_KEYS.items():
         option = shares.get(name) or OWN_OPTIONS[name]
+        if name in _ANNOTATIONS:
+            option = replace(option, annotation=_ANNOTATIONS[name])
         found[key] = replace(option, default=_APP_DEFAULTS.get(name, option.default))
-    return {key: replace(option, name=key) for key, option in found.items()}
+    return {
+        key: replace(option, name=key, annotation=_as_text(option)) for key, option in found.items()
+    }
+
+
+def _as_text(option: Option) -> Any:
+    """Return an option's annotation, with Python's values in words as a configuration has them."""
+    words = option.allowed.replace("True or False", "true, false").replace("None", "none")
+    return Annotated[option.annotation, Allowed(words)]
 
 
 _SAMPLED = "Share of the clients that train in a round"
@@ -303,23 +330,25 @@ _ASKED = "Share of the clients that evaluate in a round"
 SETTINGS: dict[str, Option] = _settings()
 """Every key."""
 
-_GONE = {
-    **dict.fromkeys(("mixing",), 'strategy = "bgmd+nearest-neighbor"'),
-    "bucket-size": 'strategy = "gmd+bucketing:3"',
-    "gmd.solver": 'strategy = "gmd:solver=weiszfeld"',
+_GONE: Mapping[str, str] = {
+    "num-shards": "partition = 'shards:{}'",
+    "alpha": "partition = 'dirichlet:{}'",
+    "mixing": "strategy = 'bgmd+{}'",
+    "bucket-size": "strategy = 'bgmd+bucketing:{}'",
     **{
-        f"bgmd.{key}": f'strategy = "bgmd:{key}=..."'
-        for key in ("solver", "block-fraction", "min-block-size", "selection", "score", "memory")
+        f"{rule}.{key}": f"strategy = '{rule}:{key}={{}}'"
+        for rule, keys in {
+            "gmd": ("solver",),
+            "bgmd": ("solver", "block-fraction", "min-block-size", "selection", "score", "memory"),
+            "norm-threshold": ("order", "norms"),
+            "robust-filter": ("sigma0",),
+            "multi-krum": ("num-selected",),
+            "centered-clipping": ("radius",),
+        }.items()
+        for key in keys
     },
-    **{
-        f"norm-threshold.{key}": f'strategy = "norm-threshold:{key}=..."'
-        for key in ("order", "norms")
-    },
-    "robust-filter.sigma0": 'strategy = "robust-filter:sigma0=..."',
-    "multi-krum.num-selected": 'strategy = "multi-krum:num-selected=..."',
-    "centered-clipping.radius": 'strategy = "centered-clipping:radius=..."',
 }
-"""Keys of earlier versions, and what became of them."""
+"""Keys of earlier versions, and the form that their values have now."""
 
 
 def defaults() -> Config:
@@ -363,7 +392,8 @@ def _check_key(key: str, value: Any) -> None:
     except OptionError as error:
         raise ConfigError(str(error)) from None
     if key in _GONE:
-        raise ConfigError(f"key {key!r} (value {value!r}) is no more; now: {_GONE[key]}")
+        now = _GONE[key].format(value).replace("+none", "")
+        raise ConfigError(f"{key} is {value!r}, and is no more; allowed: {now}")
     if key not in SETTINGS:
         close = difflib.get_close_matches(key, SETTINGS, n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
@@ -399,20 +429,19 @@ def _check_combinations(config: Config) -> None:
     """Refuse values that are fine alone and not together."""
     clients, fraction = config["num-clients"], config["byzantine-fraction"]
     examples = TRAINING_EXAMPLES[config["dataset"]]
-    for key in ("num-clients", *(("num-shards",) if config["partition"] == "shards" else ())):
-        if config[key] > examples:
-            raise ConfigError(
-                f"{key} is {config[key]}; allowed: 1 to {examples}, the training examples of "
-                f"{config['dataset']}"
-            )
+    if clients > examples:
+        raise ConfigError(
+            f"num-clients is {clients}; allowed: 1 to {examples}, the training examples of "
+            f"{config['dataset']}"
+        )
+    try:
+        build_partition(config["partition"]).check(examples, clients)
+    except OptionError as error:
+        raise ConfigError(f"partition is {config['partition']!r}: {error}") from None
     if bool(config["local-steps"]) == bool(config["local-epochs"]):
         raise ConfigError(
             f"local-steps is {config['local-steps']} and local-epochs is "
             f"{config['local-epochs']}; allowed: one of them 0, the other above 0"
-        )
-    if config["partition"] == "shards" and config["num-shards"] % clients:
-        raise ConfigError(
-            f"num-shards is {config['num-shards']}; allowed: a multiple of num-clients ({clients})"
         )
     if config["min-available-clients"] > clients:
         raise ConfigError(
@@ -470,12 +499,19 @@ def beyond_guarantee(config: Config) -> list[str]:
 
 
 def flower_defaults() -> str:
-    """Return the ``[tool.flwr.app.config]`` table of ``pyproject.toml``."""
+    """Return the ``[tool.flwr.app.config]`` table of ``pyproject.toml``, without its header."""
     lines = []
     for key, value in defaults().items():
         text = "none" if value is None else value
         lines.append(f"{json.dumps(key) if '.' in key else key} = {json.dumps(text)}")
     return "\n".join(lines)
+
+
+def write_flower_defaults(pyproject: Path) -> None:
+    """Rewrite that table in a ``pyproject.toml``, from its header to the next empty line."""
+    table = re.compile(r"(?<=^\[tool\.flwr\.app\.config\]\n)(?:[^\n]+\n)*", re.M)
+    text = pyproject.read_text(encoding="utf-8")
+    pyproject.write_text(table.sub(lambda _: f"{flower_defaults()}\n", text), encoding="utf-8")
 
 
 def _check_attack(config: Config, hostile: int) -> None:
@@ -493,3 +529,7 @@ def _check_attack(config: Config, hostile: int) -> None:
                 f"attack is {config['attack']!r} with {bound} played by {players}; allowed: by "
                 f"{least} hostile clients or more"
             )
+
+
+if __name__ == "__main__":
+    write_flower_defaults(Path("pyproject.toml"))

@@ -163,9 +163,9 @@ def _least_seconds(rule: Callable[[Tensor], Any], rows: Tensor, repeats: int) ->
 
 SPEEDUP_ROWS: dict[str, Mapping[str, str]] = {
     "SGD": {"strategy": "mean"},
-    "GmD, Weiszfeld": {"strategy": "gmd", "gmd.solver": "weiszfeld"},
+    "GmD, Weiszfeld": {"strategy": "gmd:solver=weiszfeld"},
     "GmD, Gram": {"strategy": "gmd"},
-    "BGmD, Weiszfeld": {"strategy": "bgmd", "bgmd.solver": "weiszfeld"},
+    "BGmD, Weiszfeld": {"strategy": "bgmd:solver=weiszfeld"},
     "BGmD, Gram": {"strategy": "bgmd"},
 }
 
@@ -232,7 +232,6 @@ def run_rounds(
         "momentum": 0.0,
         "weight-decay": 1e-4,
         "server-learning-rate": 0.01,
-        "mixing": "none",
         "attack": "bit-flip",
         "byzantine-fraction": 0.4,
         "num-server-rounds": rounds,

@@ -1,14 +1,16 @@
 """Tables and plots of finished runs."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from fl_bgmd.attacks import ATTACKS
 from fl_bgmd.data import Dataset
+from fl_bgmd.options import Option
 
 from .experiment import RunResult
 
@@ -165,6 +167,18 @@ def attacks_table() -> Table:
         )
         codes = ", ".join(f"{value:g} {data}" for data, value in attack.authors_code.items())
         table.add_row(name, attack.place, attack.knows, options, codes.strip(), attack.source)
+    return table
+
+
+def keys_table(options: Iterable[Option]) -> Table:
+    """Return keys of the run configuration for the terminal."""
+    table = Table(title="Run configuration")
+    for column in ("key", "default", "allowed", "help"):
+        table.add_column(column, no_wrap=column == "key")
+    for option in options:
+        given = option.default
+        default = (given or "(empty)") if isinstance(given, str) else _plain(given)
+        table.add_row(option.name, default, escape(option.allowed), escape(option.help))
     return table
 
 

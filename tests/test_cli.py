@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from fl_bgmd.data import data_directory
 from simulations.cli import main
+from simulations.config import SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -34,8 +36,8 @@ def run_folder(results: Path) -> Path:
 def test_run_writes_history_table_and_plot(tmp_path: Path) -> None:
     assert main(["run", *SMALL, *ATTACK, f"--results-dir={tmp_path}"]) == 0
     folder = run_folder(tmp_path)
-    record = json.loads((folder / "bgmd" / "run.json").read_text())
-    lines = (folder / "bgmd" / "rounds.jsonl").read_text().splitlines()
+    record = json.loads((folder / "bgmd+nearest-neighbor" / "run.json").read_text())
+    lines = (folder / "bgmd+nearest-neighbor" / "rounds.jsonl").read_text().splitlines()
     rounds = [json.loads(line) for line in lines]
     assert record["status"] == "finished"
     assert record["config"]["attack"] == "bit-flip"
@@ -45,7 +47,7 @@ def test_run_writes_history_table_and_plot(tmp_path: Path) -> None:
     assert ["accuracy" in entry for entry in rounds] == [True, False, True]
     for plot in ("accuracy.png", "bytes.png"):
         assert (folder / plot).read_bytes().startswith(b"\x89PNG")
-    assert "| bgmd | finished |" in (folder / "table.md").read_text()
+    assert "| bgmd+nearest-neighbor | finished |" in (folder / "table.md").read_text()
 
 
 def test_compare_runs_every_strategy_from_the_same_start(
@@ -58,8 +60,7 @@ def test_compare_runs_every_strategy_from_the_same_start(
         name: json.loads((folder / name / "run.json").read_text())
         for name in ("mean", "bgmd+nearest-neighbor")
     }
-    assert records["mean"]["config"]["mixing"] == "none"
-    assert records["bgmd+nearest-neighbor"]["config"]["mixing"] == "nearest-neighbor"
+    assert all(record["config"]["strategy"] == name for name, record in records.items())
     first = {
         json.loads((folder / name / "rounds.jsonl").read_text().splitlines()[0])["loss"]
         for name in records
@@ -75,7 +76,9 @@ def test_same_seed_same_history_other_seed_another(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         folder = tmp_path / name
         assert main(["run", *SMALL, *ATTACK, f"--seed={seed}", f"--results-dir={folder}"]) == 0
-        lines = (run_folder(folder) / "bgmd" / "rounds.jsonl").read_text().splitlines()
+        lines = (
+            (run_folder(folder) / "bgmd+nearest-neighbor" / "rounds.jsonl").read_text().splitlines()
+        )
         last = json.loads(lines[-1])
         histories.append((last["loss"], last["update-norm"], last["train-loss"]))
     assert histories[0] == histories[1]
@@ -83,7 +86,7 @@ def test_same_seed_same_history_other_seed_another(tmp_path: Path) -> None:
 
 
 def test_averaging_diverges_and_is_a_result_not_a_crash(tmp_path: Path) -> None:
-    arguments = ["--strategy=mean", "--mixing=none", "--num-server-rounds=30", "--learning-rate=1"]
+    arguments = ["--strategy=mean", "--num-server-rounds=30", "--learning-rate=1"]
     arguments += ["--local-steps=2", "--evaluate-every=30", f"--results-dir={tmp_path}"]
     assert main(["run", *SMALL, *ATTACK, *arguments]) == 0
     record = json.loads((run_folder(tmp_path) / "mean" / "run.json").read_text())
@@ -96,7 +99,7 @@ def test_averaging_diverges_and_is_a_result_not_a_crash(tmp_path: Path) -> None:
     ("arguments", "named"),
     [
         (["run", "--batch-size=0"], ["batch-size", "0", "1 or more"]),
-        (["run", "--batch-size=many"], ["batch-size", "many", "integer"]),
+        (["run", "--batch-size=many"], ["batch-size", "many", "whole number"]),
         (["run", "--client-threads=100000"], ["client-threads", "100000", "1 to 256"]),
         (["run", "--num-clients=1000000000"], ["num-clients", "1000000000", "1 to 50000"]),
         (["compare", "--dataset=mnist", "--num-clients=60001"], ["num-clients", "1 to 60000"]),
@@ -104,8 +107,11 @@ def test_averaging_diverges_and_is_a_result_not_a_crash(tmp_path: Path) -> None:
         (["run", "--strategy=bmgd"], ["strategy", "bmgd", "bgmd"]),
         (["run", "--attack=bit-flip"], ["attack", "bit-flip", "byzantine-fraction"]),
         (["compare", "--strategies", "gmd+mixed"], ["mixing", "mixed", "nearest-neighbor"]),
-        (["compare", "--num-shards=81"], ["num-shards", "81", "multiple"]),
-        (["compare", "--mixing", "bucketing"], ["mixing", "bucketing", "--strategies"]),
+        (["compare", "--partition=shards:81"], ["partition", "num-shards", "81", "multiple"]),
+        (["compare", "--num-shards=81"], ["num-shards", "81", "partition = 'shards:81'"]),
+        (["compare", "--mixing", "bucketing"], ["mixing", "strategy = 'bgmd+bucketing'"]),
+        (["run", "--bgmd.memory=mean"], ["bgmd.memory", "strategy = 'bgmd:memory=mean'"]),
+        (["compare", "--strategy=gmd"], ["strategy", "gmd", "--strategies"]),
         (["reproduce", "fig-toy", "--seed=3"], ["seed", "3", "with run"]),
     ],
 )
@@ -142,8 +148,39 @@ def test_a_failed_run_ends_with_a_failure(
     monkeypatch.setattr("simulations.backends.run_experiment", broken)
     assert main(["run", *SMALL, f"--results-dir={tmp_path}"]) == 1
     assert "the server fell over" in capsys.readouterr().err
-    record = json.loads((run_folder(tmp_path) / "bgmd" / "run.json").read_text())
+    record = json.loads((run_folder(tmp_path) / "bgmd+nearest-neighbor" / "run.json").read_text())
     assert record["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("lr-", ["lr-schedule", "server-lr-schedule", "lr-period", "lr-decay"]),
+        ("fraction-*", ["fraction-train", "fraction-evaluate"]),
+        ("partition", ["partition"]),
+        ("", list(SETTINGS)),
+    ],
+)
+def test_keys_lists_what_may_be_given(
+    pattern: str,
+    expected: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("simulations.cli.CONSOLE", Console(width=400))
+    assert main(["keys", *filter(None, [pattern])]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = {line.split()[1]: line for line in lines if line.startswith("│ ") and line[2] != " "}
+    assert list(found) == expected
+    for key in expected:
+        option = SETTINGS[key]
+        assert option.allowed in found[key]
+        assert option.help in found[key]
+
+
+def test_keys_without_a_match_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys", "mixing"]) == 2
+    assert "pattern is 'mixing'; allowed: part of num-server-rounds, " in capsys.readouterr().err
 
 
 def test_data_command_names_the_folder() -> None:

@@ -49,7 +49,7 @@ def splits(draw: st.DrawFn) -> dict:
     return {
         "labels": np.array(labels),
         "num_partitions": clients,
-        "scheme": draw(st.sampled_from(SCHEMES)),
+        "scheme": draw(st.sampled_from(list(SCHEMES))),
         "num_shards": clients * draw(st.integers(1, len(labels) // clients)),
         "alpha": draw(st.sampled_from([1e-9, 0.05, 0.5, 100.0, 1e6])),
         "seed": draw(st.integers(0, 2**32)),
@@ -126,21 +126,79 @@ def test_dirichlet_feeds_clients_that_got_nothing() -> None:
         ({"labels": [[0, 1]]}, r"labels must be .*one-dimensional.*shape \(1, 2\)"),
         ({"labels": []}, "labels must be a non-empty"),
         ({"labels": [0.5, 1.5]}, "array of integers, got float64"),
-        ({"num_partitions": 0}, "num_partitions must be between 1 and .* 6, got 0"),
-        ({"num_partitions": 7}, "num_partitions must be between 1 and .* 6, got 7"),
-        ({"scheme": "random"}, "scheme must be one of shards, iid, dirichlet, got 'random'"),
-        ({"num_shards": 5}, "num_shards must be a multiple of num_partitions 2 .*got 5"),
-        ({"num_shards": 8}, "at most the number of labels 6, got 8"),
-        ({"num_shards": 0}, "num_shards must be .*got 0"),
+        ({"num_partitions": 0}, "num_partitions is 0; allowed: 1 to 6"),
+        ({"num_partitions": 7}, "num_partitions is 7; allowed: 1 to 6"),
+        ({"scheme": "random"}, "partition is 'random'; .*allowed: shards, iid, dirichlet, or "),
+        ({"scheme": "iid:3"}, "partition is 'iid:3': iid has no option; allowed: 'iid' alone"),
+        ({"scheme": "shards:alpha=3"}, "shards has no option 'alpha'; it has: num-shards"),
+        ({"scheme": "shards:0"}, "'shards:0': num-shards is '0'; allowed: a whole number, 1 or"),
+        ({"scheme": "shards:5"}, r"num-shards is 5; allowed: a multiple of the clients \(2\)"),
+        ({"scheme": "dirichlet:nan"}, "alpha is 'nan'; allowed: .*above 0 to 1e"),
+        ({"num_shards": 5}, r"num-shards is 5; allowed: a multiple of the clients \(2\)"),
+        ({"num_shards": 8}, "num-shards is 8; .* at most 6, the examples"),
+        ({"num_shards": 0}, "num_shards is 0; allowed: a whole number, 1 or more"),
         ({"seed": -1}, "seed must not be negative, got -1"),
-        ({"scheme": "dirichlet", "alpha": 0.0}, "alpha must be above 0 .*got 0.0"),
-        ({"scheme": "dirichlet", "alpha": float("nan")}, "alpha must be .*got nan"),
-        ({"scheme": "dirichlet", "alpha": 1e308}, "at most 1e6, got 1e\\+308"),
+        ({"scheme": "dirichlet", "alpha": 0.0}, "alpha is 0.0; allowed: above 0 to 1e"),
+        ({"scheme": "dirichlet", "alpha": float("nan")}, "alpha is nan; allowed: above 0 to "),
+        ({"scheme": "dirichlet", "alpha": 1e308}, "alpha is 1e\\+308; allowed: above 0 to 1e"),
     ],
 )
 def test_partition_refuses(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         partition(**{"labels": [0, 1, 2, 0, 1, 2], "num_partitions": 2} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("spec", "arguments"),
+    [
+        ("shards:20", {"scheme": "shards", "num_shards": 20}),
+        ("shards:num-shards=20", {"scheme": "shards", "num_shards": 20}),
+        ("dirichlet:0.1", {"scheme": "dirichlet", "alpha": 0.1}),
+    ],
+)
+def test_a_spec_is_the_scheme_with_its_options(spec: str, arguments: dict) -> None:
+    labels = np.arange(400) % 10
+    parts = zip(
+        partition(labels, 5, scheme=spec, seed=3),
+        partition(labels, 5, seed=3, **arguments),
+        strict=True,
+    )
+    assert all(np.array_equal(first, second) for first, second in parts)
+
+
+OWN_SCHEME = """
+from fl_bgmd.data import scheme
+
+@scheme("striped", fits=lambda n, clients, every: "" if every < clients else "every is too many")
+def striped(num_partitions, labels, *, every: int = 1):
+    return [range(k, len(labels), num_partitions * every) for k in range(num_partitions)]
+
+@scheme("greedy")
+def greedy(labels, num_partitions):
+    return [range(len(labels))] * num_partitions
+
+@scheme("stingy")
+def stingy(num_partitions):
+    return [[0]] + [[]] * (num_partitions - 1)
+"""
+
+
+def test_schemes_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_schemes.py").write_text(OWN_SCHEME)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    labels = np.zeros(12, int)
+    parts = partition(labels, 3, scheme="my_schemes:striped:every=2")
+    assert [part.tolist() for part in parts] == [[0, 6], [1, 7], [2, 8]]
+    assert "striped" not in SCHEMES
+    for name, message in (
+        ("striped:3", "every is too many"),
+        ("greedy", "partition greedy returned .* one twice; allowed: each at most once"),
+        ("stingy", "partition stingy returned examples for 1 clients; allowed: for 3"),
+        ("nothing", "partition is 'my_schemes:nothing': .* cannot be imported"),
+        ("OWN", "cannot be imported"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            partition(labels, 3, scheme=f"my_schemes:{name}")
 
 
 # ------------------------------------------------------------------------------- sources

@@ -44,7 +44,6 @@ CONFIG: Config = {
     "model": "small-cnn",
     "partition": "iid",
     "strategy": "gmd",
-    "mixing": "none",
     "num-clients": NUM_NODES,
     "min-available-clients": 3,
     "min-valid-replies": 3,  # with one node hostile

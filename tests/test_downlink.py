@@ -111,7 +111,7 @@ def test_an_experiment_with_every_kind_of_compression() -> None:
         "dataset": "mnist",
         "model": "tiny-cnn",
         "num-clients": 5,
-        "num-shards": 20,
+        "partition": "shards:20",
         "num-server-rounds": 3,
         "local-steps": 1,
         "evaluate-every": 3,

@@ -41,7 +41,6 @@ learning-rate = 1.0
 momentum = 0.0
 server-learning-rate = 0.1
 server-lr-schedule = "cosine"
-mixing = "none"
 
 [rows]
 SGD = { strategy = "mean" }
@@ -125,8 +124,8 @@ def test_the_server_takes_the_steps_of_torch_s_sgd(nesterov: bool) -> None:
 
 
 def test_nesterov_needs_a_momentum() -> None:
-    with pytest.raises(ConfigError, match=r"server-nesterov is 'on' with server-momentum 0; all"):
-        validate({"server-nesterov": "on"})
+    with pytest.raises(ConfigError, match=r"server-nesterov is True with server-momentum 0; all"):
+        validate({"server-nesterov": True})
 
 
 def test_restarts_need_a_cycle() -> None:

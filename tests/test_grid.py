@@ -691,7 +691,6 @@ def test_a_diverging_run_says_so_and_a_robust_one_does_not() -> None:
         "attack": "bit-flip:1e30",
         "byzantine-fraction": 0.2,
         "num-server-rounds": 4,
-        "mixing": "none",
     }
     assert run_small(**options, strategy="mean").status == "diverged"
     robust = run_small(**options, strategy="gmd")
@@ -752,11 +751,9 @@ def raising(message: Message, context: Context) -> Message:
 
 @pytest.mark.usefixtures("synthetic")
 def test_a_partition_that_cannot_be_is_refused_before_the_first_round() -> None:
-    result = backends.run(
-        validate(SMALL | {"partition": "shards", "num-shards": 40_000}), backend="inprocess"
-    )
+    result = backends.run(validate(SMALL | {"partition": "shards:40000"}), backend="inprocess")
     assert result.status == "failed"
-    assert "num_shards" in result.error
+    assert "num-shards is 40000; allowed: a multiple of" in result.error
     assert not result.rounds
 
 

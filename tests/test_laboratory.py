@@ -822,7 +822,7 @@ def test_an_attack_that_was_not_played_is_a_failure() -> None:
 def test_the_backdoor_is_measured() -> None:
     config = SMALL | {"attack": "backdoor", "strategy": "mean", "byzantine-fraction": 1.0}
     config |= {"num-server-rounds": 60, "learning-rate": 0.1, "evaluate-every": 60}
-    result = run(validate(config | {"mixing": "none"}), backend="inprocess")
+    result = run(validate(config), backend="inprocess")
     last = result.rounds[-1]
     assert last["backdoor-success"] > 0.99
     assert last["class-accuracies"][8] > 0.99
@@ -850,7 +850,6 @@ def averaging() -> Callable[[str], float]:
             **SMALL,
             "model": "mlp",
             "strategy": "mean",
-            "mixing": "none",
             "num-server-rounds": 15,
             "evaluate-every": 15,
             "learning-rate": 0.1,
@@ -904,7 +903,7 @@ def test_attacks_that_cannot_be_played_are_refused(given: Any, message: str) -> 
 
 
 def test_a_grid_sweeps_the_knobs_and_the_seeds() -> None:
-    rows = {"gmd": {"strategy": "gmd", "mixing": "none"}}
+    rows = {"gmd": {"strategy": "gmd"}}
     given = {"byzantine-fraction": 0.4, "seed": 5}
     cells = plan_grid(given, rows, columns("all"), 2, sweep=True)
     swept = sum(len(attack.swept()) for attack in ATTACKS.values())

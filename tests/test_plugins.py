@@ -53,10 +53,15 @@ def test_attacks_of_ones_own_are_not_listed() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"strategy": "my_lab:Nothing"}, "my_lab:Nothing cannot be imported.*allowed: mean, "),
-        ({"strategy": "my_lab:pull_back"}, "no subclass of RobustStrategy"),
+        (
+            {"strategy": "my_lab:Nothing"},
+            "my_lab:Nothing cannot be imported.*allowed: one of cmd, ",
+        ),
+        ({"strategy": "my_lab:pull_back"}, "allowed: a function under @rule"),
+        ({"strategy": "my_lab:Tensor"}, "my_lab:Tensor is no subclass of RobustStrategy"),
+        ({"strategy": "my_lab:MeanAroundMedian:x=1"}, "MeanAroundMedian has no option 'x'"),
         ({"strategy": "nowhere:Rule"}, "No module named 'nowhere'"),
-        ({"strategy": "my_lab"}, "strategy is 'my_lab'; allowed: mean, "),
+        ({"strategy": "my_lab"}, "strategy is 'my_lab': rule is 'my_lab'; allowed: cmd, "),
         ({"attack": "my_lab:NonNegative"}, "allowed: a function under @attack"),
         ({"attack": "my_lab:pull_back:scale=-1"}, "scale is '-1'; allowed: .*0 or more"),
         ({"attack": "bit-flip+my_lab:Nothing"}, "cannot be imported"),
@@ -75,9 +80,11 @@ def test_paths_are_told_from_names(name: str, expected: bool) -> None:
     assert is_path(name) is expected
 
 
-def test_a_subclass_takes_the_keys_of_its_base() -> None:
-    config = {"strategy": "fl_bgmd.strategies:FedBGMD", "compressor": "qsgd:3"}
-    strategy = build_strategy(validate(config | {"bgmd.block-fraction": 0.5}))
+def test_a_subclass_takes_the_options_of_its_base() -> None:
+    config = {"compressor": "qsgd:3"}
+    strategy = build_strategy(
+        validate(config | {"strategy": "fl_bgmd.strategies:FedBGMD:block-fraction=0.5"})
+    )
     assert isinstance(strategy, FedBGMD)
     assert strategy.block_fraction == 0.5
     assert strategy.compressor is not None

@@ -119,7 +119,7 @@ def test_flwr_run_from_a_neutral_directory(superlink: dict[str, str], tmp_path: 
     results = tmp_path / "results"
     settings = (
         "strategy='bgmd' attack='bit-flip' byzantine-fraction=0.4 num-server-rounds=2 "
-        "num-clients=5 num-shards=80 model='tiny-cnn' local-steps=1 batch-size=8 "
+        "num-clients=5 partition='shards:80' model='tiny-cnn' local-steps=1 batch-size=8 "
         f"results-dir='{results}'"
     )
     resources = "num-supernodes=5 client-resources-num-cpus=1"

@@ -31,15 +31,13 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
-from annotated_types import Ge
 from numpy.typing import NDArray
-from pydantic import AllowInfNan
 from torch import Generator, Tensor
 
-from fl_bgmd.options import Allowed, OptionError, Options, check_all, declared, nearest
+from fl_bgmd.options import NonNegative, OptionError, Options, check_all, declared, nearest
 from fl_bgmd.registry import Registry, parse_spec, split_specs
 
 P = ParamSpec("P")
@@ -55,7 +53,7 @@ Outcome = Callable[[Tensor, int], Tensor]
 OMNISCIENT: tuple[Knowledge, ...] = ("all", "rule")
 """Who sees the honest clients' updates."""
 
-Strength = Annotated[float, Ge(0), AllowInfNan(False), Allowed("0 or more, and finite")]
+Strength = NonNegative
 """What scales a lie."""
 
 

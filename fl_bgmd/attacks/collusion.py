@@ -47,7 +47,7 @@ def alie_deviations(num_clients: int, num_byzantine: int) -> float:
 def alie(
     colluders: Tensor,
     num_clients: int,
-    z: Annotated[Positive, AllowInfNan(False)] | None = None,
+    z: Positive | None = None,
     *,
     num_byzantine: int | None = None,
 ) -> Tensor:

@@ -10,10 +10,9 @@ from typing import Annotated
 import numpy as np
 import torch
 from annotated_types import Ge, Le
-from pydantic import AllowInfNan
 
 from fl_bgmd.extras import require
-from fl_bgmd.options import Allowed, Fraction, Positive
+from fl_bgmd.options import Fraction, Positive
 
 from .attack import Images, Labels, Strength, attack
 
@@ -96,7 +95,7 @@ def impulse(
 @attack("Acharya et al. (BGMD), Figure 4", sweep=(2.0, 4.0))
 def blur(
     images: Images,
-    sigma: Annotated[Positive, AllowInfNan(False), Allowed("above 0, and finite")] = 2.0,
+    sigma: Positive = 2.0,
 ) -> Images:
     """Return the images under a Gaussian filter (Figure 4 (d)).
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fl_bgmd.data.partitions import SCHEMES, partition
+from fl_bgmd.data.partitions import SCHEMES, build_partition, partition, scheme
 from fl_bgmd.data.sources import SIZE, DataUnavailableError, obtain
 
 __all__ = [
@@ -24,10 +24,12 @@ __all__ = [
     "TRAINING_EXAMPLES",
     "DataUnavailableError",
     "Dataset",
+    "build_partition",
     "data_directory",
     "load",
     "normalize",
     "partition",
+    "scheme",
 ]
 
 # Mean and standard deviation of each channel over the training images, on the 0..1 scale.
