@@ -23,8 +23,10 @@ simulate: $(READY) ## CIFAR-10, 40 % hostile clients: averaging, GMD and BGMD si
 	$(BIN)/python -m simulations compare --strategies mean gmd bgmd+nearest-neighbor \
 		--attack bit-flip --byzantine-fraction 0.4
 
-test: $(READY) ## The test suite
-	$(BIN)/python -m pytest -m "not slow and not deployment"
+TEST_JOBS ?= auto
+test: $(READY) ## The test suite, in as many processes as there are cores (TEST_JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 8 --dist loadfile \
+		-m "not slow and not deployment"
 
 benchmark: $(READY) ## Time the rules against a plain sum and against the peers
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check byzfl geom-median
@@ -63,15 +65,13 @@ lint: $(READY) ## Linters and type checker
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-config: $(READY) ## Write strategies/typed.py from the options' declarations
-	$(BIN)/python -m strategies.generate
-
 format: $(READY) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-config: $(READY) ## Write the defaults of the run configuration into pyproject.toml
+config: $(READY) ## Write what follows from the options' declarations: pyproject.toml, strategies/typed.py
 	$(BIN)/python -m simulations.config
+	$(BIN)/python -m strategies.generate
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) $(VENV)-flwr-min .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
