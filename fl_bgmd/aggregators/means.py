@@ -141,3 +141,62 @@ class Buckets(Mixing):
     def spread(self, shares: NDArray[np.float64]) -> NDArray[np.float64]:
         """See :class:`Mixing`."""
         return (shares / self.sizes)[self.bucket]
+
+
+@dataclass(frozen=True)
+class Scaled(Mixing):
+    """Each row by itself, brought closer to the origin: ``factors`` (n,), 0 to 1."""
+
+    factors: NDArray[np.float64]
+
+    def apply(self, updates: Tensor, out: Tensor | None = None) -> Tensor:
+        """See :class:`Mixing`."""
+        return _towards(self.factors, None, updates, out)
+
+    def average(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the values: each row still stands for its client alone."""
+        return values
+
+    def spread(self, shares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """See :class:`Mixing`."""
+        return shares * self.factors
+
+
+@dataclass(frozen=True)
+class Towards(Mixing):
+    """Each row brought closer to a ``center`` (d,), which is ``weights`` (n,) of the rows."""
+
+    factors: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    center: Tensor
+
+    def apply(self, updates: Tensor, out: Tensor | None = None) -> Tensor:
+        """See :class:`Mixing`."""
+        return _towards(self.factors, self.center, updates, out)
+
+    def average(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the values: each row still stands for its client, above all."""
+        return values
+
+    def spread(self, shares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """See :class:`Mixing`."""
+        return shares * self.factors + float(shares @ (1.0 - self.factors)) * self.weights
+
+
+def _towards(
+    factors: NDArray[np.float64], center: Tensor | None, updates: Tensor, out: Tensor | None
+) -> Tensor:
+    """Return ``center + factors_i (x_i - center)`` for each row, (n, d)."""
+    out = empty(tuple(updates.shape), updates, result_dtype(updates)) if out is None else out
+    target, scale = native(out, updates), native(factors[:, None], updates)
+    middle = None if center is None else native(center.double(), updates)
+
+    def write(columns: slice, block: Block) -> float:
+        moved = block * scale
+        if middle is not None:
+            moved += (1.0 - scale) * middle[columns]
+        target[:, columns] = moved
+        return 0.0
+
+    sum_blocks(write, updates)
+    return out

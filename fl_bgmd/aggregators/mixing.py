@@ -7,12 +7,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_bgmd.options import Count, Share
+from fl_bgmd.options import Count, Positive, Share
 from fl_bgmd.shares import floor_share, largest_bucket
 
 from .coordinates import coordinate_median
-from .means import Buckets, Dense, Mixing, Neighbors
-from .rows import DENSE_ROWS, check_updates, in_range, measure_strips, pairwise_squared_distances
+from .geometric_median import geometric_median
+from .means import Buckets, Dense, Mixing, Neighbors, Scaled, Towards
+from .norms import clip_factors, euclidean_norms
+from .rows import (
+    DENSE_ROWS,
+    check_updates,
+    in_range,
+    measure_strips,
+    pairwise_squared_distances,
+    row_norms,
+)
 from .rule import mixing
 
 
@@ -144,3 +153,72 @@ def buckets(
     bucket = np.empty(n, np.int64)
     bucket[order] = np.arange(n) // size
     return Buckets(bucket, np.bincount(bucket))
+
+
+@mixing("clipping")
+def clipping(updates: Tensor, *, radius: Positive | None = None, factor: Positive = 1.0) -> Mixing:
+    """Scale every row down to at most the lower median norm.
+
+    Before :func:`nearest_neighbors` it keeps long rows from drawing the others' means; alone it
+    lets rows of ordinary length be anything. Of the (n + 1) / 2 shortest rows, rounded down, at
+    least one is honest where the hostile are the minority: its norm bounds all.
+
+    Parameters
+    ----------
+    radius : float, optional
+        What rows are clipped to; the lower median of their norms by default.
+    factor : float
+        Multiple of that.
+    """
+    norms = _norms(check_updates(updates))
+    limit = lower_median(norms) if radius is None else radius
+    return Scaled(clip_factors(norms, factor * limit))
+
+
+@mixing("arc")
+def adaptive_clipping(updates: Tensor, *, byzantine_fraction: Share = 0.25) -> Mixing:
+    """Clip the ``2 f (n - f) / n`` longest rows to the next one's norm.
+
+    Adaptive robust clipping of Allouah et al. (arXiv 2405.14432), Algorithm 2, with ``f =
+    floor(byzantine_fraction n)`` and the number of rows rounded down.
+    """
+    norms = _norms(check_updates(updates))
+    n = len(norms)
+    hostile = floor_share(byzantine_fraction, n)
+    count = 2 * hostile * (n - hostile) // n
+    return Scaled(clip_factors(norms, float(np.sort(norms)[n - 1 - count])))
+
+
+@mixing("median-clipping")
+def median_clipping(updates: Tensor, *, factor: Positive = 1.0) -> Mixing:
+    """Clip every row's distance to the geometric median to the lower median distance.
+
+    Parameters
+    ----------
+    factor : float
+        Multiple of that distance.
+    """
+    updates = check_updates(updates)
+    median = geometric_median(updates)
+    assert median.weights is not None
+    distances = _norms(updates, -median.vector)
+    factors = clip_factors(distances, factor * lower_median(distances))
+    return Towards(factors, median.weights.numpy(), median.vector)
+
+
+def lower_median(values: NDArray[np.float64]) -> float:
+    """Return the middle value; of two the smaller, which no half of the rows can raise."""
+    return float(np.sort(values)[(len(values) - 1) // 2])
+
+
+def _norms(updates: Tensor, offset: Tensor | None = None) -> NDArray[np.float64]:
+    """Return the norms of ``updates + offset``, (n,), the largest number for those beyond it."""
+    with np.errstate(over="ignore"):
+        if offset is None:
+            norms = euclidean_norms(updates)
+        else:
+            rows, scales = in_range(updates)
+            scale = float(scales.min())
+            norms = row_norms(rows, offset.double() / scale) * scale
+    most: NDArray[np.float64] = np.minimum(norms, np.finfo(np.float64).max)
+    return most
