@@ -9,7 +9,7 @@ import itertools
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, fields
 from functools import partial
@@ -64,17 +64,23 @@ def run(wanted: Iterable[Cell], path: Path, jobs: int) -> None:
     done = read(path) if path.exists() else {}
     missing = [cell for cell in wanted if cell not in done]
     print(f"{len(missing)} cells to measure, results in {path}", file=sys.stderr)
+    for cell, outcome in _measured(missing, jobs):
+        write(path, cell, outcome)
+        print(f"{cell}: {outcome.accuracy} in {outcome.seconds:.0f} s", file=sys.stderr)
+
+
+def _measured(wanted: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, Outcome]]:
+    """Yield each cell as it ends; one process measures one cell at a time."""
+    if jobs == 1:
+        yield from ((cell, measure(cell)) for cell in wanted)
+        return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
-        pending = {pool.submit(measure, cell): cell for cell in missing}
+        pending = {pool.submit(measure, cell): cell for cell in wanted}
         try:
-            for future in as_completed(pending):
-                cell, outcome = pending[future], future.result()
-                write(path, cell, outcome)
-                print(f"{cell}: {outcome.accuracy} in {outcome.seconds:.0f} s", file=sys.stderr)
-        except BaseException:
+            yield from ((pending[future], future.result()) for future in as_completed(pending))
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def tables(found: Found) -> str:
