@@ -186,16 +186,24 @@ def dealt(labels: NDArray[np.int64], seed: int) -> list[Tensor]:
 
 
 @cache
-def mnist(seed: int) -> Federation:
-    """Return the federation of a seed."""
+def _examples() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what a process needs once: images and labels to train and to test on."""
     dataset = load("mnist")
     images, test_images = (
         normalize(part, dataset).flatten(1) for part in (dataset.train_images, dataset.test_images)
     )
-    labels, test_labels = (
-        torch.tensor(part) for part in (dataset.train_labels, dataset.test_labels)
+    return (
+        images,
+        torch.tensor(dataset.train_labels),
+        test_images,
+        torch.tensor(dataset.test_labels),
     )
-    return Federation(images, labels, test_images, test_labels, dealt(dataset.train_labels, seed))
+
+
+def mnist(seed: int) -> Federation:
+    """Return the federation of a seed."""
+    examples = _examples()
+    return Federation(*examples, dealt(examples[1].numpy(), seed))
 
 
 class Network:
