@@ -379,7 +379,7 @@ def test_classes_check_their_options(make: Callable[[], Compressor], message: st
     [
         ("zip", "compressor is 'zip'.*; allowed: none, .*top-k.*, or package.module:NAME"),
         ("sign:3", "compressor is 'sign:3': sign has no option"),
-        ("top-k:0", "fraction is '0'; allowed: above 0 to 1"),
+        ("top-k:0", "fraction is '0'; allowed: a number, above 0 to 1"),
         ("top-k:x", "compressor is 'top-k:x'"),
         ("qsgd:1.5", "allowed: a whole number"),
         ("qsgd:0", "levels is '0'; allowed: a whole number, 1 to 32767"),
