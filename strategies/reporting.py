@@ -28,7 +28,7 @@ def values_of(strategy: "RobustStrategy") -> dict[str, Any]:
     there), else what was given, else the default.
     """
     values = {}
-    for name, option in options_of(type(strategy), strategy.rule.rule.kind.name).items():
+    for name, option in options_of(type(strategy), strategy.rule.rule.kind).items():
         given = strategy.given.get(name, option.default)
         own = getattr(strategy, name, given)
         simple = own is None or isinstance(own, bool | int | float | str) or callable(own)

@@ -148,7 +148,7 @@ def _identity(
     Strategy, model, and what clients are asked to do: ``train_config`` as it was given, before a
     round writes into it.
     """
-    options = options_of(type(strategy), strategy.rule.rule.kind.name)
+    options = options_of(type(strategy), strategy.rule.rule.kind)
     settings = {
         f"strategy.{name}": strategy.given.get(name, value) if name == "compressor" else value
         for name, value in values_of(strategy).items()

@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import FedAvg
 from pydantic import AfterValidator
 
 from fl_bgmd.aggregators import RULES, build_mixings
+from fl_bgmd.aggregators.rule import Kind
 from fl_bgmd.checkpoints import Checkpoints
 from fl_bgmd.compression import build_compressor, build_downlink
 from fl_bgmd.options import (
@@ -183,11 +184,11 @@ FLOWERS_OPTIONS: Options = _flowers_options()
 """By name."""
 
 
-def options_of(cls: type, rule: str = "") -> dict[str, Option]:
+def options_of(cls: type, rule: str | Kind = "") -> dict[str, Option]:
     """Return what can be given to a strategy class by keyword, by name.
 
-    Those of its constructors, of its rule (or of the spec ``rule``), of all strategies, and
-    Flower's.
+    Those of its constructors, of its rule (or of ``rule``, a spec or what was declared), of all
+    strategies, and Flower's.
     """
     found: dict[str, Option] = {}
     for base in cls.__mro__:
@@ -201,8 +202,10 @@ def options_of(cls: type, rule: str = "") -> dict[str, Option]:
         kinds = [p.kind for p in inspect.signature(constructor).parameters.values()]
         if inspect.Parameter.VAR_KEYWORD not in kinds:
             return found
-    spec = getattr(cls, "spec", "") or rule
-    kind = RULES.parse(split_specs(spec)[0])[0] if spec else None
+    spec = (getattr(cls, "spec", "") or rule) if isinstance(rule, str) else ""
+    kind = rule if isinstance(rule, Kind) else None
+    if spec:
+        kind = RULES.parse(split_specs(spec)[0])[0]
     options = {**FLOWERS_OPTIONS, **OWN_OPTIONS, **(kind.options if kind else {})}
     for name, value in getattr(cls, "defaults", {}).items():
         if name not in options | found:

@@ -167,7 +167,7 @@ def test_keys_lists_what_may_be_given(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("simulations.cli.CONSOLE", Console(width=400))
+    monkeypatch.setattr("simulations.cli.CONSOLE", Console(width=1000))
     assert main(["keys", *filter(None, [pattern])]) == 0
     lines = capsys.readouterr().out.splitlines()
     found = {line.split()[1]: line for line in lines if line.startswith("│ ") and line[2] != " "}

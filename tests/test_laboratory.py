@@ -881,8 +881,8 @@ def test_averaging_under_each_attack(name: str, averaging: Callable[[str], float
         ({"attack": "backdoor:10"}, "target is '10'; allowed: a whole number, 0 to 9"),
         ({"attack": "delayed:0.5"}, "rounds is '0.5'; allowed: a whole number, 1 or more"),
         ({"attack": "impulse:90"}, "share is '90'; allowed: .*above 0 to 1"),
-        ({"attack": "fang:0.5"}, "beyond is '0.5'; allowed: .*1 or more, or None"),
-        ({"attack": "alie:0"}, "z is '0'; allowed: .*above 0, or None"),
+        ({"attack": "fang:0.5"}, "beyond is '0.5'; allowed: .*1 or more, and finite, or None"),
+        ({"attack": "alie:0"}, "z is '0'; allowed: .*above 0, and finite, or None"),
         ({"attack": "bit-flip:sclae=2"}, "no option 'sclae'; did you mean 'scale'"),
         (
             {"attack": "bit-flip+alie", "byzantine-fraction": 0.3},

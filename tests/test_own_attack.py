@@ -80,7 +80,7 @@ def test_it_is_declared_by_its_signature() -> None:
     attack = ATTACKS["tmp_mod:my_attack"]
     assert (attack.name, attack.place, attack.knows) == ("my-attack", "update", "own")
     assert [(o.key, o.default, o.allowed, o.help) for o in attack.options.values()] == [
-        ("factor", 2.0, "0 or more", "How many times as long it is"),
+        ("factor", 2.0, "0 or more, and finite", "How many times as long it is"),
         ("turned", True, "True or False", "Whether it points the other way"),
     ]
     assert "my-attack" not in ATTACKS
