@@ -113,7 +113,8 @@ def lie(attack: str, view: View) -> Tensor:
         make, grid = SEARCHED[attack]
         assert view.honest is not None
         of_strength = partial(make, view.honest)
-        return of_strength(searched(view, of_strength, grid))
+        strength = searched(of_strength, grid, view.honest, view.memory, view.outcome)
+        return of_strength(strength)
     [bound] = build_attacks(attack)
     return bound.lie(view)
 
