@@ -13,8 +13,9 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("FLWR_LOG_LEVEL", "ERROR")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-# The helper modules beside the tests.
-sys.path.insert(0, str(Path(__file__).parent))
+# The helper modules beside the tests, and tests that others build on.
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), *sorted({str(test.parent) for test in HERE.glob("*/test_*.py")})]
 
 
 @pytest.fixture(autouse=True)

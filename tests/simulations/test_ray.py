@@ -25,7 +25,7 @@ from simulations.config import Config, ConfigError, validate
 
 pytestmark = pytest.mark.ray
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 SMALL: Config = {
     "model": "tiny-cnn",

@@ -289,7 +289,7 @@ def on_a_mount(folder: Path, prepare: str, code: str) -> subprocess.CompletedPro
         pytest.skip(f"no file system can be mounted here: {tried.stderr.strip()}")
     return subprocess.run(
         [*unshare, f'{prepare} && exec "$0" -c "$1"', sys.executable, code],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).resolve().parents[1],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(["..", *sys.path])},
         capture_output=True,
         text=True,

@@ -57,7 +57,7 @@ from fl_bgmd.strategies import legacy
 from fl_bgmd.wire import PACKED_KEY
 from simulations.grid import InProcessGrid
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(set(legacy.__all__) - {"LegacyStrategy"})
 OK = Status(Code.OK, "")
 N = 10

@@ -27,7 +27,7 @@ from simulations.grid import InProcessGrid
 
 pytestmark = pytest.mark.deployment
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
 DEPLOY = ROOT / "examples" / "deployment" / "deploy.sh"
 BIN = Path(sys.executable).parent

@@ -23,7 +23,7 @@ from simulations.config import (
 )
 from simulations.experiment import build_strategy
 
-PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
+PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 NAN, INF = math.nan, math.inf
 
 BAD: dict[str, list[Any]] = {

@@ -18,7 +18,7 @@ import fl_bgmd.strategies
 import strategies
 from fl_bgmd.data import DataUnavailableError, load
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("strategies", "clients", "simulations")
 APP = """
 import importlib

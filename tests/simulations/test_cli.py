@@ -15,7 +15,7 @@ from fl_bgmd.data import data_directory
 from simulations.cli import main
 from simulations.config import SETTINGS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "--backend=inprocess",
     "--model=tiny-cnn",

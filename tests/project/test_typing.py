@@ -14,7 +14,7 @@ from fl_bgmd.strategies import BGMD, Mean, RobustStrategy, legacy, options_of
 from strategies import typed
 from strategies.generate import named_strategies, typed_module
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 APP = '''"""An app."""
 
 from typing import Any

@@ -47,7 +47,7 @@ from simulations.backends import ClientResources, ConfiguredClientApp
 from simulations.config import Config
 from simulations.grid import InProcessGrid
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = ("pytorch", "sklearn", "numpy", "legacy")
 ATTACK = ByzantineMod(attack="bit-flip:100", fraction=0.4, seed=1)
 LEAST = {"pytorch": 0.6, "sklearn": 0.85, "numpy": 0.9, "legacy": 0.9}

@@ -10,7 +10,7 @@ import pytest
 from fl_bgmd.aggregators import MIXINGS, RULES
 from fl_bgmd.compression import COMPRESSORS
 
-TEXT = (Path(__file__).resolve().parent.parent / "CONTRIBUTING.md").read_text()
+TEXT = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text()
 SECTIONS = re.split(r"^## ", TEXT, flags=re.M)[1:]
 EXAMPLES = [
     (section.partition("\n")[0], code)

@@ -12,7 +12,7 @@ from simulations.cli import main
 from simulations.config import ConfigError, validate
 from simulations.experiment import build_strategy
 
-OWN = Path(__file__).resolve().parent.parent / "examples" / "own"
+OWN = Path(__file__).resolve().parents[2] / "examples" / "own"
 
 
 @pytest.fixture(autouse=True)

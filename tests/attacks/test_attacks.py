@@ -87,7 +87,7 @@ def test_every_process_draws_the_same() -> None:
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(__file__).resolve().parent.parent,
+        cwd=Path(__file__).resolve().parents[2],
         env={"PYTHONHASHSEED": "12345", "PATH": ""},
     )
     assert there.stdout.strip() == str(here)
@@ -450,7 +450,7 @@ def test_an_unknown_attack_reaches_the_server_as_an_error() -> None:
 def test_a_mod_refuses_attacks_that_it_would_not_play(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples/own")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples/own")
     with pytest.raises(ValueError, match=r"allowed in a client mod: bit-flip, .*block-hijack$"):
         ByzantineMod(attack=name, fraction=0.4)
 
