@@ -187,11 +187,9 @@ class RobustStrategy(FedAvg):
     def _check_together(self) -> None:
         """Refuse options that do not fit the rule."""
         settings = self.settings
-        name = type(self).__name__ if self.spec else str(self.rule.rule)
+        name = type(self).__name__ if self.spec else str(self.rule)
         if settings.weighting != "uniform" and not self.weightable:
-            raise OptionError(
-                f"weighting is {settings.weighting!r}; allowed: uniform, {name} takes no weights"
-            )
+            raise OptionError(f"weighting is {settings.weighting!r} with {name}; allowed: uniform")
         if not settings.shared_coordinates:
             return
         if self.compressor is None or not self.compressor.can_share_coordinates:

@@ -153,7 +153,8 @@ class Settings:
         """Refuse a Nesterov momentum that is none."""
         if self.server_nesterov and not self.server_momentum:
             raise OptionError(
-                "server_nesterov is True; allowed: False, or a server_momentum above 0"
+                "server_nesterov is True with server_momentum 0; allowed: False, or a "
+                "server_momentum above 0"
             )
 
 

@@ -111,7 +111,9 @@ def test_plain_install_pulls_little(wheel: Path) -> None:
     [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
     requirements = Parser().parsestr(archive.read(name).decode()).get_all("Requires-Dist", [])
     plain = {re.split(r"[<>=\[ ]", line)[0] for line in requirements if "extra ==" not in line}
-    assert plain == {"flwr", "numpy", "safetensors", "threadpoolctl", "torch"}
+    assert plain == {
+        *("annotated-types", "flwr", "numpy", "pydantic", "safetensors", "threadpoolctl", "torch")
+    }
     assert not [line for line in requirements if "extra ==" not in line and "[" in line]
 
 
@@ -298,7 +300,7 @@ def test_bundle_holds_the_app_and_nothing_else(tmp_path: Path) -> None:
     for needed in (
         "pyproject.toml",
         "fl_bgmd/strategies.py",
-        "strategies/bgmd.py",
+        "strategies/rules.py",
         "clients/client_app.py",
         "simulations/server_app.py",
     ):

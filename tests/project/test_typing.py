@@ -108,7 +108,7 @@ def test_pyright_reports_the_wrong_options_and_nothing_else(app: Path) -> None:
 def errors_of(app: Path, found: list[tuple[int, str]]) -> list[str]:
     """Return the lines of the app that are reported; the messages, where they are others."""
     text = (app / "main.py").read_text().splitlines()
-    lines = [text[line - 1] for line, _ in found]
+    lines = list(dict.fromkeys(text[line - 1] for line, _ in found))
     return lines if set(lines) <= set(WRONG) else [message for _, message in found]
 
 

@@ -38,7 +38,8 @@ def test_the_rule_is_what_it_says() -> None:
     )
     rows = torch.tensor([[1.0], [2.0], [3.0], [100.0], [-100.0]])
     assert strategy.byzantine_fraction == 0.4
-    assert strategy.aggregate(Round(rows, None, [*range(5)])).vector.tolist() == [2.0]
+    current = Round(rows, None, [*range(5)], byzantine_fraction=0.4)
+    assert strategy.aggregate(current).vector.tolist() == [2.0]
 
 
 def test_attacks_of_ones_own_are_not_listed() -> None:

@@ -959,7 +959,7 @@ def test_mixing_mixes_the_weights_too() -> None:
 
 @pytest.mark.parametrize("name", [n for n in ONE_OF_EACH if not n.startswith(("mean", "gmd"))])
 def test_rules_without_weights_refuse_them(name: str) -> None:
-    with pytest.raises(ValueError, match="weighting is 'examples'; allowed: uniform"):
+    with pytest.raises(ValueError, match=r"weighting is 'examples' with .*; allowed: uniform"):
         named(name, weighting="examples")
 
 
@@ -1280,14 +1280,12 @@ def test_the_base_class_takes_a_rule_and_the_others_have_one() -> None:
         (Mean, "server_learning_rate", math.inf, "above 0"),
         (Mean, "server_momentum", 1.0, "0 to below 1"),
         (Mean, "server_momentum", -0.1, "0 to below 1"),
-        (Mean, "server_nesterov", True, "False, or a server_momentum above 0"),
         (Mean, "server_momentum", math.nan, "0 to below 1"),
         (GMD, "mixing", "nnm", "nearest-neighbor, bucketing"),
         (GMD, "byzantine_fraction", 0.5, "0 to below 0.5"),
         (GMD, "byzantine_fraction", -0.1, "0 to below 0.5"),
         (GMD, "byzantine_fraction", math.nan, "0 to below 0.5"),
         (GMD, "weighting", "size", "uniform, examples"),
-        (BGMD, "weighting", "examples", "uniform"),
         (GMD, "min_valid_replies", 0, "a whole number, 1 or more"),
         (GMD, "seed", -1, "None, or 0 to below 2^63"),
         (GMD, "seed", 2**63, "None, or 0 to below 2^63"),
@@ -1327,7 +1325,7 @@ def test_invalid_values_are_refused_with_name_value_and_what_is_allowed(
 def test_per_client_memory_and_bucketing_do_not_go_together() -> None:
     with pytest.raises(ValueError, match="mixing is 'bucketing' with bgmd:memory=per-client; all"):
         BGMD(memory="per-client", mixing="bucketing")
-    with pytest.raises(ValueError, match="bucket_size is '0'; allowed: a whole number, 1 or more"):
+    with pytest.raises(ValueError, match="bucket-size is '0'; allowed: a whole number, 1 or more"):
         GMD(mixing="bucketing:0")
 
 
