@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 FLWR_MIN := $(shell sed -n 's/.*"flwr>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install simulate laboratory test test-slow test-flwr-min test-deployment benchmark lint config format clean
+.PHONY: help install simulate laboratory test test-quick test-slow test-flwr-min test-deployment benchmark lint config format clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -47,6 +47,13 @@ laboratory: $(READY) ## Every strategy against every attack on MNIST (hours): th
 		--local-steps 1 --learning-rate 0.1 --momentum 0 --num-server-rounds 20 \
 		--evaluate-every 20 --backend inprocess --jobs 2 \
 		--folder results/laboratory-$$partition-$$fraction || exit 1; done; done
+
+QUICK := aggregators/test_build_rule.py aggregators/test_clipping_mixings.py \
+	aggregators/test_selection_rules.py core/test_options.py core/test_wire.py \
+	strategies/test_small_federations.py strategies/test_ties.py project/test_declarations.py
+test-quick: $(READY) ## A few tests of each part, for the daily loop
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) --maxprocesses 8 \
+		$(addprefix tests/,$(QUICK))
 
 test-slow: $(READY) ## The tests that take minutes
 	$(BIN)/python -m pytest -m slow
