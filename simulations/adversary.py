@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 from torch import Tensor
 
 from fl_bgmd.attacks import OMNISCIENT, AttackPlan, View
 from fl_bgmd.compression import Compressor
+from fl_bgmd.flower import Run
 from fl_bgmd.layout import BUFFER_DTYPE, ModelLayout
 from fl_bgmd.replies import partition_id, screen
 from fl_bgmd.wire import ATTACK_RECORD, Terms, TrainedReply, mark, marked, received_model

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from fl_bgmd.clients import app as client_app
 from fl_bgmd.clients import prepare_together
 from fl_bgmd.extras import require
+from fl_bgmd.flower import simulate
 
 from .config import Config, ConfigError
 from .experiment import OnRound, RunResult, run_experiment
@@ -171,9 +172,6 @@ def run(
 
 
 def _run_on_ray(config: Config, resources: ClientResources, on_round: OnRound | None) -> RunResult:
-    # The one place that uses Flower's Python entry point, which has no public successor yet.
-    from flwr.simulation import run_simulation
-
     address = str(config["ray-address"])
     if resources.ray_address != address:
         resources = replace(resources, ray_address=address)
@@ -184,10 +182,6 @@ def _run_on_ray(config: Config, resources: ClientResources, on_round: OnRound | 
     def main(grid: Grid, context: Context) -> None:
         results.append(run_experiment(grid, config, on_round))
 
-    run_simulation(
-        server_app,
-        ConfiguredClientApp(client_app, config),
-        num_supernodes=int(config["num-clients"]),
-        backend_config=resources.to_backend_config(),  # type: ignore[arg-type]
-    )
+    app = ConfiguredClientApp(client_app, config)
+    simulate(server_app, app, config["num-clients"], resources.to_backend_config())
     return results[0]

@@ -22,17 +22,13 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
+from fl_bgmd.flower import CLIENT_FAILED, Run, empty_run, enter_run, number_message
 from fl_bgmd.replies import arrays_from_state, arrays_to_state
 
 from .config import Config
 
 Prepare = Callable[[Sequence[tuple[Message, Context]]], None]
-
-CLIENT_FAILED = 2
-"""Flower's error code for an exception in a ClientApp."""
 
 
 def asked_for(
@@ -76,9 +72,8 @@ class InProcessGrid(Grid):
     ) -> None:
         if num_clients < 1:
             raise ValueError(f"num_clients is {num_clients}; allowed: 1 or more")
-        # Messages can only be made inside a run: Flower keeps its identity in a global.
-        TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
-        self._run = Run.create_empty(run_id=1)
+        enter_run()
+        self._run = empty_run()
         self._client_app = client_app
         self._prepare = prepare
         self._message_ids = count(1)
@@ -139,7 +134,7 @@ class InProcessGrid(Grid):
             self._prepare([(m, self._contexts[m.metadata.dst_node_id]) for m in messages])
         for message in messages:
             message_id = str(next(self._message_ids))
-            message.metadata.__dict__["_message_id"] = message_id
+            number_message(message, message_id)
             self._replies[message_id] = self._deliver(message)
             ids.append(message_id)
         return ids

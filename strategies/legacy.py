@@ -8,7 +8,6 @@ screens and aggregates.
 
 import inspect
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -17,7 +16,6 @@ from flwr.common import (
     EvaluateRes,
     FitIns,
     FitRes,
-    Metadata,
     Metrics,
     MetricsAggregationFn,
     Parameters,
@@ -27,6 +25,7 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
 
+from fl_bgmd.flower import CLIENT_FAILED, received_message
 from fl_bgmd.layout import ModelLayout
 from fl_bgmd.options import Option, check_all, declared
 from fl_bgmd.replies import declared_array, median_metrics
@@ -40,7 +39,6 @@ LOG = logging.getLogger("flwr.fl_bgmd")
 
 _LOSS = "fl-bgmd.loss"
 _AS_SENT = "as-sent"
-_FAILED = 2
 
 AnyRes = TypeVar("AnyRes", FitRes, EvaluateRes)
 
@@ -262,7 +260,7 @@ def _as_sent(content: RecordDict) -> Metrics:
 def _reply(proxy: ClientProxy, res: AnyRes, to_content: Callable[[AnyRes], RecordDict]) -> Message:
     """Return what a client sent as a message; what is no message becomes an error reply."""
     try:
-        return _message(_node(proxy), content=to_content(res))
+        return received_message(_node(proxy), content=to_content(res))
     except Exception as error:  # a client must not be able to end the run
         return _error(f"{type(error).__name__}: {error}", _node(proxy))
 
@@ -278,25 +276,7 @@ def _errors(failures: Sequence[tuple[ClientProxy, Any] | BaseException]) -> list
 
 
 def _error(reason: str, node: int = 0) -> Message:
-    return _message(node, error=Error(_FAILED, reason))
-
-
-def _message(node: int, **body: RecordDict | Error) -> Message:
-    """Return a message from a node; the older API has no more metadata than that."""
-    metadata = Metadata(
-        run_id=0,
-        message_id="",
-        src_node_id=node,
-        dst_node_id=0,
-        reply_to_message_id="",
-        group_id="",
-        created_at=time.time(),
-        ttl=1.0,
-        message_type="train",
-    )
-    # As Flower builds what arrives: its other forms need a run, and servers outside of one exist.
-    made: Message = Message(metadata=metadata, **body)  # type: ignore[call-overload]
-    return made
+    return received_message(node, error=Error(CLIENT_FAILED, reason))
 
 
 def _node(proxy: ClientProxy) -> int:

@@ -688,7 +688,7 @@ class RobustStrategy(FedAvg):
         if message_type == MessageType.TRAIN:
             self._alerts.of_few_asked(len(chosen))
         Terms(round=server_round).to_config(record.config_records[self.configrecord_key])
-        messages = list(self._construct_messages(record, chosen, message_type))
+        messages = [Message(record, node, message_type) for node in chosen]
         self._roster.sent(messages)
         return messages
 

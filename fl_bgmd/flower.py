@@ -1,0 +1,77 @@
+"""All that this project uses of Flower's private or unsettled names, and what it is for.
+
+Each goes when its successor comes: see the functions.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from flwr.app import Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common import Metadata
+from flwr.serverapp import ServerApp
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+__all__ = [
+    "CLIENT_FAILED",
+    "Run",
+    "empty_run",
+    "enter_run",
+    "number_message",
+    "received_message",
+    "simulate",
+]
+
+CLIENT_FAILED = 2
+"""Flower's error code for an exception in a ClientApp (``ErrorCode``, which is not exported)."""
+
+
+def enter_run() -> None:
+    """Let this process make messages: Flower keeps the identity of its run in a global.
+
+    Until a message can be made without a run.
+    """
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+
+
+def empty_run() -> Run:
+    """Return the run of a grid that belongs to none; ``Grid.run`` has to return one."""
+    return Run.create_empty(run_id=1)
+
+
+def number_message(message: Message, number: str) -> None:
+    """Give a message its id, as the SuperLink does on the way; there is no setter."""
+    message.metadata.__dict__["_message_id"] = number
+
+
+def received_message(node: int, **body: RecordDict | Error) -> Message:
+    """Return a message with ``content=`` or ``error=`` as if it had come from a node.
+
+    As Flower builds what arrives: its public constructors need a run, and servers of the older API
+    exist outside of one.
+    """
+    metadata = Metadata(
+        run_id=0,
+        message_id="",
+        src_node_id=node,
+        dst_node_id=0,
+        reply_to_message_id="",
+        group_id="",
+        created_at=time.time(),
+        ttl=1.0,
+        message_type="train",
+    )
+    made: Message = Message(metadata=metadata, **body)  # type: ignore[call-overload]
+    return made
+
+
+def simulate(
+    server_app: ServerApp, client_app: ClientApp, num_clients: int, backend_config: dict[str, Any]
+) -> None:
+    """Run an app on Flower's Ray engine: its Python entry point has no public successor yet."""
+    from flwr.simulation import run_simulation
+
+    run: Callable[..., None] = run_simulation
+    run(server_app, client_app, num_supernodes=num_clients, backend_config=backend_config)
