@@ -2,15 +2,13 @@
 
 from .client_app import app, partitions, prepare_together
 from .together import gradients_together
-from .training import LR_SCHEDULES, evaluate, scheduled_learning_rate, threads
+from .training import evaluate, threads
 
 __all__ = [
-    "LR_SCHEDULES",
     "app",
     "evaluate",
     "gradients_together",
     "partitions",
     "prepare_together",
-    "scheduled_learning_rate",
     "threads",
 ]

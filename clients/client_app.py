@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from fl_bgmd.attacks import AttackPlan, Bound
 from fl_bgmd.data import Dataset, load, partition
 from fl_bgmd.models import build
 from fl_bgmd.mods import ByzantineMod, CompressionMod, role
+from fl_bgmd.schedules import Schedule, scheduled_learning_rate
 from fl_bgmd.strategies import resolve_device
 from fl_bgmd.wire import EXAMPLES, PARTITION, mark, server_round
 
@@ -25,7 +26,6 @@ from .training import (
     LocalTraining,
     Trained,
     evaluate,
-    scheduled_learning_rate,
     threads,
     train,
 )
@@ -92,7 +92,7 @@ def _training_job(message: Message, context: Context, model: nn.Module) -> tuple
         batch_size=int(config["batch-size"]),
         learning_rate=scheduled_learning_rate(
             float(config["learning-rate"]),
-            str(config["lr-schedule"]),
+            cast(Schedule, config["lr-schedule"]),
             number,
             int(config["num-server-rounds"]),
             period=int(config["lr-period"]),

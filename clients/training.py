@@ -19,8 +19,6 @@ Corrupt = Callable[
 State = dict[str, Tensor]
 """A model's ``state_dict``."""
 
-LR_SCHEDULES = ("constant", "cosine", "cosine-restarts", "exponential")
-
 
 @dataclass(frozen=True)
 class LocalTraining:
@@ -44,34 +42,6 @@ class LocalTraining:
     learning_rate: float
     momentum: float
     weight_decay: float
-
-
-def scheduled_learning_rate(
-    learning_rate: float,
-    schedule: str,
-    server_round: int,
-    num_rounds: int,
-    *,
-    period: int = 1,
-    decay: float = 0.99,
-) -> float:
-    """Return the learning rate of a round.
-
-    ``cosine`` falls to 0 over the run, ``cosine-restarts`` over each ``period`` rounds (Loshchilov
-    and Hutter, SGDR, Equation 5), ``exponential`` by the factor ``decay`` every ``period`` rounds.
-
-    Raises ``ValueError`` for an unknown schedule.
-    """
-    step = server_round - 1
-    if schedule == "constant":
-        return learning_rate
-    if schedule == "cosine":
-        return learning_rate * (1 + math.cos(math.pi * step / num_rounds)) / 2
-    if schedule == "cosine-restarts":
-        return learning_rate * (1 + math.cos(math.pi * (step % period) / period)) / 2
-    if schedule == "exponential":
-        return learning_rate * decay ** (step // period)
-    raise ValueError(f"lr-schedule is {schedule!r}; allowed: {', '.join(LR_SCHEDULES)}")
 
 
 @dataclass(frozen=True, eq=False)

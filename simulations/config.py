@@ -20,7 +20,6 @@ from pydantic import AfterValidator
 from fl_bgmd.aggregators import MIXINGS, RULES, build_mixings, build_rule
 from fl_bgmd.attacks import ATTACKS, AttackPlan, build_attacks
 from fl_bgmd.attacks.plan import refuse_former
-from fl_bgmd.clients import LR_SCHEDULES
 from fl_bgmd.data import DATASETS, SCHEMES, TRAINING_EXAMPLES, build_partition
 from fl_bgmd.models import MODELS
 from fl_bgmd.options import (
@@ -34,6 +33,7 @@ from fl_bgmd.options import (
     declared,
 )
 from fl_bgmd.registry import is_path, load_object, parse_spec, split_specs
+from fl_bgmd.schedules import Schedule
 from fl_bgmd.shares import FEWEST, floor_share
 from fl_bgmd.strategies import OWN_OPTIONS, RobustStrategy, options_of, resolve_device
 
@@ -218,8 +218,8 @@ class RunSettings:
     learning_rate: Positive = 0.05
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     weight_decay: NonNegative = 0.0
-    lr_schedule: Literal[LR_SCHEDULES] = "constant"  # type: ignore[valid-type]
-    server_lr_schedule: Literal[LR_SCHEDULES] = "constant"  # type: ignore[valid-type]
+    lr_schedule: Schedule = "constant"
+    server_lr_schedule: Schedule = "constant"
     lr_period: Count = 1
     lr_decay: Annotated[Positive, Le(1)] = 0.99
     dataset: Literal[DATASETS] = "cifar10"  # type: ignore[valid-type]

@@ -19,9 +19,10 @@ from flwr.serverapp.strategy import Result
 from fl_bgmd import __version__
 from fl_bgmd.attacks import AttackPlan
 from fl_bgmd.checkpoints import Checkpoints
-from fl_bgmd.clients import evaluate, partitions, scheduled_learning_rate
+from fl_bgmd.clients import evaluate, partitions
 from fl_bgmd.data import load
 from fl_bgmd.models import build
+from fl_bgmd.schedules import scheduled_learning_rate
 from fl_bgmd.shares import floor_share
 from fl_bgmd.strategies import RobustStrategy, RunEndedError, resolve_device
 
@@ -257,11 +258,12 @@ def build_strategy(config: Config) -> RobustStrategy:
 
 def _server_learning_rate(config: Config) -> float | Callable[[int], float]:
     """Return the server's step, or what it is in each round where it has a schedule."""
-    rate, schedule = float(config["server-learning-rate"]), str(config["server-lr-schedule"])
+    rate, schedule = config["server-learning-rate"], config["server-lr-schedule"]
     if schedule == "constant":
-        return rate
-    num_rounds, period = int(config["num-server-rounds"]), int(config["lr-period"])
-    decay = float(config["lr-decay"])
+        return float(rate)
+    num_rounds, period, decay = (
+        config[key] for key in ("num-server-rounds", "lr-period", "lr-decay")
+    )
     return lambda number: scheduled_learning_rate(
         rate, schedule, number, num_rounds, period=period, decay=decay
     )

@@ -82,7 +82,7 @@ def test_every_rule_goes_on_from_its_own_memory(name: str) -> None:
         ("cmd:3", "cmd has no option"),
         ("bgmd:memori=mean", "bgmd has no option 'memori'; did you mean 'memory'"),
         ("bgmd:0.1,block-fraction=0.2", "block-fraction is given twice"),
-        ("bgmd:memory=per-client+bucketing", "allowed: none, nearest-neighbor, since"),
+        ("bgmd:memory=per-client+bucketing", "allowed: none, nearest-neighbor, "),
         ("norm-threshold:norms=reported+nearest-neighbor", "mixed rows have other norms"),
         ("nowhere:rule", "nowhere:rule cannot be imported"),
         ("math:pi", "it is a float; allowed: a function under @rule"),
