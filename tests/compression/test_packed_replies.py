@@ -357,7 +357,9 @@ def test_coordinates_are_not_shared_with_rules_that_remember_them() -> None:
     BGMD(**shared, memory="none")
     with pytest.raises(ConfigError, match="shared-coordinates is True with compressor 'none'"):
         validate({"shared-coordinates": "on"})
-    with pytest.raises(ConfigError, match=r"shared-coordinates is True with bgmd.*; allowed: False"):
+    with pytest.raises(
+        ConfigError, match=r"shared-coordinates is True with bgmd.*; allowed: False"
+    ):
         validate({"shared-coordinates": "on", "compressor": "rand-k"})
 
 
