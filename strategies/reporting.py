@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import FedAvg, Result
 
 from .figures import own_names
-from .settings import options_of
+from .settings import OWN_OPTIONS, options_of
 
 if TYPE_CHECKING:
     from .robust import RobustStrategy
@@ -24,13 +24,13 @@ _MOST_ROWS, _MOST_COLUMNS = 20, 12
 def values_of(strategy: "RobustStrategy") -> dict[str, Any]:
     """Return every option of a strategy and the value in force.
 
-    That is the attribute of its name where there is one (a default of None has been replaced
-    there), else what was given, else the default.
+    That is the setting or the attribute of its name where there is one (a default of None has been
+    replaced there), else what was given, else the default.
     """
     values = {}
     for name, option in options_of(type(strategy), strategy.rule.rule.kind).items():
         given = strategy.given.get(name, option.default)
-        own = getattr(strategy, name, given)
+        own = getattr(strategy.settings if name in OWN_OPTIONS else strategy, name, given)
         simple = own is None or isinstance(own, bool | int | float | str) or callable(own)
         values[name] = own if simple else given
     return values
@@ -109,6 +109,7 @@ def table(result: Result) -> list[str]:
     Of the strategy's own figures the counts of replies; the others stand in each round's line.
     """
     columns: dict[str, Mapping[int, Any]] = {}
+    figures = own_names()
     for phase, history in (
         ("train", result.train_metrics_clientapp),
         ("evaluate", result.evaluate_metrics_clientapp),
@@ -116,8 +117,7 @@ def table(result: Result) -> list[str]:
     ):
         for name in dict.fromkeys(name for metrics in history.values() for name in metrics):
             counts = name in ("accepted", "rejected")
-            own = name in own_names()
-            if phase == "train" and own and not counts:
+            if phase == "train" and name in figures and not counts:
                 continue
             values = {
                 number: metrics[name]

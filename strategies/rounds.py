@@ -150,7 +150,7 @@ def _identity(
     """
     options = options_of(type(strategy), strategy.rule.rule.kind)
     settings = {
-        f"strategy.{name}": strategy.given.get(name, value) if name == "compressor" else value
+        f"strategy.{name}": value
         for name, value in values_of(strategy).items()
         if not options[name].is_operation and isinstance(value, bool | int | float | str | None)
     }

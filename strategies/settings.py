@@ -147,7 +147,7 @@ class Settings:
     seed: Annotated[
         Annotated[int, Ge(0), Lt(2**63)] | None, Allowed("None, or 0 to below 2^63")
     ] = None
-    device: str = "auto"
+    device: Annotated[str, Operation()] = "auto"
 
     def __post_init__(self) -> None:
         """Refuse a Nesterov momentum that is none."""

@@ -420,6 +420,15 @@ def test_fewer_rounds_than_were_done_are_refused(tmp_path: Path) -> None:
         start(GMD(checkpoints=tmp_path, fraction_evaluate=0.0), 2)
 
 
+def test_defaults_that_are_given_and_another_device_are_no_other_run(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"checkpoints": tmp_path, "fraction_evaluate": 0.0, "seed": 1}
+    start(GMD(**options), 1)
+    again = GMD(**options, compressor="none", mixing="none", device="cpu")
+    assert list(start(again, 2).train_metrics_clientapp) == [1, 2]
+    with pytest.raises(CheckpointError, match=r"strategy.compressor was 'none' and is 'qsgd'"):
+        start(GMD(**options, compressor="qsgd"), 3)
+
+
 def test_what_clients_are_asked_to_do_is_what_a_run_is(tmp_path: Path) -> None:
     def asked(**config: Any) -> ConfigRecord:
         return ConfigRecord({"lr": 0.1, "key": b"k", "layers": [1, 2], **config})
