@@ -145,6 +145,18 @@ class Registry(Mapping[str, T], Generic[T]):
         return self[spec.name], spec
 
 
+def declared_under(name: str, kind: type[T]) -> Callable[[Any], T]:
+    """Return what accepts a function under the decorator ``name``, which keeps a ``kind`` there."""
+
+    def accept(found: Any) -> T:
+        declaration = getattr(found, name, None)
+        if not isinstance(declaration, kind):
+            raise ValueError(f"it is a {type(found).__name__}; allowed: a function under @{name}")
+        return declaration
+
+    return accept
+
+
 def _origin(thing: Any) -> tuple[str, str]:
     """Return where a thing was declared: a module that is loaded again declares it again."""
     made = getattr(thing, "function", thing)

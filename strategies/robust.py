@@ -622,7 +622,8 @@ class RobustStrategy(FedAvg):
 
     def _drop_own(self, metrics: MetricRecord) -> None:
         """Drop metrics with names of the server's own: no client says what the server found."""
-        dropped = [key for key in metrics if key in own_names() or key.startswith("rejected-")]
+        own = own_names()
+        dropped = [key for key in metrics if key in own or key.startswith("rejected-")]
         for key in dropped:
             del metrics[key]
         self._alerts.of_names(dropped)

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from fl_bgmd.options import NonNegative, OptionError, Options, check_all, declared, nearest
-from fl_bgmd.registry import Registry, parse_spec, split_specs
+from fl_bgmd.registry import Registry, declared_under, parse_spec, split_specs
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -285,14 +285,7 @@ def _text(value: Any) -> str:
 # ------------------------------------------------------------------------------- declarations
 
 
-def _accept(found: Any) -> Attack:
-    declared_as = getattr(found, "attack", None)
-    if not isinstance(declared_as, Attack):
-        raise ValueError(f"it is a {type(found).__name__}; allowed: a function under @attack")
-    return declared_as
-
-
-ATTACKS: Registry[Attack] = Registry("attack", _accept)
+ATTACKS: Registry[Attack] = Registry("attack", declared_under("attack", Attack))
 """Attacks by name. ``ATTACKS["package.module:NAME"]`` imports one of your own."""
 
 

@@ -18,7 +18,7 @@ from annotated_types import Le
 from numpy.typing import ArrayLike, NDArray
 
 from fl_bgmd.options import Count, OptionError, Options, Positive, checked, declared
-from fl_bgmd.registry import Registry, parse_spec
+from fl_bgmd.registry import Registry, declared_under, parse_spec
 
 P = ParamSpec("P")
 
@@ -96,14 +96,7 @@ class Bound:
         return found
 
 
-def _accept(found: Any) -> Scheme:
-    declared_as = getattr(found, "scheme", None)
-    if not isinstance(declared_as, Scheme):
-        raise ValueError(f"it is a {type(found).__name__}; allowed: a function under @scheme")
-    return declared_as
-
-
-SCHEMES: Registry[Scheme] = Registry("partition", _accept)
+SCHEMES: Registry[Scheme] = Registry("partition", declared_under("scheme", Scheme))
 """Schemes by name. ``SCHEMES["package.module:NAME"]`` imports one of your own."""
 
 
