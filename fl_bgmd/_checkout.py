@@ -9,6 +9,7 @@ registry and cache, and what is pickled by one name is found by the other.
 import importlib
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -21,7 +22,19 @@ def alias(name: str) -> None:
     """Make ``fl_bgmd.FOLDER``, while it is imported, the package ``FOLDER`` itself."""
     if not any(isinstance(finder, _Submodules) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Submodules())  # ahead of the one that would load a second copy
-    sys.modules[name] = importlib.import_module(name.removeprefix(_PREFIX))
+    _replace(sys.modules[name])
+
+
+def _replace(module: ModuleType) -> None:
+    """Put the real module in the place of ``module``, which stands for it under another name.
+
+    A second thread that imports the same name meanwhile waits, but for the object it saw first:
+    so ``module`` must answer too.
+    """
+    name = module.__name__
+    real = importlib.import_module(name.removeprefix(_PREFIX))
+    module.__dict__["__getattr__"] = partial(getattr, real)
+    sys.modules[name] = real
 
 
 class _Submodules(MetaPathFinder, Loader):
@@ -40,5 +53,4 @@ class _Submodules(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Import the real module and put it in the place of the empty ``module``."""
-        name = module.__name__
-        sys.modules[name] = importlib.import_module(name.removeprefix(_PREFIX))
+        _replace(module)

@@ -205,6 +205,37 @@ def test_checkout_has_the_command_too(package: str) -> None:
     assert shown.startswith(f"usage: python -m {package} data ")
 
 
+def test_checkout_folders_are_imported_by_several_threads_at_once() -> None:
+    """Flower's simulation does: the ServerApp in one thread, the ClientApp in another."""
+    code = """
+import threading
+
+LINES = (
+    "import simulations.server_app",
+    "import clients.client_app",
+    "from fl_bgmd.strategies import BGMD; from fl_bgmd.strategies.robust import RobustStrategy",
+)
+barrier, errors = threading.Barrier(len(LINES)), []
+
+
+def attempt(line):
+    barrier.wait()
+    try:
+        exec(line)
+    except ImportError as error:
+        errors.append(error)
+
+
+threads = [threading.Thread(target=attempt, args=(line,)) for line in LINES]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not errors, errors
+"""
+    run(sys.executable, "-c", code, cwd=ROOT)
+
+
 def test_core_needs_no_extra() -> None:
     code = f"import sys\nfor name in {LEFT_OUT}:\n    sys.modules[name] = None\n"
     code += "".join(f"import fl_bgmd.{name}\n" for name in CORE)
