@@ -20,7 +20,7 @@ $(READY): pyproject.toml
 install: $(READY) ## Create .venv with the project and all it needs
 
 simulate: $(READY) ## CIFAR-10, 40 % hostile clients: averaging, GMD and BGMD side by side
-	$(BIN)/python -m simulations compare --strategies mean gmd bgmd+nearest-neighbor \
+	$(BIN)/python -m simulations compare mean gmd bgmd+nearest-neighbor \
 		--attack bit-flip --byzantine-fraction 0.4
 
 TEST_JOBS ?= auto
@@ -40,7 +40,7 @@ LAB_MIXINGS := nearest-neighbor
 laboratory: $(READY) ## Every strategy against every attack on MNIST (hours): the tables of docs/attacks.md
 	for partition in shards iid; do for fraction in 0.4 0.2; do \
 	$(BIN)/python -m simulations compare --attack all --no-sweep --seeds $(or $(SEEDS),3) \
-		--strategies mean $(LAB_RULES) \
+		mean $(LAB_RULES) \
 		$(foreach mixing,$(LAB_MIXINGS),$(addsuffix +$(mixing),$(LAB_RULES))) \
 		--dataset mnist --model mlp --partition $$partition \
 		--byzantine-fraction $$fraction --assumed-byzantine-fraction $$fraction \

@@ -3,14 +3,20 @@
 import importlib
 from typing import TYPE_CHECKING
 
-__all__ = ["main", "run", "validate"]
+__all__ = ["compare", "main", "run", "validate"]
 
 if TYPE_CHECKING:
     from .__main__ import main
     from .backends import run
+    from .comparison import compare
     from .config import validate
 else:
-    _HOMES = {"main": "__main__", "run": "backends", "validate": "config"}
+    _HOMES = {
+        "compare": "comparison",
+        "main": "__main__",
+        "run": "backends",
+        "validate": "config",
+    }
 
     def __getattr__(name: str) -> object:
         """Import what the package offers when it is asked for.

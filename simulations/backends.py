@@ -6,7 +6,9 @@ all at once (``vectorized``).
 
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from flwr.app import Context, Message
@@ -18,7 +20,7 @@ from fl_bgmd.clients import prepare_together
 from fl_bgmd.extras import require
 from fl_bgmd.flower import simulate
 
-from .config import Config, ConfigError
+from .config import Config, ConfigError, validate
 from .experiment import OnRound, RunResult, run_experiment
 from .grid import InProcessGrid
 
@@ -133,21 +135,50 @@ class ConfiguredClientApp(ClientApp):
 
 
 def run(
-    config: Config,
+    config: Mapping[str, Any] | None = None,
+    /,
     *,
-    backend: str = "ray",
-    resources: ClientResources = ClientResources(),
+    backend: str = "inprocess",
+    resources: ClientResources | None = None,
     on_round: OnRound | None = None,
+    **settings: Any,
 ) -> RunResult:
-    """Run a validated configuration and return its result.
+    """Run one configuration and return its result.
 
-    Exceptions of the server or of Ray become a result with status ``failed`` and the error.
+    ``run(strategy="bgmd", attack="bit-flip:100", byzantine_fraction=0.4)`` sets keys of the run
+    configuration (``fl-bgmd keys``), with underscores; ``run({"byzantine-fraction": 0.4})`` as they
+    are. Exceptions of the server or of Ray become a result with status ``failed`` and the error.
+
+    Parameters
+    ----------
+    config : mapping, optional
+        Keys and values; the others have their defaults.
+    backend : str
+        Where the clients are: one of :data:`BACKENDS`.
+    resources : ClientResources, optional
+        What Ray sets aside for a client.
+    on_round : callable, optional
+        Called after each round with its number and the accuracy, None where it was not evaluated.
+    **settings
+        More keys.
 
     Raises
     ------
+    ConfigError
+        For an unknown key, or a value that is not allowed.
     MissingExtraError
         For backend ``ray`` where Ray is not installed.
     """
+    named = {key.replace("_", "-"): value for key, value in settings.items()}
+    return run_validated(
+        validate({**(config or {}), **named}), backend, resources or ClientResources(), on_round
+    )
+
+
+def run_validated(
+    config: Config, backend: str, resources: ClientResources, on_round: OnRound | None
+) -> RunResult:
+    """Run a validated configuration; see :func:`run`."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     if backend == "ray":

@@ -1,85 +1,69 @@
-"""The command line: ``run`` one configuration, ``compare`` several, list ``keys``."""
+"""The command line: every run is a study, of one cell or of many."""
 
-import argparse
 import fnmatch
+import inspect
 import logging
-import math
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import click
+import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from typer import Argument, Option
 
-from fl_bgmd.aggregators import RULES
 from fl_bgmd.checkpoints import make_folder
 from fl_bgmd.data import DATASETS, DataUnavailableError, data_directory, load
 from fl_bgmd.extras import MissingExtraError, require
 
-from .backends import BACKENDS, ClientResources, run
+from .backends import BACKENDS, ClientResources
 from .config import (
     SETTINGS,
     Config,
     ConfigError,
     beyond_guarantee,
-    defaults,
     expand_home,
     parse,
     validate,
 )
-from .diggavi import reproduce_diggavi
-from .experiment import RunResult
-from .figures import draw_complexity, draw_speedup, draw_toy
-from .ghosh import GHOSH, reproduce
-from .laboratory import (
+from .listings import attacks_table, keys_table
+from .papers import FIGURES, reproduce_figure
+from .progress import StudyProgress
+from .runner import Line, finished_before, read_lines, run_cells
+from .study import (
+    PAPERS,
     Cell,
-    Line,
-    accuracy_table,
-    columns,
-    detailed_table,
-    finished_before,
-    plan_grid,
-    read_cells,
-    run_grid,
+    Study,
+    attack_columns,
+    papers,
+    read_study,
+    split_attacks,
+    strategy_rows,
 )
-from .report import (
-    attacks_table,
-    counted,
-    grid_table,
-    keys_table,
-    plot_accuracy,
-    plot_data_attacks,
-    plot_grid,
-    results_table,
-    write_grid,
-    write_markdown,
-)
-from .reproduce import experiments, plan, read_experiment
-from .reproduce_report import write_report
-
-# What draws each, and how many draws, calls or runs it takes by default.
-FIGURES: dict[str, tuple[Callable[..., Path], int]] = {
-    "fig-toy": (draw_toy, 200),
-    "fig-complexity": (draw_complexity, 5),
-    "fig-speedup": (draw_speedup, 2),
-    "data-diggavi": (reproduce_diggavi, 3),
-}
 
 EXIT_RUN_FAILED, EXIT_BAD_CONFIG, EXIT_NO_DATA, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 CONSOLE = Console()
 # Wide enough for any table: in a narrow terminal lines wrap, and no number is cut off.
 TABLES = Console(width=1000)
+
+SHOWN = (
+    *("strategy", "attack", "byzantine-fraction", "num-server-rounds", "num-clients", "dataset"),
+    *("model", "partition", "local-steps", "learning-rate", "seed", "results-dir"),
+)
+"""Keys that the help lists; ``fl-bgmd keys`` has them all."""
+
+app = typer.Typer(
+    help="Byzantine-robust federated learning experiments.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "fl-bgmd") -> int:
@@ -90,37 +74,361 @@ def main(arguments: Sequence[str] | None = None, program: str = "fl-bgmd") -> in
     interrupted.
     """
     warnings.filterwarnings("ignore", message="Tip: In future versions of Ray")
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        options, unknown = _parser(program).parse_known_args(arguments)
-        if not getattr(options, "verbose", False):
-            logging.getLogger("flwr").setLevel(logging.CRITICAL)
-        _refuse_unknown(unknown)
-        _require_extras(options)
-        for name in ("output", "picture"):
-            if (folder := getattr(options, name, None)) is not None:
-                _make_folder(name, folder)
-        return int(options.command(options))
-    except (ConfigError, MissingExtraError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        status = int(app(args=given, prog_name=program, standalone_mode=False) or 0)
+        if status == EXIT_INTERRUPTED:  # typer's answer to Ctrl-C
+            _fail("--folder continues a study, --checkpoint-dir a run", status, "interrupted")
+        return status
+    except click.NoSuchOption as error:
+        return _fail(_unknown_option(error, given), EXIT_BAD_CONFIG)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
         return EXIT_BAD_CONFIG
+    except click.ClickException as error:
+        return _fail(error.format_message(), EXIT_BAD_CONFIG)
+    except (ConfigError, MissingExtraError) as error:
+        return _fail(str(error), EXIT_BAD_CONFIG)
     except DataUnavailableError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_NO_DATA
-    except KeyboardInterrupt:
-        print(
-            "interrupted: a grid goes on with the same --folder, a run with --checkpoint-dir",
-            file=sys.stderr,
+        return _fail(str(error), EXIT_NO_DATA)
+
+
+def _fail(message: str, status: int, kind: str = "error") -> int:
+    print(f"{kind}: {message}", file=sys.stderr)
+    return status
+
+
+def _unknown_option(error: click.NoSuchOption, given: Sequence[str]) -> str:
+    """Return what to say of an option that does not exist, with the nearest that do."""
+    place = next(i for i, text in enumerate(given) if text.partition("=")[0] == error.option_name)
+    key = error.option_name.removeprefix("--")
+    value = given[place].partition("=")[2] or " ".join(given[place + 1 : place + 2])
+    if key in SETTINGS:
+        where = "in the study's file" if key not in ("strategy", "seed") else "with run"
+        return f"{key} is {value!r}, which this command does not take; allowed: {where}"
+    try:
+        validate({key: value})
+    except ConfigError as known:
+        return str(known)
+    return error.format_message()
+
+
+# -------------------------------------------------------------------------- options by key
+
+
+def _path(text: str | Path) -> Path:
+    try:
+        return Path(expand_home(str(text)))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _takes_settings(*left_out: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Add an option for each key of the run configuration; the command gets ``given``."""
+    keys = {key.replace("-", "_"): key for key in SETTINGS if key not in left_out}
+
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        @wraps(command)
+        def wrapped(**values: Any) -> int:
+            texts = {key: values.pop(name) for name, key in keys.items()}
+            given = {key: parse(key, text) for key, text in texts.items() if text is not None}
+            return command(given=given, **values)
+
+        own = [p for n, p in inspect.signature(command).parameters.items() if n != "given"]
+        settings = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[str | None, _option(key)],
+            )
+            for name, key in keys.items()
+        ]
+        signature = inspect.Signature([*own, *settings])
+        wrapped.__signature__ = signature  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {n: p.annotation for n, p in signature.parameters.items()}
+        del wrapped.__wrapped__
+        return wrapped
+
+    return decorate
+
+
+def _option(key: str) -> Any:
+    setting = SETTINGS[key]
+    return Option(
+        f"--{key}",
+        help=f"{setting.help} ({setting.default!r})".replace("[", r"\["),
+        metavar="V",
+        show_default=False,
+        hidden=key not in SHOWN,
+        rich_help_panel="Run configuration: all keys are in fl-bgmd keys",
+    )
+
+
+Folder = Annotated[
+    Path | None,
+    Option(parser=_path, metavar="DIR", help="Of the study; finished runs in it are kept"),
+]
+Backend = Annotated[
+    Literal[BACKENDS],  # type: ignore[valid-type]
+    Option(help="Where the clients are"),
+]
+Jobs = Annotated[int, Option(help="Runs at a time (not with ray)", metavar="N")]
+Seeds = Annotated[int | None, Option(help="Runs of each cell, from --seed on", metavar="N")]
+Rows = Annotated[list[str] | None, Option(help="Of the study: only this one (repeatable)")]
+Columns = Annotated[list[str] | None, Option(help="Of the study: only this one (repeatable)")]
+Cpus = Annotated[float, Option("--client-resources-num-cpus", metavar="X", hidden=True)]
+Gpus = Annotated[float, Option("--client-resources-num-gpus", metavar="X", hidden=True)]
+Verbose = Annotated[bool, Option("--verbose", help="Show Flower's log")]
+Output = Annotated[
+    Path | None,
+    Option(parser=_path, metavar="DIR", help="Of table and figures; default: with the runs"),
+]
+DataDir = Annotated[str, Option(help="Default: $FL_BGMD_DATA or ~/.cache/fl-bgmd", metavar="DIR")]
+
+
+# ------------------------------------------------------------------------------ studies
+
+
+@app.command()
+@_takes_settings()
+def run(
+    given: Config,
+    backend: Backend = "ray",
+    folder: Folder = None,
+    num_cpus: Cpus = 1.0,
+    num_gpus: Gpus = 0.0,
+    verbose: Verbose = False,
+) -> int:
+    """Run one configuration."""
+    strategy = str(given.pop("strategy", SETTINGS["strategy"].default))
+    attack = str(given.pop("attack", SETTINGS["attack"].default))
+    study = Study(strategy_rows([strategy]), attack_columns([attack]), given, name="run")
+    resources = _resources(study, backend, num_cpus, num_gpus)
+    return _run_study(study, folder, backend=backend, resources=resources, verbose=verbose)
+
+
+@app.command()
+@_takes_settings("strategy", "attack")
+def compare(
+    given: Config,
+    rows: Annotated[
+        list[str] | None,
+        Argument(metavar="[ROWS]..."),
+    ] = None,
+    strategies: Annotated[list[str], Option("--strategies", hidden=True)] = [],  # noqa: B006
+    attack: Annotated[
+        str | None, Option(help="Attacks, joined by commas; all", metavar="V")
+    ] = None,
+    seeds: Seeds = None,
+    jobs: Jobs = 1,
+    sweep: Annotated[
+        bool, Option("--sweep/--no-sweep", help="Each attack with all strengths of its sweep")
+    ] = True,
+    row: Rows = None,
+    column: Columns = None,
+    backend: Backend = "ray",
+    folder: Folder = None,
+    num_cpus: Cpus = 1.0,
+    num_gpus: Gpus = 0.0,
+    verbose: Verbose = False,
+) -> int:
+    """Run strategies against attacks from the same seeds.
+
+    ROWS are strategies, with options and mixings as in bgmd:0.3+nearest-neighbor, or one TOML file
+    with a study.
+    """
+    named = [*strategies, *(rows or ())]
+    if any(name.endswith(".toml") for name in named):
+        if len(named) > 1 or attack is not None:
+            raise ConfigError(
+                f"study is {named[0]!r} with other strategies or attacks; allowed: those in the "
+                "file, of which --row and --column choose some"
+            )
+        study = read_study(_path(named[0])).changed(config=given)
+    else:
+        attacks = split_attacks(attack or "none")
+        many = len(attacks) > 1 or attacks == ["all"]
+        study = Study(
+            strategy_rows(named or ["mean", "gmd", str(SETTINGS["strategy"].default)]),
+            attack_columns(attacks, sweep=sweep and many),
+            given,
+            name="compare",
         )
-        return EXIT_INTERRUPTED
+    study = study.changed(seeds=seeds, rows=row, columns=column)
+    resources = _resources(study, backend, num_cpus, num_gpus)
+    return _run_study(
+        study, folder, backend=backend, jobs=jobs, resources=resources, verbose=verbose
+    )
 
 
-def _require_extras(options: argparse.Namespace) -> None:
-    """Check what the command needs at its end before hours of computing."""
-    if getattr(options, "backend", None) == "ray":
+@app.command(epilog="NAMES: " + ", ".join((*papers(), *FIGURES)))
+def reproduce(
+    name: Annotated[str, Argument(metavar="NAME")],
+    seeds: Annotated[int | None, Option(help="Default: as many as the paper", metavar="N")] = None,
+    epochs: Annotated[
+        float | None, Option(help="Default: as many as the paper", metavar="X")
+    ] = None,
+    row: Rows = None,
+    column: Columns = None,
+    jobs: Annotated[int | None, Option(help="Runs at a time; default: 2", metavar="N")] = None,
+    backend: Annotated[Literal["inprocess", "vectorized"], Option(help="Of the runs")] = (
+        "inprocess"
+    ),
+    device: Annotated[str, Option(help="Of clients and server", metavar="V")] = "auto",
+    no_run: Annotated[bool, Option("--no-run", help="Report what has run so far")] = False,
+    results_dir: Annotated[Path, Option(parser=_path, metavar="DIR")] = Path("results"),
+    output: Output = None,
+) -> int:
+    """Reproduce a table or figure of the papers."""
+    for option, number in (("seeds", seeds), ("jobs", jobs)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{option} is {number}; allowed: 1 or more")
+    if name not in (*papers(), *FIGURES):
+        raise ConfigError(f"name is {name!r}; allowed: {', '.join((*papers(), *FIGURES))}")
+    if output is not None:
+        _make_folder("output", output)
+    if name in papers():
+        study = read_study(PAPERS / f"{name}.toml")
+        shorter = study.changed(
+            rows=row, columns=column, seeds=seeds, epochs=epochs, config={"device": device}
+        )
+        folder = results_dir.resolve() / f"{name}-{shorter.epochs:g}-epochs"
+        _make_folder("results-dir", folder)
+        return _run_study(
+            shorter,
+            folder,
+            full=study,
+            output=output,
+            backend=backend,
+            jobs=jobs or 2,
+            no_run=no_run,
+        )
+    # What has no bearing on these is refused rather than ignored.
+    unusable = {
+        "epochs": epochs is not None,
+        "device": device != "auto",
+        "backend": backend != "inprocess",
+        "no-run": no_run,
+        "row": row is not None,
+        "column": column is not None,
+        "jobs": jobs is not None and not FIGURES[name].takes_jobs,
+    }
+    for option in (option for option, is_given in unusable.items() if is_given):
+        raise ConfigError(f"{option} is given with {name}; allowed with: the tables' runs")
+    _require_plots()
+    folder = output or _make_folder("results-dir", results_dir.resolve() / name)
+    with CONSOLE.status(name) as status:
+        table = reproduce_figure(name, folder, seeds=seeds, jobs=jobs or 2, done=status.update)
+    print(table.read_text(encoding="utf-8"))
+    CONSOLE.print(f"written: {folder}", soft_wrap=True)
+    return 0
+
+
+@app.command()
+def report(
+    results: Annotated[list[str], Argument(metavar="FOLDERS...")],
+    output: Output = None,
+    title: Annotated[str, Option(help="Of the table and the figures", metavar="TEXT")] = "",
+) -> int:
+    """Draw table and figures of finished studies."""
+    _require_plots()
+    folders = [_path(text) for text in results]
+    lines = read_lines(folders)
+    study = Study(
+        {line["row"]: {} for line in lines},
+        {line["column"]: {} for line in lines},
+        seeds=max(1, len({line["seed"] for line in lines})),
+        title=title,
+    )
+    folder = _make_folder("output", output) if output is not None else folders[0]
+    return _show(study, study, lines, folders[0], folder)
+
+
+def _run_study(
+    study: Study,
+    folder: Path | None,
+    *,
+    full: Study | None = None,
+    output: Path | None = None,
+    backend: str = "inprocess",
+    resources: ClientResources | None = None,
+    jobs: int = 1,
+    verbose: bool = False,
+    no_run: bool = False,
+) -> int:
+    """Run what is missing of a study, show its table and write its report; return the status."""
+    if not verbose:
+        logging.getLogger("flwr").setLevel(logging.CRITICAL)
+    _require_plots()
+    if backend == "ray":
         require("ray", "backend ray", "simulation")
-    draws = options.command not in (_data, _attacks, _keys) or getattr(options, "picture", None)
-    if draws:
-        require("matplotlib", "plots", "plots")
+    cells = study.cells()
+    _tell_limits(cell.config for cell in cells)
+    if output is not None:
+        _make_folder("output", output)
+    for cell in cells:
+        if cell.config["checkpoint-dir"]:
+            _make_folder("checkpoint-dir", Path(str(cell.config["checkpoint-dir"])))
+    option = "results-dir" if folder is None else "folder"
+    folder = _make_folder(option, folder or _new_folder(study, cells[0].config))
+    if no_run:
+        found = finished_before(cells, folder)
+        lines = [found[cell.name] for cell in cells if cell.name in found]
+    else:
+        for name, place in {(c.config["dataset"], c.config["data-dir"]): None for c in cells}:
+            load(str(name), str(place) or None, progress=CONSOLE.print)
+        lines = _run_cells(cells, folder, backend, resources, jobs)
+    if not lines:
+        raise ConfigError(f"results holds nothing of {study.name}; allowed: a folder with runs")
+    return _show(study, full or study, lines, folder, output or folder)
+
+
+def _require_plots() -> None:
+    """Check what a command needs at its end before hours of computing."""
+    for module, purpose in (("matplotlib", "plots"), ("pandas", "tables"), ("tabulate", "tables")):
+        require(module, purpose, "plots")
+
+
+def _run_cells(
+    cells: list[Cell],
+    folder: Path,
+    backend: str,
+    resources: ClientResources | None,
+    jobs: int,
+) -> list[Line]:
+    done = finished_before(cells, folder)
+    with StudyProgress(CONSOLE, cells, done) as progress:
+        return run_cells(
+            cells,
+            folder,
+            backend=backend,
+            resources=resources,
+            jobs=jobs,
+            on_progress=progress.round_done,
+            on_done=progress.cell_done,
+        )
+
+
+def _show(study: Study, full: Study, lines: list[Line], folder: Path, output: Path) -> int:
+    """Show the table of a study and write its report; return the exit status."""
+    from .report.study import heading, table_of, write_report
+    from .report.tables import show
+
+    show(TABLES, table_of(study, lines), heading(study, full, lines))
+    for path in (*write_report(study, full, lines, folder, output), folder / "cells.jsonl"):
+        CONSOLE.print(f"written: {path}", soft_wrap=True)
+    failed = [line for line in lines if line["status"] == "failed"]
+    for line in failed:
+        name = f"{line['row']}, {line['column']}, seed {line['seed']}"
+        print(f"error: {name}: {line['error']}", file=sys.stderr)
+    return EXIT_RUN_FAILED if failed else 0
+
+
+def _tell_limits(configs: Iterable[Config]) -> None:
+    """Say, once each, where a rule is asked for more than it is proved to do."""
+    for note in dict.fromkeys(note for config in configs for note in beyond_guarantee(config)):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _make_folder(option: str, folder: Path) -> Path:
@@ -134,399 +442,66 @@ def _make_folder(option: str, folder: Path) -> Path:
     return folder
 
 
-def _refuse_unknown(unknown: list[str]) -> None:
-    """Raise :class:`ConfigError` for an option that does not exist, with the nearest that do."""
-    if unknown:
-        key = unknown[0].removeprefix("--").partition("=")[0]
-        value = unknown[0].partition("=")[2] or " ".join(unknown[1:2])
-        if key in SETTINGS:
-            raise ConfigError(
-                f"{key} is {value!r}, which this command does not take; allowed: "
-                + ("in --strategies" if key == "strategy" else "with run")
-            )
-        validate({key: value})
+def _new_folder(study: Study, config: Config) -> Path:
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{study.name}"
+    return Path(str(config["results-dir"])).resolve() / name
 
 
-def _path(text: str) -> Path:
-    return Path(expand_home(text))
+def _resources(study: Study, backend: str, num_cpus: float, num_gpus: float) -> ClientResources:
+    # Only Ray joins a cluster.
+    address = str(study.config.get("ray-address", "")) if backend == "ray" else ""
+    return ClientResources(num_cpus, num_gpus, address)
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program, description="Byzantine-robust federated learning experiments."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    one = commands.add_parser("run", help="one run", allow_abbrev=False)
-    one.set_defaults(command=_run)
-    _add_settings(one)
-
-    several = commands.add_parser(
-        "compare", help="several strategies (and attacks) from the same seed", allow_abbrev=False
-    )
-    several.set_defaults(command=_compare)
-    several.add_argument(
-        "--strategies",
-        nargs="+",
-        default=["mean", "gmd", "bgmd+nearest-neighbor"],
-        metavar="STRATEGY",
-        help=f"{', '.join(RULES)}, with options and mixings as in bgmd:0.3+nearest-neighbor",
-    )
-    several.add_argument("--seeds", type=int, default=1, help="runs of each, from --seed on")
-    several.add_argument("--jobs", type=int, default=1, help="runs at a time (not with ray)")
-    several.add_argument(
-        "--no-sweep",
-        action="store_true",
-        help="several attacks: each as it is named, not with all values of its sweep",
-    )
-    several.add_argument(
-        "--folder",
-        type=_path,
-        help="of a grid; finished runs that it holds are not run again (default: a new one)",
-    )
-    _add_settings(several, leave_out=("strategy",))
-
-    report = commands.add_parser("report", help="table and heat map of finished grids")
-    report.set_defaults(command=_report)
-    report.add_argument("results", nargs="+", type=_path, help="folders of compare with a grid")
-    report.add_argument("--output", type=_path, default=Path(), help="folder; default: this one")
-    report.add_argument("--title", default="", help="of the heat map")
-
-    again = commands.add_parser("reproduce", help="an experiment of the papers", allow_abbrev=False)
-    again.set_defaults(command=_reproduce)
-    again.add_argument("name", choices=(*experiments(), *FIGURES, *GHOSH))
-    again.add_argument("--seeds", type=int, help="default: as many as the paper")
-    again.add_argument("--epochs", type=float, help="default: as many as the paper")
-    again.add_argument("--jobs", type=int, help="runs at a time; default: 2")
-    again.add_argument("--device", default="auto", help="of clients and server")
-    again.add_argument("--backend", choices=BACKENDS[1:], default="inprocess", help="of the runs")
-    again.add_argument("--no-run", action="store_true", help="report what has run so far")
-    again.add_argument("--results-dir", type=_path, default=Path("results"))
-    again.add_argument("--output", type=_path, help="folder of table and plots; default: results")
-
-    keys = commands.add_parser("keys", help="list the keys of the run configuration")
-    keys.set_defaults(command=_keys)
-    keys.add_argument("pattern", nargs="?", default="", help="part of a key: lr, *-fraction")
-
-    attacks = commands.add_parser("attacks", help="list the attacks, draw what they do to images")
-    attacks.set_defaults(command=_attacks)
-    attacks.add_argument("--dataset", choices=DATASETS, default="cifar10")
-    attacks.add_argument("--data-dir", default="", help="default: $FL_BGMD_DATA or the cache")
-    attacks.add_argument("--picture", type=_path, metavar="FOLDER", help="draw data-attacks.png")
-
-    data = commands.add_parser("data", help="obtain and check data sets", allow_abbrev=False)
-    data.set_defaults(command=_data)
-    data.add_argument("--dataset", nargs="+", choices=DATASETS, default=["cifar10"])
-    data.add_argument("--data-dir", default="", help="default: $FL_BGMD_DATA or ~/.cache/fl-bgmd")
-    return parser
+# ------------------------------------------------------------------------ what there is
 
 
-def _add_settings(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()) -> None:
-    """Add an option for every key of the run configuration, and how to run it."""
-    parser.add_argument("--backend", choices=BACKENDS, default="ray", help="default: ray")
-    parser.add_argument("--client-resources-num-cpus", type=float, default=1.0, metavar="X")
-    parser.add_argument("--client-resources-num-gpus", type=float, default=0.0, metavar="X")
-    parser.add_argument("--verbose", action="store_true", help="show Flower's log")
-    group = parser.add_argument_group("run configuration")
-    for key, value in defaults().items():
-        if key not in leave_out:
-            setting = SETTINGS[key]
-            text = f"{setting.help}; {setting.allowed} (default: {value!r})"
-            group.add_argument(f"--{key}", dest=key, metavar="V", help=text.replace("%", "%%"))
-
-
-def _given(options: argparse.Namespace) -> Config:
-    """Return the run-configuration keys that were given, in their types."""
-    return {
-        key: parse(key, value)
-        for key, value in vars(options).items()
-        if key in SETTINGS and value is not None
-    }
-
-
-def _run(options: argparse.Namespace) -> int:
-    config = validate(_given(options))
-    return _run_all(options, {str(config["strategy"]): config})
-
-
-def _compare(options: argparse.Namespace) -> int:
-    attacks, options.attack = columns(options.attack or "none"), None  # several: no value of a key
-    given = _given(options)
-    rows: dict[str, Config] = {name: {"strategy": name} for name in options.strategies}
-    names = options.strategies
-    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise ConfigError(f"strategies holds {', '.join(twice)} twice; allowed: each once")
-    if len(attacks) == 1 and options.seeds == 1:
-        if options.jobs != 1:
-            raise ConfigError(
-                f"jobs is {options.jobs} with one attack and one seed; allowed: 1, more with a grid"
-            )
-        if options.folder is not None:
-            raise ConfigError(
-                f"folder is {str(options.folder)!r} with one attack and one seed; allowed: none, "
-                "one with a grid"
-            )
-        given["attack"] = attacks[0]
-        configs = {name: validate(given | row) for name, row in rows.items()}
-        for name, config in configs.items():
-            if folder := config["checkpoint-dir"]:
-                config["checkpoint-dir"] = str(Path(str(folder)) / name)
-        return _run_all(options, configs)
-    if given.get("checkpoint-dir"):
-        raise ConfigError(
-            f"checkpoint-dir is {given['checkpoint-dir']!r} with a grid of runs; allowed: '', for "
-            "it needs one for each"
-        )
-    sweep = len(attacks) > 1 and not options.no_sweep
-    return _run_grid(options, plan_grid(given, rows, attacks, options.seeds, sweep=sweep))
-
-
-def _run_grid(options: argparse.Namespace, cells: list[Cell]) -> int:
-    """Run a strategy x attack grid, show the table, write results; return the exit status."""
-    config = cells[0].config
-    _tell_limits(cell.config for cell in cells)
-    option = "results-dir" if options.folder is None else "folder"
-    folder = _make_folder(option, options.folder or _results_folder(config, "compare"))
-    load(str(config["dataset"]), str(config["data-dir"]) or None, progress=CONSOLE.print)
-    lines = _run_cells(cells, folder, options.jobs, options.backend, _resources(options, config))
-    fraction = max(float(cell.config["byzantine-fraction"]) for cell in cells)
-    title = (
-        f"{config['dataset']}, {config['model']}, {config['num-clients']} clients "
-        f"({config['partition']}), {fraction:.0%} hostile, {config['byzantine-selection']}, "
-        + counted(options.seeds, "seed")
-    )
-    CONSOLE.print(f"written: {folder / 'cells.jsonl'}", soft_wrap=True)
-    return _show_grid(lines, folder, title)
-
-
-def _tell_limits(configs: Iterable[Config]) -> None:
-    """Say, once each, where a rule is asked for more than it is proved to do."""
-    for note in dict.fromkeys(note for config in configs for note in beyond_guarantee(config)):
-        print(f"note: {note}", file=sys.stderr)
-
-
-def _run_cells(
-    cells: list[Cell], folder: Path, jobs: int, backend: str, resources: ClientResources
-) -> list[Line]:
-    """Run a grid with a progress bar."""
-    with Progress(
-        TextColumn("{task.description:<44}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=CONSOLE,
-    ) as progress:
-        task = progress.add_task(
-            f"{jobs} at a time", total=len(cells), completed=len(finished_before(cells, folder))
-        )
-
-        def done(cell: Cell, result: RunResult) -> None:
-            progress.update(task, advance=1, description=f"{cell.name} {result.final_accuracy:.1%}")
-
-        return run_grid(
-            cells, backend=backend, resources=resources, jobs=jobs, folder=folder, done=done
-        )
-
-
-def _report(options: argparse.Namespace) -> int:
-    lines = read_cells(options.results)
-    return _show_grid(lines, options.output, options.title)
-
-
-def _show_grid(lines: list[Line], folder: Path, title: str) -> int:
-    """Show a strategy x attack table and write it; return the exit status."""
-    columns, rows = detailed_table(lines)
-    TABLES.print(grid_table(columns, rows))
-    picture = plot_grid(*accuracy_table(lines), title, folder)
-    for path in (write_grid(columns, rows, folder), picture):
-        CONSOLE.print(f"written: {path}", soft_wrap=True)
-    return _status(lines)
-
-
-def _status(lines: list[Line]) -> int:
-    """Name the runs that failed; return the exit status."""
-    failed = [line for line in lines if line["status"] == "failed"]
-    for line in failed:
-        name = f"{line['strategy']}, {line['attack']}, seed {line['seed']}"
-        print(f"error: {name}: {line['error']}", file=sys.stderr)
-    return EXIT_RUN_FAILED if failed else 0
-
-
-def _reproduce(options: argparse.Namespace) -> int:
-    for name in ("seeds", "jobs"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ConfigError(f"{name} is {getattr(options, name)}; allowed: 1 or more")
-    _make_folder("results-dir", options.results_dir)
-    if options.name in experiments():
-        return _reproduce_experiment(options)
-    # What has no bearing on these is refused rather than ignored.
-    unusable = {
-        "epochs": options.epochs is not None,
-        "device": options.device != "auto",
-        "backend": options.backend != "inprocess",
-        "no-run": options.no_run,
-        "jobs": options.name in FIGURES and options.jobs is not None,
-    }
-    for name in (name for name, given in unusable.items() if given):
-        raise ConfigError(f"{name} is given with {options.name}; allowed with: the tables' runs")
-    if options.name in FIGURES:
-        return _reproduce_figure(options)
-    return _reproduce_ghosh(options)
-
-
-def _reproduce_ghosh(options: argparse.Namespace) -> int:
-    """Draw the figures of Ghosh et al."""
-    experiment = GHOSH[options.name]
-    seeds = options.seeds or experiment.seeds
-    folder = options.output or options.results_dir.resolve() / options.name
-    with Progress(console=CONSOLE) as progress:
-        task = progress.add_task(options.name, total=len(experiment.runs(seeds)))
-        reproduce(
-            experiment,
-            folder,
-            seeds=seeds,
-            jobs=options.jobs or 2,
-            done=lambda: progress.update(task, advance=1),
-        )
-    print((folder / "table.md").read_text(encoding="utf-8"))
-    CONSOLE.print(f"written: {folder}", soft_wrap=True)
-    return 0
-
-
-def _reproduce_experiment(options: argparse.Namespace) -> int:
-    """Run what is still missing of an experiment and report all of it; return the exit status."""
-    experiment = read_experiment(options.name)
-    epochs = experiment.epochs if options.epochs is None else options.epochs
-    if not 0 < epochs < math.inf:
-        raise ConfigError(f"epochs is {epochs}; allowed: above 0")
-    cells = plan(
-        experiment,
-        epochs=epochs,
-        seeds=options.seeds or experiment.seeds,
-        settings={"device": options.device},
-    )
-    folder = options.results_dir.resolve() / f"{options.name}-{epochs:g}-epochs"
-    lines: list[Line] = []
-    if not options.no_run:
-        jobs = options.jobs or 2
-        lines = _run_cells(cells, folder, jobs, options.backend, ClientResources())
-    for path in write_report(experiment, cells, folder, options.output or folder):
-        CONSOLE.print(f"written: {path}", soft_wrap=True)
-    print((options.output or folder).joinpath("table.md").read_text(encoding="utf-8"))
-    return _status(lines)
-
-
-def _reproduce_figure(options: argparse.Namespace) -> int:
-    """Draw a figure that is no grid of runs; its numbers in ``table.md`` beside it."""
-    draw, seeds = FIGURES[options.name]
-    folder = options.output or options.results_dir.resolve() / options.name
-    folder.mkdir(parents=True, exist_ok=True)
-    with CONSOLE.status(options.name) as status:
-        table = draw(folder, seeds=options.seeds or seeds, done=status.update)
-    print(table.read_text(encoding="utf-8"))
-    CONSOLE.print(f"written: {folder}", soft_wrap=True)
-    return 0
-
-
-def _keys(options: argparse.Namespace) -> int:
-    found = [key for key in SETTINGS if fnmatch.fnmatchcase(key, f"*{options.pattern}*")]
+@app.command()
+def keys(
+    pattern: Annotated[str, Argument(help="Part of a key: lr, *-fraction")] = "",
+) -> int:
+    """List the keys of the run configuration."""
+    found = [key for key in SETTINGS if fnmatch.fnmatchcase(key, f"*{pattern}*")]
     if not found:
-        raise ConfigError(f"pattern is {options.pattern!r}; allowed: part of {', '.join(SETTINGS)}")
+        raise ConfigError(f"pattern is {pattern!r}; allowed: part of {', '.join(SETTINGS)}")
     CONSOLE.print(keys_table(SETTINGS[key] for key in found))
     return 0
 
 
-def _attacks(options: argparse.Namespace) -> int:
+@app.command()
+def attacks(
+    dataset: Annotated[Literal[DATASETS], Option(help="Of the picture")] = "cifar10",  # type: ignore[valid-type]
+    data_dir: DataDir = "",
+    picture: Annotated[
+        Path | None, Option(parser=_path, metavar="DIR", help="Draw data-attacks.png there")
+    ] = None,
+) -> int:
+    """List the attacks; draw what they do to images."""
+    if picture is not None:
+        _require_plots()
+        _make_folder("picture", picture)
     CONSOLE.print(attacks_table())  # mostly text, which folds
-    if options.picture is not None:
-        dataset = load(options.dataset, options.data_dir or None, progress=CONSOLE.print)
-        path = plot_data_attacks(dataset, options.picture)
+    if picture is not None:
+        from .report.plots import plot_data_attacks
+
+        path = plot_data_attacks(load(dataset, data_dir or None, progress=CONSOLE.print), picture)
         CONSOLE.print(f"written: {path}", soft_wrap=True)
     return 0
 
 
-def _data(options: argparse.Namespace) -> int:
-    for name in options.dataset:
-        dataset = load(name, options.data_dir or None, progress=CONSOLE.print)
+@app.command()
+def data(
+    names: Annotated[list[str] | None, Argument(metavar="[NAMES]...")] = None,
+    dataset: Annotated[list[str], Option("--dataset", hidden=True)] = [],  # noqa: B006
+    data_dir: DataDir = "",
+) -> int:
+    """Obtain and check data sets: cifar10, fashion-mnist, mnist."""
+    for name in [*dataset, *(names or ())] or ["cifar10"]:
+        if name not in DATASETS:
+            raise ConfigError(f"dataset is {name!r}; allowed: {', '.join(DATASETS)}")
+        found = load(name, data_dir or None, progress=CONSOLE.print)
         CONSOLE.print(
-            f"{name}: {len(dataset.train_labels)} training and {len(dataset.test_labels)} test "
-            f"images, checksums right, in {data_directory(options.data_dir or None) / name}"
+            f"{name}: {len(found.train_labels)} training and {len(found.test_labels)} test "
+            f"images, checksums right, in {data_directory(data_dir or None) / name}"
         )
     return 0
-
-
-def _run_all(options: argparse.Namespace, configs: dict[str, Config]) -> int:
-    """Run each configuration, show the table, write results; return the exit status."""
-    first, kind = next(iter(configs.values())), "compare" if len(configs) > 1 else "run"
-    _tell_limits(configs.values())
-    resources = _resources(options, first)
-    for config in configs.values():
-        if config["checkpoint-dir"]:
-            _make_folder("checkpoint-dir", Path(str(config["checkpoint-dir"])))
-    folder = _make_folder("results-dir", _results_folder(first, kind))
-    load(str(first["dataset"]), str(first["data-dir"]) or None, progress=CONSOLE.print)
-    results: dict[str, RunResult] = {}
-    with Progress(
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[accuracy]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=CONSOLE,
-    ) as progress:
-        tasks = {
-            name: progress.add_task(
-                name, total=int(config["num-server-rounds"]), accuracy="", start=False
-            )
-            for name, config in configs.items()
-        }
-        for name, config in configs.items():
-            results[name] = _run_one(name, config, options.backend, resources, progress, tasks)
-            results[name].write(folder / name)
-    table = results_table(results)
-    TABLES.print(table)
-    files = [
-        write_markdown(results, folder),
-        plot_accuracy(results, folder),
-        plot_accuracy(results, folder, against_bytes=True),
-    ]
-    for name, result in results.items():
-        if result.status == "failed":
-            print(f"error: {name}: {result.error}", file=sys.stderr)
-    for path in (*files, folder):
-        CONSOLE.print(f"written: {path}", soft_wrap=True)
-    failed = any(result.status == "failed" for result in results.values())
-    return EXIT_RUN_FAILED if failed else 0
-
-
-def _resources(options: argparse.Namespace, config: Config) -> ClientResources:
-    # Only Ray joins a cluster.
-    address = str(config["ray-address"]) if options.backend == "ray" else ""
-    return ClientResources(
-        options.client_resources_num_cpus, options.client_resources_num_gpus, address
-    )
-
-
-def _results_folder(config: Config, command: str) -> Path:
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{command}"
-    return Path(str(config["results-dir"])).resolve() / name
-
-
-def _run_one(
-    name: str,
-    config: Config,
-    backend: str,
-    resources: ClientResources,
-    progress: Progress,
-    tasks: dict[str, TaskID],
-) -> RunResult:
-    progress.start_task(tasks[name])
-
-    def on_round(server_round: int, accuracy: float | None) -> None:
-        progress.update(tasks[name], completed=server_round)
-        if accuracy is not None:
-            progress.update(tasks[name], accuracy=f"accuracy {accuracy:6.2%}")
-
-    return run(config, backend=backend, resources=resources, on_round=on_round)

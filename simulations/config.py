@@ -261,7 +261,7 @@ class RunSettings:
     client_threads: Annotated[Count, Le(256)] = 1
     evaluate_every: Count = 1
     round_timeout: Annotated[Positive, Operation()] = 3600.0
-    checkpoint_dir: Annotated[str, *_FOLDER, Operation()] = ""
+    checkpoint_dir: Annotated[str, *_FOLDER, Operation(), Environment()] = ""
     checkpoint_every: Annotated[Count, Operation()] = 1
     checkpoint_keep: Annotated[Count, Operation()] = 3
     ray_address: Annotated[

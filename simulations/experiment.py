@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import flwr
 import numpy as np
@@ -28,6 +28,9 @@ from fl_bgmd.strategies import RobustStrategy, RunEndedError, resolve_device
 
 from .adversary import AdversarialGrid
 from .config import SETTINGS, Config, strategy_for
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 OnRound = Callable[[int, float | None], None]
 
@@ -58,6 +61,13 @@ class RunResult:
     seconds: float = 0.0
     played: dict[str, int] = field(default_factory=dict)
     backend: str = "flwr"
+
+    @property
+    def frame(self) -> "pd.DataFrame":
+        """The rounds as a pandas frame, one line each."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rounds).set_index("round")
 
     @property
     def accuracies(self) -> dict[int, float]:

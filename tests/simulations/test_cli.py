@@ -36,8 +36,9 @@ def run_folder(results: Path) -> Path:
 def test_run_writes_history_table_and_plot(tmp_path: Path) -> None:
     assert main(["run", *SMALL, *ATTACK, f"--results-dir={tmp_path}"]) == 0
     folder = run_folder(tmp_path)
-    record = json.loads((folder / "bgmd+nearest-neighbor" / "run.json").read_text())
-    lines = (folder / "bgmd+nearest-neighbor" / "rounds.jsonl").read_text().splitlines()
+    run = folder / "bgmd+nearest-neighbor" / "bit-flip" / "seed-0"
+    record = json.loads((run / "run.json").read_text())
+    lines = (run / "rounds.jsonl").read_text().splitlines()
     rounds = [json.loads(line) for line in lines]
     assert record["status"] == "finished"
     assert record["config"]["attack"] == "bit-flip"
@@ -45,9 +46,10 @@ def test_run_writes_history_table_and_plot(tmp_path: Path) -> None:
     assert record["accepted"] == 10
     assert [entry["round"] for entry in rounds] == [0, 1, 2]
     assert ["accuracy" in entry for entry in rounds] == [True, False, True]
-    for plot in ("accuracy.png", "bytes.png"):
+    for plot in ("accuracy-rounds.png", "accuracy-bytes.png"):
         assert (folder / plot).read_bytes().startswith(b"\x89PNG")
-    assert "| bgmd+nearest-neighbor | finished |" in (folder / "table.md").read_text()
+    assert "| bgmd+nearest-neighbor | finished " in (folder / "table.md").read_text()
+    assert len((folder / "cells.jsonl").read_text().splitlines()) == 1
 
 
 def test_compare_runs_every_strategy_from_the_same_start(
@@ -57,18 +59,17 @@ def test_compare_runs_every_strategy_from_the_same_start(
     assert main(["compare", *SMALL, *ATTACK, *arguments]) == 0
     folder = run_folder(tmp_path)
     records = {
-        name: json.loads((folder / name / "run.json").read_text())
+        name: json.loads((folder / name / "bit-flip" / "seed-0" / "run.json").read_text())
         for name in ("mean", "bgmd+nearest-neighbor")
     }
     assert all(record["config"]["strategy"] == name for name, record in records.items())
-    first = {
-        json.loads((folder / name / "rounds.jsonl").read_text().splitlines()[0])["loss"]
-        for name in records
-    }
+    first = set()
+    for rounds in folder.glob("*/bit-flip/seed-0/rounds.jsonl"):
+        first.add(json.loads(rounds.read_text().splitlines()[0])["loss"])
     assert len(first) == 1
     shown = capsys.readouterr().out
     assert "bgmd+nearest-neighbor" in shown
-    assert "accuracy.png" in shown.replace("\n", "")
+    assert "accuracy-rounds.png" in shown.replace("\n", "")
 
 
 def test_same_seed_same_history_other_seed_another(tmp_path: Path) -> None:
@@ -76,10 +77,8 @@ def test_same_seed_same_history_other_seed_another(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         folder = tmp_path / name
         assert main(["run", *SMALL, *ATTACK, f"--seed={seed}", f"--results-dir={folder}"]) == 0
-        lines = (
-            (run_folder(folder) / "bgmd+nearest-neighbor" / "rounds.jsonl").read_text().splitlines()
-        )
-        last = json.loads(lines[-1])
+        [rounds] = folder.glob("*/*/*/*/rounds.jsonl")
+        last = json.loads(rounds.read_text().splitlines()[-1])
         histories.append((last["loss"], last["update-norm"], last["train-loss"]))
     assert histories[0] == histories[1]
     assert histories[0] != histories[2]
@@ -89,7 +88,7 @@ def test_averaging_diverges_and_is_a_result_not_a_crash(tmp_path: Path) -> None:
     arguments = ["--strategy=mean", "--num-server-rounds=30", "--learning-rate=1"]
     arguments += ["--local-steps=2", "--evaluate-every=30", f"--results-dir={tmp_path}"]
     assert main(["run", *SMALL, *ATTACK, *arguments]) == 0
-    record = json.loads((run_folder(tmp_path) / "mean" / "run.json").read_text())
+    record = json.loads(next(tmp_path.glob("*/*/*/*/run.json")).read_text())
     assert record["status"] == "diverged"
     assert record["rejected"] > 0
     assert record["final-accuracy"] < 0.15
@@ -111,7 +110,7 @@ def test_averaging_diverges_and_is_a_result_not_a_crash(tmp_path: Path) -> None:
         (["compare", "--num-shards=81"], ["num-shards", "81", "partition = 'shards:81'"]),
         (["compare", "--mixing", "bucketing"], ["mixing", "strategy = 'bgmd+bucketing'"]),
         (["run", "--bgmd.memory=mean"], ["bgmd.memory", "strategy = 'bgmd:memory=mean'"]),
-        (["compare", "--strategy=gmd"], ["strategy", "gmd", "--strategies"]),
+        (["compare", "--strategy=gmd"], ["strategy", "gmd", "with run"]),
         (["reproduce", "fig-toy", "--seed=3"], ["seed", "3", "with run"]),
     ],
 )
@@ -148,7 +147,7 @@ def test_a_failed_run_ends_with_a_failure(
     monkeypatch.setattr("simulations.backends.run_experiment", broken)
     assert main(["run", *SMALL, f"--results-dir={tmp_path}"]) == 1
     assert "the server fell over" in capsys.readouterr().err
-    record = json.loads((run_folder(tmp_path) / "bgmd+nearest-neighbor" / "run.json").read_text())
+    record = json.loads(next(tmp_path.glob("*/*/*/*/run.json")).read_text())
     assert record["status"] == "failed"
 
 
@@ -200,7 +199,7 @@ def test_data_command_names_the_folder() -> None:
     [
         (["run", "--results-dir={file}"], "results-dir is"),
         (["run", "--results-dir=r", "--checkpoint-dir={file}"], "checkpoint-dir is"),
-        (["compare", "--checkpoint-dir={file}"], "checkpoint-dir is"),
+        (["compare", "--checkpoint-dir={file}/a"], "checkpoint-dir is"),
         (["compare", "--attack=none", "--seeds=2", "--folder={file}"], "folder is"),
         (["reproduce", "fig-toy", "--output={file}"], "output is"),
         (["attacks", "--picture={file}"], "picture is"),
@@ -240,8 +239,7 @@ def test_folders_may_be_in_the_home_folder(
     assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {
         *("results", "checkpoints", "grid", "report", "picture")
     }
-    with pytest.raises(SystemExit):
-        main(["report", "~nobody-of-this-name/grid"])
+    assert main(["report", "~nobody-of-this-name/grid"]) == 2
     assert "~nobody-of-this-name/grid" in capsys.readouterr().err
 
 

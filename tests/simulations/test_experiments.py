@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,16 +14,18 @@ from flwr.clientapp import ClientApp
 from clients.training import to_input
 from fl_bgmd.schedules import scheduled_learning_rate
 from fl_bgmd.strategies import Mean
-from simulations import reproduce
-from simulations.cli import FIGURES, main
+from simulations import cli, study
+from simulations.cli import main
 from simulations.config import ConfigError, validate
-from simulations.diggavi import Problem, Setup, run_setup, slope, theorem_gamma
 from simulations.experiment import RunResult
-from simulations.figures import draw_complexity, draw_speedup, draw_toy, toy_points
 from simulations.grid import InProcessGrid
-from simulations.laboratory import finished_before
-from simulations.reproduce import Experiment, experiments, plan, read_experiment
-from simulations.reproduce_report import table_of
+from simulations.papers import FIGURES
+from simulations.papers.diggavi import Problem, Setup, run_setup, slope, theorem_gamma
+from simulations.papers.figures import draw_complexity, draw_speedup, draw_toy, toy_points
+from simulations.report.study import heading, table_of
+from simulations.report.tables import markdown
+from simulations.runner import finished_before, line_of
+from simulations.study import PAPERS, Cell, Study, papers, read_study
 
 TINY = """
 title = "Tiny"
@@ -143,11 +146,15 @@ def test_grey_images_are_channels_last_too() -> None:
 # ------------------------------------------------------------------------------- the files
 
 
-@pytest.mark.parametrize("name", experiments())
+def paper(name: str) -> Study:
+    return read_study(PAPERS / f"{name}.toml")
+
+
+@pytest.mark.parametrize("name", papers())
 def test_every_run_of_every_experiment_can_be_configured(name: str) -> None:
-    experiment = read_experiment(name)
-    cells = plan(experiment, epochs=experiment.epochs, seeds=2)
-    assert len(cells) == 2 * len(experiment.rows) * len(experiment.columns)
+    table = paper(name).changed(seeds=2)
+    cells = table.cells()
+    assert len(cells) == 2 * len(table.rows) * len(table.columns)
     assert len({cell.name for cell in cells}) == len(cells)
     assert {cell.seed for cell in cells[: len(cells) // 2]} == {0}
     for cell in cells:
@@ -165,8 +172,7 @@ def test_the_set_ups_are_the_paper_s() -> None:
         ("table3-mnist", 4688, 10, 64, 1),
         ("table4-cifar10", 7812, 10, 128, 1953),
     ):
-        experiment = read_experiment(name)
-        config = plan(experiment, epochs=experiment.epochs, seeds=1)[0].config
+        config = paper(name).cells()[0].config
         assert config["num-server-rounds"] == rounds
         assert (config["num-clients"], config["batch-size"]) == (clients, batch)
         assert config["lr-period"] == period
@@ -174,34 +180,35 @@ def test_the_set_ups_are_the_paper_s() -> None:
 
 
 def test_figures_of_the_paper_are_numbers_or_dashes() -> None:
-    for name in experiments():
-        for entries in read_experiment(name).published.values():
+    for name in papers():
+        for entries in paper(name).published.values():
             for text in entries.values():
                 assert text == "-" or 0 < float(text.split(" ± ")[0]) < 100, text
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
-    monkeypatch.setattr(reproduce, "FOLDER", tmp_path)
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    for module in (study, cli):
+        monkeypatch.setattr(module, "PAPERS", tmp_path)
     (tmp_path / "tiny.toml").write_text(TINY, encoding="utf-8")
-    return read_experiment("tiny")
+    return read_study(tmp_path / "tiny.toml")
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("seeds = 9", "", "key 'seeds' is missing"),
+        ("[rows]", "[row]", "key 'row' is unknown"),
         ("seeds = 9", "seeds = 9\nepoch = 1", "key 'epoch' is unknown"),
         ('SGD = "99.99', 'SDG = "99.99', "published 'clean', 'SDG' is not run"),
         ('strategy = "gmd"', 'strategy = "gdm"', "strategy is 'gdm'"),
     ],
 )
 def test_a_wrong_file_is_refused(
-    tiny: Experiment, tmp_path: Path, old: str, new: str, message: str
+    tiny: Study, tmp_path: Path, old: str, new: str, message: str
 ) -> None:
     (tmp_path / "tiny.toml").write_text(TINY.replace(old, new), encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
-        plan(read_experiment("tiny"), epochs=1, seeds=1)
+        read_study(tmp_path / "tiny.toml").cells()
 
 
 @pytest.mark.parametrize(
@@ -209,10 +216,10 @@ def test_a_wrong_file_is_refused(
     [(0.0, 1, "epochs is 0"), (math.nan, 1, "epochs is nan"), (1.0, 0, "seeds is 0")],
 )
 def test_lengths_out_of_range_are_refused(
-    tiny: Experiment, epochs: float, seeds: int, message: str
+    tiny: Study, epochs: float, seeds: int, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        plan(tiny, epochs=epochs, seeds=seeds)
+        tiny.changed(epochs=epochs, seeds=seeds)
 
 
 # -------------------------------------------------------------------------------- sweeps
@@ -224,7 +231,7 @@ def reproduce_tiny(folder: Path, *more: str) -> int:
 
 
 def test_a_sweep_goes_on_where_it_was_interrupted(
-    tiny: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = tmp_path / "results"
     assert reproduce_tiny(results, "--seeds=1") == 0
@@ -235,8 +242,8 @@ def test_a_sweep_goes_on_where_it_was_interrupted(
     written = {path: path.stat().st_mtime_ns for path in records}
     assert "99.99 ± 0.01" in printed
     assert "1 seed" in printed
-    for name in ("accuracy-rounds.png", "accuracy-seconds.png", "update-norm-rounds.png"):
-        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    for name in ("accuracy-rounds", "accuracy-seconds", "accuracy-bytes", "update-norm-rounds"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads(records[0].read_text())
     assert record["config"]["num-server-rounds"] == 3
     assert {"torch", "flwr", "cores"} <= record["environment"].keys()
@@ -252,20 +259,22 @@ def test_a_sweep_goes_on_where_it_was_interrupted(
     again = {path for path in records if path.stat().st_mtime_ns != written[path]}
     assert again == {lost, stopped}
     assert {path: RunResult.read(path.parent).accuracies for path in again} == before
-    assert len((tmp_path / "out" / "cells.jsonl").read_text().splitlines()) == 4
+    assert (tmp_path / "out" / "table.md").is_file()
+    assert len((folder / "cells.jsonl").read_text().splitlines()) == 4
 
 
 def test_only_runs_with_the_same_configuration_count_as_finished(
-    tiny: Experiment, tmp_path: Path
+    tiny: Study, tmp_path: Path
 ) -> None:
-    cells = plan(tiny, epochs=0.1, seeds=1)
+    short = tiny.changed(epochs=0.1, seeds=1)
+    cells = short.cells()
     cell = cells[0]
     folder = RunResult(cell.config, [{"round": 3, "accuracy": 0.5}]).write(tmp_path / cell.name)
     assert set(finished_before(cells, tmp_path)) == {cell.name}
-    elsewhere = plan(tiny, epochs=0.1, seeds=1, settings={"device": "cpu"})
+    elsewhere = short.changed(config={"device": "cpu"}).cells()
     assert set(finished_before(elsewhere, tmp_path)) == {cell.name}
     with pytest.raises(ConfigError, match="was run with num-server-rounds 3 and not 6"):
-        finished_before(plan(tiny, epochs=0.2, seeds=1), tmp_path)
+        finished_before(short.changed(epochs=0.2).cells(), tmp_path)
     # A run from before a key existed counts with the key's default.
     older = {key: value for key, value in cell.config.items() if key != "lr-decay"}
     RunResult(older, [{"round": 3, "accuracy": 0.5}]).write(folder)
@@ -274,24 +283,31 @@ def test_only_runs_with_the_same_configuration_count_as_finished(
     assert not finished_before(cells, tmp_path)
 
 
-def test_the_table_says_what_it_stands_on(tiny: Experiment) -> None:
-    config = plan(tiny, epochs=2, seeds=1)[0].config
+def test_the_table_says_what_it_stands_on(tiny: Study) -> None:
+    short = tiny.changed(epochs=2, seeds=2)
+    config = short.cells()[0].config
 
-    def run(accuracy: float, status: str = "finished") -> RunResult:
-        return RunResult(config, [{"round": 60, "accuracy": accuracy}], status)
+    def line(row: str, column: str, seed: int, accuracy: float, status: str = "finished") -> Any:
+        result = RunResult(config, [{"round": 60, "accuracy": accuracy}], status)
+        return line_of(Cell(row, column, seed, config), result)
 
-    runs = {
-        ("SGD", "clean"): [run(0.9), run(0.92)],
-        ("SGD", "additive-40"): [run(0.1, "diverged")] * 2,
-        ("GmD", "clean"): [run(0.8)],
-    }
-    lines = table_of(tiny, runs, missing=3).splitlines()
-    assert "after 2 epochs" in lines[0]
-    assert "1 or 2 seeds; 3 runs are missing" in lines[0]
-    assert "full protocol is 100 epochs and 9 seeds" in lines[0]
-    assert lines[2] == "| | SGD | *SGD, paper* | GmD |"
-    assert lines[4] == "| clean | 91.00 ± 1.41 | *99.99 ± 0.01* | 80.00 |"
-    assert lines[5] == "| additive-40 | 10.00 ± 0.00 (diverged) |  | not run |"
+    lines = [
+        line("SGD", "clean", 0, 0.9),
+        line("SGD", "clean", 1, 0.92),
+        line("SGD", "additive-40", 0, 0.1, "diverged"),
+        line("SGD", "additive-40", 1, 0.1, "diverged"),
+        line("GmD", "clean", 0, 0.8),
+    ]
+    said = heading(short, tiny, lines)
+    assert "after 2 epochs" in said
+    assert "1 or 2 seeds; 3 runs are missing" in said
+    assert "full protocol is 100 epochs and 9 seeds" in said
+    text = markdown(table_of(short, lines)).splitlines()
+    rows = [[entry.strip() for entry in row[1:-1].split("|")] for row in text]
+    assert rows[0] == ["", "clean", "additive-40", "worst"]
+    assert rows[2] == ["SGD", "91.0 ± 1.4", "10.0 ± 0.0 (diverged)", "10.0"]
+    assert rows[3] == ["*SGD, paper*", "*99.99 ± 0.01*", "", ""]
+    assert rows[4] == ["GmD", "failed", "failed", "failed"]  # a seed of it is missing
 
 
 # -------------------------------------------------------------------------------- figures
@@ -319,20 +335,18 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     table = draw_complexity(
         tmp_path / "cost", seeds=1, done=seen.append, sizes=(100, 1000), counts=(4, 8)
     ).read_text()
-    assert "| GmD, Weiszfeld |" in table
+    assert "| GmD, Weiszfeld " in table
     table = draw_speedup(
         tmp_path / "speed", seeds=1, done=seen.append, rounds=3, model="tiny-cnn", clients=5
     ).read_text()
-    assert "| GmD, Gram / BGmD, Gram |" in table
+    assert "| GmD, Gram / BGmD, Gram " in table
     assert len(seen) == 8 + 4 + 5
     assert len(list(tmp_path.glob("*/*.png"))) == 3
 
 
 def test_every_name_can_be_reproduced() -> None:
-    assert {"table2-fashion-mnist", "table3-mnist", "table4-cifar10", "fig-memory"} <= {
-        *experiments()
-    }
-    assert not set(FIGURES) & set(experiments())
+    assert {"table2-fashion-mnist", "table3-mnist", "table4-cifar10", "fig-memory"} <= {*papers()}
+    assert not set(FIGURES) & set(papers())
 
 
 # ---------------------------------------------------------------------- Data and Diggavi

@@ -39,11 +39,8 @@ from simulations.adversary import AdversarialGrid
 from simulations.backends import run
 from simulations.cli import main
 from simulations.config import ConfigError, validate
-from simulations.experiment import RunResult
 from simulations.grid import InProcessGrid
-from simulations.laboratory import accuracy_table, columns, detailed_table, line_of, plan_grid
-from simulations.reproduce import plan as plan_experiment
-from simulations.reproduce import read_experiment
+from simulations.study import PAPERS, read_study
 
 UPDATE_ATTACKS = [name for name, attack in ATTACKS.items() if attack.place == "update"]
 DATA_ATTACKS = [name for name, attack in ATTACKS.items() if attack.place == "data"]
@@ -103,8 +100,8 @@ def test_strengths_of_the_paper_and_of_the_authors_code() -> None:
     assert values["alie"] == values["fang"] == [None]
     code = {name: attack.authors_code for name, attack in ATTACKS.items() if attack.authors_code}
     assert code == {"bit-flip": {"": 5.0}, "gaussian": {"cifar10": 100.0}, "backdoor": {"": 0}}
-    again = plan_experiment(read_experiment("table2-fashion-mnist-authors-code"), epochs=1, seeds=1)
-    assert {str(cell.config["attack"]) for cell in again} == {
+    again = read_study(PAPERS / "table2-fashion-mnist-authors-code.toml")
+    assert {str(cell.config["attack"]) for cell in again.cells()} == {
         *("none", "bit-flip:5", "gaussian:10", "backdoor:0")
     }
 
@@ -899,181 +896,7 @@ def test_attacks_that_cannot_be_played_are_refused(given: Any, message: str) -> 
         validate({"byzantine-fraction": 0.4, "attack": "bit-flip", **given})
 
 
-# -------------------------------------------------------------------------- comparison
-
-
-def test_a_grid_sweeps_the_knobs_and_the_seeds() -> None:
-    rows = {"gmd": {"strategy": "gmd"}}
-    given = {"byzantine-fraction": 0.4, "seed": 5}
-    cells = plan_grid(given, rows, columns("all"), 2, sweep=True)
-    swept = sum(len(attack.swept()) for attack in ATTACKS.values())
-    assert len(cells) == 2 * (swept + 1)
-    assert len({cell.name for cell in cells}) == len(cells)
-    assert {cell.seed for cell in cells} == {5, 6}
-    [clean, _] = [cell for cell in cells if cell.attack == "none"]
-    assert clean.config["byzantine-fraction"] == 0.0
-    flips = {cell.config["attack"] for cell in cells if cell.attack.startswith("bit-flip")}
-    assert flips == {"bit-flip:1.5", "bit-flip:5", "bit-flip"}
-    assert "gmd/bit-flip:5/seed-6" in {cell.name for cell in cells}
-    # With options it is what it says.
-    text = "gaussian:100,memory-poison:scale=10,strong=0.1,zero+alie:1.5,bit-flip:100"
-    cells = plan_grid(given, rows, columns(text), 1, sweep=True)
-    assert [cell.attack for cell in cells] == [
-        *("gaussian:100", "memory-poison:scale=10,strong=0.1", "zero+alie:1.5", "bit-flip")
-    ]
-    for twice in ("bit-flip:100,bit-flip", "bit-flip,bit-flip:5"):
-        with pytest.raises(ConfigError, match=r"attack holds bit-flip.* twice; allowed"):
-            plan_grid(given, rows, columns(twice), 1, sweep=True)
-    fixed = plan_grid(given, rows, columns("none,zero"), 1, sweep=False)
-    assert [cell.attack for cell in fixed] == ["none", "zero"]
-    with pytest.raises(ConfigError, match="seeds is 0"):
-        plan_grid(given, rows, ["none"], 0, sweep=True)
-
-
-def test_compare_attacks_writes_table_heat_map_and_cells(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = [f"--{key}={value}" for key, value in SMALL.items()]
-    arguments = ["--strategies", "mean", "gmd", "--attack=none,sign-flip,ipm", "--jobs=2"]
-    arguments += ["--backend=inprocess", f"--results-dir={tmp_path}", "--seeds=2"]
-    assert main(["compare", *options, *arguments]) == 0
-    [folder] = tmp_path.iterdir()
-    lines = [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]
-    # none 1, sign-flip 1, ipm 3 strengths.
-    assert len(lines) == 2 * 2 * 5
-    table = (folder / "table.md").read_text().splitlines()
-    assert table[0] == "| strategy | none | worst class | sign-flip | ipm | worst |"
-    for row, name in zip(table[2:], ("mean", "gmd"), strict=True):
-        values = [float(cell) for cell in row.strip("| ").split(" | ")[1:]]
-        own = [line for line in lines if line["strategy"] == name]
-        by_strength: dict[Any, list[float]] = {}
-        for line in own:
-            by_strength.setdefault(line["attack"], []).append(100 * line["final-accuracy"])
-        means = {key: sum(v) / 2 for key, v in by_strength.items()}
-        worst_ipm = min(value for attack, value in means.items() if attack.startswith("ipm"))
-        assert values[3] == pytest.approx(worst_ipm, abs=0.051)
-        assert values[4] == min(values[0], values[2], values[3])
-        least = [min(line["class-accuracies"]) for line in own if line["attack"] == "none"]
-        assert values[1] == pytest.approx(50 * sum(least), abs=0.051)
-    assert (folder / "heatmap.png").read_bytes().startswith(b"\x89PNG")
-    assert "worst" in capsys.readouterr().out
-    again = tmp_path / "again"
-    assert main(["report", str(folder), f"--output={again}"]) == 0
-    assert (again / "table.md").read_text().splitlines() == table
-    assert main(["report", str(tmp_path / "nothing")]) == 2
-    assert "allowed: a folder with a cells.jsonl of" in capsys.readouterr().err
-
-
-def test_a_grid_goes_on_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = [f"--{key}={value}" for key, value in SMALL.items()]
-    options += ["--backend=inprocess", f"--folder={tmp_path}"]
-    rows = ["--strategies", "mean", "gmd"]
-    assert main(["compare", *options, *rows, "--attack=none,zero"]) == 0
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/seed-0/run.json")}
-    assert len(before) == 4
-    # One more attack and a lost run.
-    lost = tmp_path / "gmd" / "zero" / "seed-0" / "run.json"
-    lost.unlink()
-    assert main(["compare", *options, *rows, "--attack=none,zero,sign-flip"]) == 0
-    after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/seed-0/run.json")}
-    assert len(after) == 6
-    assert {path for path in before if after[path] != before[path]} == {lost}
-    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 6
-    assert "sign-flip" in (tmp_path / "table.md").read_text()
-    # Other cells in the same folder leave the lines of these; other settings are refused.
-    assert main(["compare", *options, "--strategies", "cmd", "--attack=none,zero"]) == 0
-    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 8
-    capsys.readouterr()
-    other = [*options, "--server-momentum=0.5"]
-    assert main(["compare", *other, *rows, "--attack=none,zero"]) == 2
-    assert "was run with server-momentum 0.0 and not 0.5" in capsys.readouterr().err
-    # Half a line is what an interrupted grid may leave.
-    with (tmp_path / "cells.jsonl").open("a") as file:
-        file.write('{"strategy": "gm')
-    assert main(["report", str(tmp_path), f"--output={tmp_path / 'report'}"]) == 0
-    (tmp_path / "cells.jsonl").write_text('{"strategy": "gmd"}\n')
-    assert main(["report", str(tmp_path), f"--output={tmp_path / 'report'}"]) == 2
-    assert "whose line 1 is none of a run" in capsys.readouterr().err
-    (tmp_path / "cells.jsonl").write_text("")
-    assert main(["report", str(tmp_path), f"--output={tmp_path / 'report'}"]) == 2
-    assert "a cells.jsonl of finished runs" in capsys.readouterr().err
-    assert main(["compare", *options, *rows, "--attack=zero"]) == 2
-    assert "folder is " in capsys.readouterr().err
-
-
-def test_a_grid_with_an_idle_attack_fails_and_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = [f"--{key}={value}" for key, value in SMALL.items() if key != "num-server-rounds"]
-    arguments = ["--strategies=gmd", "--attack=zero,delayed", "--num-server-rounds=1"]
-    arguments += ["--backend=inprocess", f"--results-dir={tmp_path}", "--no-sweep"]
-    assert main(["compare", *options, *arguments]) == 1
-    assert "attack delayed was not played" in capsys.readouterr().err
-    [folder] = tmp_path.iterdir()
-    assert "| failed | failed |" in (folder / "table.md").read_text()
-
-
-def test_more_jobs_than_one_need_the_in_process_backend(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", "--attack=none,zero", "--byzantine-fraction=0.4", "--jobs=2"]) == 2
-    assert "jobs is 2 with backend ray; allowed: 1, more without Ray" in capsys.readouterr().err
-
-
-def test_a_failed_run_makes_its_cell_and_the_worst_unknown() -> None:
-    cells = plan_grid(
-        {"byzantine-fraction": 0.4},
-        {"gmd": {"strategy": "gmd"}},
-        ["none", "zero"],
-        1,
-        sweep=False,
-    )
-    good = RunResult(cells[0].config, rounds=[{"round": 1, "accuracy": 0.5}])
-    bad = RunResult(cells[1].config, status="failed", error="x")
-    lines = [line_of(cell, result) for cell, result in zip(cells, (good, bad), strict=True)]
-    attacks_of, rows = accuracy_table(lines)
-    assert attacks_of == ["none", "zero", "worst"]
-    assert rows["gmd"][0] == 0.5
-    assert math.isnan(rows["gmd"][1])
-    assert math.isnan(rows["gmd"][2])
-
-
-def test_details_are_the_least_class_and_the_most_successful_backdoor() -> None:
-    keys: dict[str, Any] = {"strategy": "gmd", "status": "finished", "final-accuracy": 0.5}
-    lines = [
-        {**keys, "attack": attack, "seed": seed, "status": status}
-        | {"backdoor-success": success, "class-accuracies": classes}
-        for attack, seed, status, success, classes in (
-            ("none", 0, "finished", None, [0.9, 0.2]),
-            ("none", 1, "finished", None, [0.4, 0.8]),
-            ("backdoor", 0, "finished", 0.1, [0.1, 0.1]),
-            ("backdoor", 1, "finished", 0.3, [0.1, 0.1]),
-            ("backdoor:3", 0, "finished", 0.6, [0.1, 0.1]),
-            ("backdoor:3", 1, "finished", 0.8, [0.1, 0.1]),
-        )
-    ]
-    names, rows = detailed_table(lines)
-    assert names == ["none", "worst class", "backdoor", "backdoor success", "worst"]
-    assert rows["gmd"] == pytest.approx([0.5, 0.3, 0.5, 0.7, 0.5])
-    clean = [line for line in lines if line["attack"] == "none"]
-    assert detailed_table(clean)[0] == ["none", "worst class", "worst"]
-    lines[-1]["status"] = "failed"
-    assert math.isnan(detailed_table(lines)[1]["gmd"][3])
-
-
-def test_an_incomplete_cell_is_not_a_mean_of_what_is_there() -> None:
-    keys = {"status": "finished", "final-accuracy": 0.5}
-    lines = [
-        {**keys, "strategy": strategy, "attack": attack, "seed": seed}
-        for strategy in ("gmd", "bgmd")
-        for attack in ("none", "ipm", "ipm:0.1")
-        for seed in (0, 1)
-    ]
-    assert accuracy_table(lines)[1]["bgmd"] == [0.5, 0.5, 0.5]
-    for missing in (-1, -2):  # a seed, then a whole strength
-        [clean, ipm, worst] = accuracy_table(lines[:missing])[1]["bgmd"]
-        assert clean == 0.5
-        assert math.isnan(ipm)
-        assert math.isnan(worst)
-        assert accuracy_table(lines[:missing])[1]["gmd"] == [0.5, 0.5, 0.5]
+# -------------------------------------------------------------------- listed and counted
 
 
 def test_the_attacks_are_listed_and_drawn(
@@ -1113,24 +936,3 @@ def test_only_attacks_of_the_plan_are_counted() -> None:
     plan = AttackPlan(build_attacks("ipm"), fraction=0.2)
     [_, grid] = play(plan, 2, echo_app([boast]))
     assert grid.played == {"ipm": 4}
-
-
-def test_report_refuses_runs_of_different_settings(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [f"--{key}={value}" for key, value in SMALL.items() if key != "partition"]
-    arguments += ["--strategies", "mean", "--attack=none,zero", "--backend=inprocess"]
-    for scheme in ("iid", "shards"):
-        given = [*arguments, f"--partition={scheme}", f"--results-dir={tmp_path / scheme}"]
-        assert main(["compare", *given]) == 0
-    folders = [str(next((tmp_path / scheme).iterdir())) for scheme in ("iid", "shards")]
-    assert main(["report", folders[0], f"--output={tmp_path / 'one'}"]) == 0
-    assert main(["report", *folders, f"--output={tmp_path / 'both'}"]) == 2
-    assert "partition 'iid' and 'shards'" in capsys.readouterr().err
-    other = [*arguments, "--partition=iid", "--seed=1", "--compressor=qsgd"]
-    assert main(["compare", *other, f"--results-dir={tmp_path / 'other'}"]) == 0
-    packed = str(next((tmp_path / "other").iterdir()))
-    assert main(["report", folders[0], packed, f"--output={tmp_path / 'packed'}"]) == 2
-    assert "runs of mean with compressor 'none' and 'qsgd'" in capsys.readouterr().err
-    assert main(["report", folders[0], folders[0], f"--output={tmp_path / 'twice'}"]) == 2
-    assert "twice; allowed: once" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -23,10 +24,11 @@ from fl_bgmd.aggregators import (
 )
 from fl_bgmd.clients import threads
 
-from .backends import run
-from .config import Value, validate
+from ..backends import run
+from ..config import Value, validate
+from ..report.drawing import Done, panels, save
+from ..report.tables import write_markdown
 
-Done = Callable[[str], None]
 CENTRES: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda rows: mean(rows).vector,
     "CM": lambda rows: coordinate_median(rows).vector,
@@ -45,8 +47,8 @@ def draw_toy(folder: Path, *, seeds: int, done: Done, count: int = 100) -> Path:
     the same points moved together to one side. Writes ``toy.png`` and ``table.md``; returns it.
     """
     fractions = (0.0, 0.1, 0.3, 0.45)
-    figure, panels = _panels(2, len(fractions), 3.0, 3.1)
-    for row, kind in zip(panels, ("noise", "shifted"), strict=True):
+    figure, grid = panels(2, len(fractions), 3.0, 3.1)
+    for row, kind in zip(grid, ("noise", "shifted"), strict=True):
         for panel, fraction in zip(row, fractions, strict=True):
             points, hostile = toy_points(fraction, kind, 0, count)
             panel.scatter(*points[~hostile].T, s=6, c="lightgrey", label="honest")
@@ -56,24 +58,23 @@ def draw_toy(folder: Path, *, seeds: int, done: Done, count: int = 100) -> Path:
                 panel.scatter(*centre(points), marker=mark, s=28, label=name, zorder=3)
             panel.set(title=f"{kind}, {fraction:.0%} corrupt", xlim=(-4, 8), ylim=(-4, 8))
             panel.set_aspect("equal")
-    panels[0][0].legend(fontsize=6)
-    _save(figure, folder / "toy.png")
-    lines = ["| corrupt points | fraction | " + " | ".join(CENTRES) + " |"]
-    lines.append("|---|---:|" + "---:|" * len(CENTRES))
+    grid[0][0].legend(fontsize=6)
+    save(figure, folder / "toy.png")
+    lines = []
     for kind in ("noise", "shifted"):
         for fraction in fractions:
-            found = []
-            for name in CENTRES:
-                draws = [toy_points(fraction, kind, seed, count)[0] for seed in range(seeds)]
-                errors = [float(CENTRES[name](points).norm()) for points in draws]
-                found.append(f"{statistics.mean(errors):.3f}")
-            lines.append(f"| {kind} | {fraction:.0%} | " + " | ".join(found) + " |")
+            line = {"corrupt points": kind, "fraction": f"{fraction:.0%}"}
+            draws = [toy_points(fraction, kind, seed, count)[0] for seed in range(seeds)]
+            for name, centre in CENTRES.items():
+                errors = [float(centre(points).norm()) for points in draws]
+                line[name] = f"{statistics.mean(errors):.3f}"
+            lines.append(line)
             done(f"{kind}, {fraction:.0%}")
     note = (
         f"Distance from the true mean, average of {seeds} draws of {count} points from N(0, I); "
         "corrupt points are x + N(0, 100 I), or x + (10, 10)."
     )
-    return _write(folder, note, lines)
+    return write_markdown(folder, note, pd.DataFrame(lines))
 
 
 def toy_points(fraction: float, kind: str, seed: int, count: int) -> tuple[Tensor, Tensor]:
@@ -119,26 +120,25 @@ def draw_complexity(
         for name, rule in RULES.items():
             taken[name, n, d] = _least_seconds(rule, rows, seeds)
         done(f"n = {n}, d = {d:,}")
-    figure, panels = _panels(1, 2, 5.2, 4.0)
+    figure, grid = panels(1, 2, 5.2, 4.0)
     for name in RULES:
-        panels[0][0].plot(sizes, [taken[name, 32, d] for d in sizes], "o-", ms=4, label=name)
-        panels[0][1].plot(counts, [taken[name, n, 100_000] for n in counts], "o-", ms=4)
-    for panel, axis, title in zip(panels[0], ("d", "n"), ("n = 32", "d = 100,000"), strict=True):
+        grid[0][0].plot(sizes, [taken[name, 32, d] for d in sizes], "o-", ms=4, label=name)
+        grid[0][1].plot(counts, [taken[name, n, 100_000] for n in counts], "o-", ms=4)
+    for panel, axis, title in zip(grid[0], ("d", "n"), ("n = 32", "d = 100,000"), strict=True):
         panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds", title=title)
         panel.grid(alpha=0.3, which="both")
-    panels[0][0].legend(fontsize=7)
-    _save(figure, folder / "complexity.png")
-    chosen = list(dict.fromkeys(shapes))
-    lines = ["| rule | " + " | ".join(f"{n} x {d:,}" for n, d in chosen) + " |"]
-    lines.append("|---|" + "---:|" * len(chosen))
-    for name in RULES:
-        times = [f"{1000 * taken[name, n, d]:.1f}" for n, d in chosen]
-        lines.append(f"| {name} | " + " | ".join(times) + " |")
+    grid[0][0].legend(fontsize=7)
+    save(figure, folder / "complexity.png")
+    lines = [
+        {"rule": name}
+        | {f"{n} x {d:,}": f"{1000 * taken[name, n, d]:.1f}" for n, d in dict.fromkeys(shapes)}
+        for name in RULES
+    ]
     note = (
         f"Milliseconds for n x d rows in float32, the least of {seeds} calls, "
         f"{torch.get_num_threads()} threads on {os.cpu_count()} cores; medians certified to 1e-6."
     )
-    return _write(folder, note, lines)
+    return write_markdown(folder, note, pd.DataFrame(lines))
 
 
 def round_rows(n: int, d: int) -> Tensor:
@@ -192,26 +192,29 @@ def draw_speedup(
             taken += run_rounds(own, seed, rounds, model, clients)
             done(f"{name}, run {seed + 1}")
         times[name] = min(taken)
-    figure, [[panel]] = _panels(1, 1, 7.0, 3.2)
+    figure, [[panel]] = panels(1, 1, 7.0, 3.2)
     panel.barh(list(times), list(times.values()))
     panel.set(xlabel="seconds a round, gradients included")
     panel.invert_yaxis()
-    _save(figure, folder / "speedup.png")
-    lines = ["| | s / round | beyond SGD |", "|---|---:|---:|"]
-    lines += [f"| {name} | {t:.2f} | {t - times['SGD']:.2f} |" for name, t in times.items()]
-    lines += ["", "| | whole round |", "|---|---:|"]
-    for left, right in (
-        ("GmD, Weiszfeld", "BGmD, Weiszfeld"),
-        ("GmD, Weiszfeld", "BGmD, Gram"),
-        ("GmD, Gram", "BGmD, Gram"),
-    ):
-        lines.append(f"| {left} / {right} | {times[left] / times[right]:.2f} |")
+    save(figure, folder / "speedup.png")
+    lines = [
+        {"": name, "s / round": f"{taken:.2f}", "beyond SGD": f"{taken - times['SGD']:.2f}"}
+        for name, taken in times.items()
+    ]
+    ratios = [
+        {"": f"{left} / {right}", "whole round": f"{times[left] / times[right]:.2f}"}
+        for left, right in (
+            ("GmD, Weiszfeld", "BGmD, Weiszfeld"),
+            ("GmD, Weiszfeld", "BGmD, Gram"),
+            ("GmD, Gram", "BGmD, Gram"),
+        )
+    ]
     note = (
         f"Fashion-MNIST, {model}, {clients} clients x 64, bit flip at 40 % redrawn in each round; "
         f"CPU time on one thread, the fastest round of {seeds} runs of {rounds} rounds, evaluation "
         "left out."
     )
-    return _write(folder, note, lines)
+    return write_markdown(folder, note, pd.DataFrame(lines), pd.DataFrame(ratios))
 
 
 def run_rounds(
@@ -249,31 +252,3 @@ def run_rounds(
     if result.status == "failed":
         raise RuntimeError(result.error)
     return [after - before for before, after in pairwise(moments)][1:-1]
-
-
-# --------------------------------------------------------------------------------- drawing
-
-
-def _panels(high: int, wide: int, width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt.subplots(
-        high, wide, figsize=(width * wide, height * high), layout="constrained", squeeze=False
-    )
-
-
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot as plt
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def _write(folder: Path, note: str, lines: Sequence[str]) -> Path:
-    path = folder / "table.md"
-    path.write_text("\n".join([note, "", *lines, ""]), encoding="utf-8")
-    return path

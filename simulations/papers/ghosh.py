@@ -8,9 +8,7 @@ problems, :class:`Regression` (Figures 1, 2, 3, 6a, 7a) and :class:`Network` (4,
 """
 
 import json
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from fl_bgmd.aggregators import mean, norm_threshold, trimmed_mean
 
+from ..report.drawing import Done, band, panels, save
 from .ghosh_problems import Curve, Network, Problem, Regression
 
 Array = NDArray[np.float64]
@@ -123,12 +122,11 @@ _NETWORK: Figures = {
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """A problem, the figures drawn of it, and how many seeds they stand on by default."""
+class FigureSet:
+    """A problem and the figures drawn of it."""
 
     problem: Problem
     figures: Figures
-    seeds: int
 
     def runs(self, seeds: int) -> list[tuple[Curve, int]]:
         """Return what has to be run: curves that appear in two figures run once."""
@@ -137,8 +135,8 @@ class Experiment:
 
 
 GHOSH = {
-    "ghosh-regression": Experiment(Regression(), _REGRESSION, seeds=20),
-    "ghosh-mnist": Experiment(Network(), _NETWORK, seeds=1),
+    "ghosh-regression": FigureSet(Regression(), _REGRESSION),
+    "ghosh-mnist": FigureSet(Network(), _NETWORK),
 }
 
 
@@ -188,31 +186,26 @@ def _thresholded(rows: Tensor, dropped: int) -> Tensor:
 
 
 def reproduce(
-    experiment: Experiment, folder: Path, *, seeds: int, jobs: int, done: Callable[[], None]
+    figures: FigureSet, folder: Path, *, seeds: int, jobs: int, done: Done
 ) -> dict[str, dict[str, Array]]:
     """Run all figures' curves for ``seeds`` seeds; write ``curves.jsonl``, a PNG each, a table.
 
-    Runs that ``curves.jsonl`` already holds are not run again. ``done`` is called after each run.
-    Returns the curves of each figure by label, (seeds, iterations + 1).
+    Runs that ``curves.jsonl`` already holds are not run again. ``done`` is called with a line after
+    each run. Returns the curves of each figure by label, (seeds, iterations + 1).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, wanted = folder / "curves.jsonl", experiment.runs(seeds)
+    path, wanted = folder / "curves.jsonl", figures.runs(seeds)
     found = _read(path) if path.exists() else {}
-    problem = experiment.problem
-    missing = []
-    for run in wanted:
-        if _key(*run, problem) in found:
-            done()
-        else:
-            missing.append(run)
+    problem = figures.problem
+    missing = [run for run in wanted if _key(*run, problem) not in found]
     with path.open("a", encoding="utf-8") as lines:
         lines.write("\n" if lines.tell() else "")  # after a line that was cut off
-        for run, history in _run_all(missing, jobs, problem):
+        for number, (run, history) in enumerate(_run_all(missing, jobs, problem), 1):
             found[_key(*run, problem)] = history
             line = {**_identity(*run, problem), "history": history.tolist()}
             lines.write(json.dumps(line) + "\n")
             lines.flush()
-            done()
+            done(f"{number} of {len(missing)} runs")
     results = {
         figure: {
             curve.label: np.stack(
@@ -220,13 +213,25 @@ def reproduce(
             )
             for curve in curves
         }
-        for figure, (_, curves) in experiment.figures.items()
+        for figure, (_, curves) in figures.figures.items()
     }
     for figure, by_label in results.items():
-        title = f"Ghosh et al., {figure.replace('-', ' ')}: {experiment.figures[figure][0]}"
+        title = f"Ghosh et al., {figure.replace('-', ' ')}: {figures.figures[figure][0]}"
         _plot(folder / f"{figure}.png", title, problem.axis, by_label)
     _write_table(results, folder)
     return results
+
+
+def reproduce_regression(folder: Path, *, seeds: int, jobs: int, done: Done) -> Path:
+    """Draw Figures 1, 2, 3, 6a and 7a; return the table."""
+    reproduce(GHOSH["ghosh-regression"], folder, seeds=seeds, jobs=jobs, done=done)
+    return folder / "table.md"
+
+
+def reproduce_mnist(folder: Path, *, seeds: int, jobs: int, done: Done) -> Path:
+    """Draw Figures 4, 5, 6b and 7b; return the table."""
+    reproduce(GHOSH["ghosh-mnist"], folder, seeds=seeds, jobs=jobs, done=done)
+    return folder / "table.md"
 
 
 def _unlabelled(curve: Curve) -> Curve:
@@ -262,57 +267,51 @@ def _run_all(
         for run in runs:
             yield run, run_curve(*run, problem)
         return
-    with ProcessPoolExecutor(
-        jobs,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(max(1, torch.get_num_threads() // jobs),),
-    ) as pool:
+    from ..runner import pool  # workers need none of it
+
+    with pool(jobs) as workers:
         curves, seeds = zip(*runs, strict=True)
-        yield from zip(runs, pool.map(run_curve, curves, seeds, [problem] * len(runs)), strict=True)
+        yield from zip(
+            runs, workers.map(run_curve, curves, seeds, [problem] * len(runs)), strict=True
+        )
 
 
 def _plot(path: Path, title: str, axis: str, by_label: dict[str, Array]) -> None:
-    import matplotlib as mpl
+    from ..report.tables import counted
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    from .report import counted  # workers of the runs need none of it
-
-    canvas, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    figure, [[panel]] = panels(1, 1, 6.5, 4.2)
     for label, histories in by_label.items():
-        middle, spread = histories.mean(0), histories.std(0)
-        [line] = axes.plot(middle, label=label, lw=1.8)
-        axes.fill_between(
-            range(len(middle)),
-            np.maximum(middle - spread, 1e-12),
-            middle + spread,
-            alpha=0.2,
-            color=line.get_color(),
-        )
+        band(panel, range(histories.shape[1]), histories, label, least=1e-12)
     seeds = len(next(iter(by_label.values())))
-    axes.set(
+    panel.set(
         title=f"{title} ({counted(seeds, 'seed')})",
         xlabel="iteration",
         ylabel=axis,
         yscale="log",
     )
-    axes.title.set_fontsize(10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    canvas.savefig(path, dpi=140)
-    plt.close(canvas)
+    panel.title.set_fontsize(10)
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    save(figure, path)
 
 
 def _write_table(results: dict[str, dict[str, Array]], folder: Path) -> None:
-    lines = ["| figure | curve | after 50 | at the end | standard deviation | seeds |"]
-    lines.append("|---|---|---:|---:|---:|---:|")
+    import pandas as pd
+
+    from ..report.tables import write_markdown
+
+    lines = []
     for figure, by_label in results.items():
         for label, histories in by_label.items():
             early, last = histories[:, min(50, histories.shape[1] - 1)], histories[:, -1]
             lines.append(
-                f"| {figure} | {label} | {early.mean():.2g} | {last.mean():.2g} | "
-                f"{last.std():.1g} | {len(last)} |"
+                {
+                    "figure": figure,
+                    "curve": label,
+                    "after 50": f"{early.mean():.2g}",
+                    "at the end": f"{last.mean():.2g}",
+                    "standard deviation": f"{last.std():.1g}",
+                    "seeds": str(len(last)),
+                }
             )
-    (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_markdown(folder, pd.DataFrame(lines))

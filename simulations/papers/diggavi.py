@@ -11,17 +11,21 @@ experiments: problem, sizes and attack are this project's.
 import json
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from fl_bgmd.aggregators import mean, spectral_filter
 from fl_bgmd.attacks import alie
+
+from ..report.drawing import Done, panels, save
+from ..report.tables import write_markdown
 
 OBJECTIVES = ("strongly convex", "non-convex")
 EPSILON_SLACK = 0.05
@@ -211,7 +215,7 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
-def reproduce_diggavi(folder: Path, *, seeds: int, done: Callable[[str], None]) -> Path:
+def reproduce_diggavi(folder: Path, *, seeds: int, done: Done) -> Path:
     """Run the sweeps; write ``runs.jsonl``, ``error-floor.png`` and ``table.md``; return the last.
 
     ``done`` is called with a line after each point.
@@ -264,15 +268,10 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def _plot(found: Found, folder: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(2, 3, figsize=(11, 6.2), layout="constrained")
+    figure, grid = panels(2, 3, 3.7, 3.1)
     for i, objective in enumerate(OBJECTIVES):
         for j, sweep in enumerate(SWEEPS):
-            panel = panels[i, j]
+            panel = grid[i, j]
             for rule in RULES:
                 panel.plot(*_axis(found, objective, sweep, rule), "o-", label=rule, ms=4)
             panel.set(yscale="log", xlabel=f"{sweep} (measured)" if sweep == "kappa" else sweep)
@@ -280,26 +279,25 @@ def _plot(found: Found, folder: Path) -> None:
                 panel.set_xscale("log")
             panel.grid(alpha=0.3, which="both")
         what = "squared distance" if i == 0 else "squared gradient"
-        panels[i, 0].set_ylabel(f"{objective}: {what}")
-    panels[0, 0].legend(fontsize=7)
+        grid[i, 0].set_ylabel(f"{objective}: {what}")
+    grid[0, 0].legend(fontsize=7)
     figure.suptitle("Error that is left under ALIE (Data and Diggavi, Theorems 1 and 5)")
-    figure.savefig(folder / "error-floor.png", dpi=130)
-    plt.close(figure)
+    save(figure, folder / "error-floor.png")
 
 
 def _write_table(found: Found, folder: Path, seeds: int) -> Path:
-    heads = ["objective", "sweep", "value", "sigma", "kappa", *RULES, "bound"]
-    text = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
-    slopes = []
+    errors, slopes = [], []
     for objective in OBJECTIVES:
         for sweep, (name, values, _) in SWEEPS.items():
             for value in values:
-                each = [found[objective, sweep, rule, value] for rule in RULES]
-                cells = [objective, f"{sweep} ({name})", f"{value:g}"]
-                cells += [f"{_middle(each[0], key):.3g}" for key in ("sigma", "kappa")]
-                errors = [_middle(outcomes, "error") for outcomes in each]
-                cells += [f"{e:.3g}" if e < DIVERGED else "diverged" for e in errors]
-                text.append("| " + " | ".join([*cells, f"{_middle(each[0], 'bound'):.3g}"]) + " |")
+                each = {rule: found[objective, sweep, rule, value] for rule in RULES}
+                first = next(iter(each.values()))
+                line = {"objective": objective, "sweep": f"{sweep} ({name})", "value": f"{value:g}"}
+                line |= {key: f"{_middle(first, key):.3g}" for key in ("sigma", "kappa")}
+                for rule, outcomes in each.items():
+                    error = _middle(outcomes, "error")
+                    line[rule] = f"{error:.3g}" if error < DIVERGED else "diverged"
+                errors.append({**line, "bound": f"{_middle(first, 'bound'):.3g}"})
             for rule in RULES:
                 x, y = _axis(found, objective, sweep, rule)
                 if sweep == "kappa":  # where kappa is more than sampling makes it
@@ -307,9 +305,11 @@ def _write_table(found: Found, folder: Path, seeds: int) -> Path:
                 elif sweep == "epsilon":
                     x, y = x[1:], y[1:]
                 if len(x) > 1:
-                    slopes.append(f"| {objective} | {sweep} | {rule} | {slope(x, y):.2f} |")
-    text += ["", f"Seeds: {seeds}. Slopes in log-log scale:", ""]
-    text += ["| objective | error against | rule | slope |", "|---|---|---|---:|", *slopes]
-    path = folder / "table.md"
-    path.write_text("\n".join(text) + "\n", encoding="utf-8")
-    return path
+                    line = {"objective": objective, "error against": sweep, "rule": rule}
+                    slopes.append({**line, "slope": f"{slope(x, y):.2f}"})
+    return write_markdown(
+        folder,
+        pd.DataFrame(errors),
+        f"Seeds: {seeds}. Slopes in log-log scale:",
+        pd.DataFrame(slopes),
+    )

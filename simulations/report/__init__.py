@@ -1,0 +1,1 @@
+"""Tables and figures of studies: :func:`.study.write_report` draws what a folder holds."""

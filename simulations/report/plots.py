@@ -1,0 +1,128 @@
+"""Figures of studies: curves over rounds, seconds and bytes, and the heat map."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from fl_bgmd.attacks import ATTACKS
+from fl_bgmd.data import Dataset
+
+from ..experiment import RunResult
+from ..listings import plain
+from .drawing import band, panels, save
+from .tables import percent
+
+Runs = Mapping[tuple[str, str], Sequence[RunResult]]
+"""The runs of a study, one for each seed, by row and column."""
+
+MOST_PANELS = 12
+"""Columns that still fit one figure of curves."""
+
+AXES: Mapping[str, tuple[str, Callable[[RunResult], Sequence[float]]]] = {
+    "rounds": ("round", lambda run: [int(entry["round"]) for entry in run.rounds]),
+    "seconds": (
+        "seconds",
+        lambda run: list(np.cumsum([float(entry.get("seconds", 0.0)) for entry in run.rounds])),
+    ),
+    "bytes": (
+        "MB sent to the server",
+        lambda run: [run.bytes_up_to(int(entry["round"])) / 1e6 for entry in run.rounds],
+    ),
+}
+"""What curves are drawn against: its label, and its value at each entry of a run's rounds."""
+
+
+def plot_curves(runs: Runs, metric: str, axis: str, title: str, folder: Path) -> Path:
+    """Draw a figure of the rounds, one panel for each column, to ``METRIC-AXIS.png``.
+
+    ``axis`` is one of :data:`AXES`; seconds are of wall clock, evaluation included. Means over the
+    seeds with their standard deviations as bands.
+    """
+    columns = list(dict.fromkeys(column for _, column in runs))
+    wide = min(4, len(columns))
+    figure, grid = panels(-(-len(columns) // wide), wide, 3.7 + 2.5 / wide, 3.1, sharey=True)
+    for panel, column in zip(grid.flat, columns, strict=False):
+        for (row, of), results in runs.items():
+            x, values = _curves(results, metric, axis)
+            if of == column and len(x):
+                states = {result.status for result in results} - {"finished"}
+                band(panel, x, values, f"{row} ({', '.join(states)})" if states else row)
+        panel.set_title(column, fontsize=9)
+        panel.grid(alpha=0.3)
+        panel.set_xlabel(AXES[axis][0])
+    for panel in grid.flat[len(columns) :]:
+        panel.set_axis_off()
+    grid[0, 0].set_ylabel("test accuracy (%)" if metric == "accuracy" else metric)
+    if grid[0, 0].has_data():
+        grid[0, 0].legend(fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    return save(figure, folder / f"{metric}-{axis}.png")
+
+
+def _curves(
+    results: Sequence[RunResult], metric: str, axis: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the common axis (t,) and the metric of each run (runs, t), cut to the shortest."""
+    scale = 100.0 if metric == "accuracy" else 1.0
+    found = [
+        [
+            (place, scale * entry[metric])
+            for place, entry in zip(AXES[axis][1](result), result.rounds, strict=True)
+            if metric in entry
+        ]
+        for result in results
+    ]
+    length = min(map(len, found), default=0)
+    table = np.array([points[:length] for points in found], dtype=np.float64)
+    table = table.reshape(len(found), length, 2)
+    return table[:, :, 0].mean(0), table[:, :, 1]
+
+
+def plot_heat_map(means: pd.DataFrame, title: str, folder: Path) -> Path:
+    """Draw mean accuracies, rows x columns of which the last is the worst, to ``heatmap.png``."""
+    values = means.to_numpy() * 100
+    high, wide = values.shape
+    figure, [[axes]] = panels(1, 1, 2.5 + 0.55 * wide, 1.8 + 0.34 * high)
+    image = axes.imshow(values, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(wide), means.columns, rotation=45, ha="right")
+    axes.set_yticks(range(high), means.index)
+    axes.axvline(wide - 1.5, color="black", lw=1.5)
+    for i, j in np.ndindex(high, wide):
+        axes.text(j, i, percent(values[i, j] / 100), ha="center", va="center", fontsize=7)
+    axes.set_title(title, fontsize=10)
+    figure.colorbar(image, label="final test accuracy (%)")
+    return save(figure, folder / "heatmap.png")
+
+
+def plot_data_attacks(dataset: Dataset, folder: Path, examples: int = 5, seed: int = 0) -> Path:
+    """Draw what each data attack makes of training images to ``folder/data-attacks.png``.
+
+    As Figure 4 of the BGMD paper: one column for each attack, with its default options, the label
+    it trains on above each image.
+    """
+    chosen = np.random.default_rng(seed).choice(len(dataset.train_labels), examples, replace=False)
+    images, labels = dataset.train_images[chosen], dataset.train_labels[chosen]
+    columns = {"original": (images, labels)}
+    for name, attack in ATTACKS.items():
+        if attack.place == "data":
+            rng = np.random.default_rng(seed)
+            knob = next(iter(attack.options.values()), None)
+            columns[name if knob is None else f"{name} {plain(knob.default)}"] = (
+                attack.bound().corrupt(images, labels, dataset.num_classes, rng)
+            )
+    figure, grid = panels(examples, len(columns), 1.35, 1.45)
+    for j, (name, (shown, trained_on)) in enumerate(columns.items()):
+        for i in range(examples):
+            panel = grid[i, j]
+            panel.imshow(shown[i], cmap="gray", vmin=0, vmax=255)
+            panel.set_axis_off()
+            changed = trained_on[i] != labels[i]
+            panel.set_title(
+                f"{name}\n{trained_on[i]}" if i == 0 else str(trained_on[i]),
+                fontsize=9,
+                color="firebrick" if changed else "black",
+            )
+    return save(figure, folder / "data-attacks.png")

@@ -1,0 +1,305 @@
+"""Running the cells of a study, several at a time, and what is kept of them.
+
+A study's folder holds ``ROW/COLUMN/seed-N/`` for each run (see :class:`.experiment.RunResult`) and
+``cells.jsonl`` with a line for each. A study that is run again in its folder runs what is missing.
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from fl_bgmd.attacks.plan import FORMER
+
+from .backends import ClientResources, run_validated
+from .config import SETTINGS, STRATEGY_KEYS, Config, ConfigError, Environment, defaults
+from .experiment import OnRound, RunResult
+from .study import Cell, cell_name
+
+Line = dict[str, Any]
+"""What ``cells.jsonl`` says of a run."""
+
+OnProgress = Callable[[str, int, float | None], None]
+"""Called after each round of any run: its name, the round, the accuracy where it was evaluated."""
+
+_PLACES = tuple(key for key, option in SETTINGS.items() if option.has(Environment))
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    folder: Path,
+    *,
+    backend: str = "inprocess",
+    resources: ClientResources | None = None,
+    jobs: int = 1,
+    on_progress: OnProgress | None = None,
+    on_done: Callable[[Cell, RunResult], None] | None = None,
+) -> list[Line]:
+    """Run all cells, ``jobs`` at a time, and write each into its folder and ``cells.jsonl``.
+
+    Cells that ``folder`` holds, finished with the same configuration, are not run again: an
+    interrupted study goes on. Lines of other cells stay in ``cells.jsonl``. ``on_done`` is called
+    after each cell that was run. More than one job runs in processes of their own, with the cores
+    shared out among them. Lines come in the order of ``cells``.
+
+    Raises
+    ------
+    ConfigError
+        For ``jobs`` below 1, or above 1 with the Ray backend, which shares out the cores itself;
+        for a folder that holds one of the cells, finished with another configuration.
+    """
+    if jobs < 1 or (jobs > 1 and backend == "ray"):
+        raise ConfigError(f"jobs is {jobs} with backend {backend}; allowed: 1, more without Ray")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = finished_before(cells, folder)
+    waiting = [cell for cell in cells if cell.name not in written]
+    planned = {cell.name for cell in cells}
+    file = folder / "cells.jsonl"
+    others = [line for line in _lines_of(file) if _name_of(line) not in planned]
+    tell = on_progress or (lambda *_: None)
+    with file.open("w", encoding="utf-8") as lines:
+        for line in (*others, *written.values()):
+            lines.write(json.dumps(line) + "\n")
+        lines.flush()
+        for cell, result in _finished(waiting, backend, resources, jobs, tell):
+            result.write(folder / cell.name)
+            written[cell.name] = line_of(cell, result)
+            lines.write(json.dumps(written[cell.name]) + "\n")
+            lines.flush()
+            if on_done is not None:
+                on_done(cell, result)
+    return [written[cell.name] for cell in cells]
+
+
+# ---------------------------------------------------------------------------------- the pool
+
+
+def _finished(
+    cells: Sequence[Cell],
+    backend: str,
+    resources: ClientResources | None,
+    jobs: int,
+    tell: OnProgress,
+) -> Iterator[tuple[Cell, RunResult]]:
+    if jobs == 1:
+        for cell in cells:
+            heard = _teller(tell, cell.name)
+            yield cell, run_validated(cell.config, backend, resources or ClientResources(), heard)
+        return
+    with pool(jobs, tell) as workers:
+        # Interrupts are the parent's to answer: the workers inherit that they are blocked.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        waiting = {
+            workers.submit(_run_in_worker, cell.config, backend, cell.name): cell for cell in cells
+        }
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            for future in as_completed(waiting):
+                yield waiting[future], future.result()
+        except KeyboardInterrupt:
+            workers.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _teller(tell: OnProgress, name: str) -> OnRound:
+    return lambda number, accuracy: tell(name, number, accuracy)
+
+
+@contextmanager
+def pool(jobs: int, tell: OnProgress | None = None) -> Iterator[ProcessPoolExecutor]:
+    """Provide processes that share out the cores, end with this one and report their rounds."""
+    context = multiprocessing.get_context("spawn")
+    news = context.SimpleQueue()
+    threads = max(1, torch.get_num_threads() // jobs)
+    listener = threading.Thread(target=_listen, args=(news, tell), daemon=True)
+    listener.start()
+    try:
+        with ProcessPoolExecutor(
+            jobs,
+            mp_context=context,
+            initializer=_prepare_worker,
+            initargs=(threads, logging.getLogger("flwr").level, news),
+        ) as workers:
+            yield workers
+    finally:
+        news.put(None)
+        listener.join(timeout=1)
+
+
+def _listen(news: Any, tell: OnProgress | None) -> None:
+    while (event := news.get()) is not None:
+        if tell is not None:
+            tell(*event)
+
+
+_NEWS: list[Any] = []
+"""In a worker: where it reports its rounds."""
+
+
+def _prepare_worker(threads: int, log_level: int, news: Any) -> None:
+    torch.set_num_threads(threads)
+    threadpool_limits(threads, user_api="blas")  # NumPy's, which knows nothing of torch's
+    logging.getLogger("flwr").setLevel(log_level)
+    _NEWS[:] = [news]
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _run_in_worker(config: Config, backend: str, name: str) -> RunResult:
+    def tell(number: int, accuracy: float | None) -> None:
+        _NEWS[0].put((name, number, accuracy))
+
+    return run_validated(config, backend, ClientResources(), tell)
+
+
+def _end_with_parent() -> None:
+    """End this worker when the study's process is killed: it would go on computing for nobody."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+# ------------------------------------------------------------------------------- what is kept
+
+
+def finished_before(cells: Sequence[Cell], folder: Path) -> dict[str, Line]:
+    """Return the lines of the finished cells that ``folder`` holds, by their names.
+
+    Raises :class:`ConfigError` for one that was run with another configuration.
+    """
+    found = {}
+    for cell in cells:
+        record = folder / cell.name / "run.json"
+        if record.is_file():
+            result = RunResult.read(record.parent)
+            if result.status != "failed":
+                _refuse_another(result.config, cell, folder)
+                found[cell.name] = line_of(cell, result)
+    return found
+
+
+def _refuse_another(stored: Config, cell: Cell, folder: Path) -> None:
+    """Raise unless a stored run is what is wanted, wherever it was computed."""
+    stored = {**defaults(), **stored}  # keys that are newer than the run have their defaults
+    for key, default in FORMER.items():
+        if stored.get(key, default) != default:
+            raise ConfigError(
+                f"folder is {str(folder)!r}, whose {cell.name} was run with {key} {stored[key]!r} "
+                "by an older version; allowed: a new folder"
+            )
+    for key, wanted in cell.config.items():
+        if key not in _PLACES and stored[key] != wanted:
+            raise ConfigError(
+                f"folder is {str(folder)!r}, whose {cell.name} was run with {key} {stored[key]!r} "
+                f"and not {wanted!r}; allowed: a new folder, or the same settings"
+            )
+
+
+def line_of(cell: Cell, result: RunResult) -> Line:
+    """Return what a run's line of ``cells.jsonl`` says."""
+    return {
+        "row": cell.row,
+        "column": cell.column,
+        "group": cell.group,
+        "seed": cell.seed,
+        "status": result.status,
+        "error": result.error,
+        "final-accuracy": result.final_accuracy,
+        "best-accuracy": result.best_accuracy,
+        "backdoor-success": result.last("backdoor-success", None),
+        "class-accuracies": result.last("class-accuracies", None),
+        "accepted": result.total("accepted"),
+        "rejected": result.total("rejected"),
+        "bytes-up": result.total("bytes-up"),
+        "bytes-down": result.total("bytes-down"),
+        "played": result.played,
+        "seconds": result.seconds,
+        "seconds-per-round": result.seconds_per_round,
+        "varies": list(cell.varies),
+        "setting": {key: value for key, value in cell.config.items() if key not in _PLACES},
+    }
+
+
+def read_lines(folders: Sequence[Path]) -> list[Line]:
+    """Read the ``cells.jsonl`` of studies, given as files or their folders.
+
+    Raises
+    ------
+    ConfigError
+        For a path without one, and for runs whose table would mean nothing: of settings that
+        neither rows nor columns account for, or the same run twice.
+    """
+    lines: list[Line] = []
+    for path in folders:
+        file = path / "cells.jsonl" if path.is_dir() else path
+        found = _lines_of(file)
+        if not found:
+            raise ConfigError(
+                f"results is {str(path)!r}; allowed: a folder with a cells.jsonl of finished runs"
+            )
+        lines += found
+    _refuse_mixtures(lines)
+    return lines
+
+
+def _lines_of(file: Path) -> list[Line]:
+    """Return the lines of a ``cells.jsonl``, none where there is no file.
+
+    Raises :class:`ConfigError` naming a line that describes no run.
+    """
+    found: list[Line] = []
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    complete = text[: text.rfind("\n") + 1]  # an interrupted study may leave half a line
+    for number, line in enumerate(complete.splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+            _name_of(found[-1])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"results holds {str(file)!r}, whose line {number} describes no run; allowed: what "
+                "run and compare have written"
+            ) from error
+    return found
+
+
+def _name_of(line: Line) -> str:
+    """Return the name of the cell that a line of ``cells.jsonl`` describes."""
+    return cell_name(*(line[key] for key in ("row", "column", "seed")))
+
+
+_OF_ROWS = {"strategy", *STRATEGY_KEYS.values()} - {"assumed-byzantine-fraction"}
+"""What may differ from row to row, whether or not the study's rows set it."""
+
+
+def _refuse_mixtures(lines: Sequence[Line]) -> None:
+    settings: dict[tuple[str, str], Any] = {}
+    runs = set()
+    for line in lines:
+        free = {*line.get("varies", ()), "byzantine-fraction"}
+        for key, value in line.get("setting", {}).items():
+            if key == "seed":
+                continue
+            of = ""
+            if key in free:
+                of = f"{line['row']} under {line['column']}"
+            elif key in _OF_ROWS:
+                of = line["row"]
+            if (known := settings.setdefault((of, key), value)) != value:
+                raise ConfigError(
+                    f"results hold runs {of and f'of {of} '}with {key} {known!r} and {value!r}; "
+                    "allowed: those of one setting"
+                )
+        run_of = (line["row"], line["column"], line["seed"])
+        if run_of in runs:
+            raise ConfigError(f"results hold the run {run_of} twice; allowed: once")
+        runs.add(run_of)

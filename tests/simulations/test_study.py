@@ -1,0 +1,355 @@
+"""Studies: what is planned, that they go on where they stopped, what their tables say."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fl_bgmd.attacks import ATTACKS
+from simulations.cli import main
+from simulations.config import ConfigError
+from simulations.experiment import RunResult
+from simulations.report.tables import WORST, accuracies, accuracy_means
+from simulations.runner import line_of
+from simulations.study import Study, attack_columns, read_study, split_attacks, strategy_rows
+
+SMALL = {
+    "dataset": "mnist",
+    "model": "tiny-cnn",
+    "partition": "iid",
+    "num-server-rounds": 3,
+    "local-steps": 1,
+    "batch-size": 16,
+    "byzantine-fraction": 0.4,
+    "evaluate-every": 3,
+}
+
+
+# ------------------------------------------------------------------------------- declared
+
+
+def test_a_study_sweeps_the_strengths_and_the_seeds() -> None:
+    rows = strategy_rows(["gmd"])
+    given = {"byzantine-fraction": 0.4, "seed": 5}
+    cells = Study(rows, attack_columns(["all"], sweep=True), given, seeds=2).cells()
+    swept = sum(len(attack.swept()) for attack in ATTACKS.values())
+    assert len(cells) == 2 * (swept + 1)
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert {cell.seed for cell in cells} == {5, 6}
+    [clean, _] = [cell for cell in cells if cell.column == "none"]
+    assert clean.config["byzantine-fraction"] == 0.0
+    flips = {cell.config["attack"] for cell in cells if cell.group == "bit-flip"}
+    assert flips == {"bit-flip:1.5", "bit-flip:5", "bit-flip"}
+    assert "gmd/bit-flip:5/seed-6" in {cell.name for cell in cells}
+    # With options it is what it says.
+    text = "gaussian:100,memory-poison:scale=10,strong=0.1,zero+alie:1.5,bit-flip:100"
+    assert list(attack_columns(split_attacks(text), sweep=True)) == [
+        *("gaussian:100", "memory-poison:scale=10,strong=0.1", "zero+alie:1.5", "bit-flip")
+    ]
+    for twice in ("bit-flip:100,bit-flip", "bit-flip,bit-flip:5"):
+        with pytest.raises(ConfigError, match=r"attack holds bit-flip.* twice; allowed"):
+            attack_columns(split_attacks(twice), sweep=True)
+    assert list(attack_columns(["none", "zero"])) == ["none", "zero"]
+    with pytest.raises(ConfigError, match="seeds is 0"):
+        Study(rows, seeds=0)
+
+
+def test_a_clean_column_is_without_hostile_clients_only_beside_others() -> None:
+    assert attack_columns(["none"]) == {"none": {"attack": "none"}}
+    given = {"byzantine-fraction": 0.4}
+    with pytest.raises(ConfigError, match=r"byzantine-fraction is 0\.4 with attack 'none'"):
+        Study(strategy_rows(["gmd"]), attack_columns(["none"]), given).cells()
+
+
+def test_several_runs_have_checkpoints_of_their_own() -> None:
+    given = {"checkpoint-dir": "there"}
+    [alone] = Study(strategy_rows(["gmd"]), config=given).cells()
+    assert alone.config["checkpoint-dir"] == "there"
+    two = Study(strategy_rows(["gmd", "mean"]), config=given).cells()
+    assert [cell.config["checkpoint-dir"] for cell in two] == [
+        *("there/gmd/none/seed-0", "there/mean/none/seed-0")
+    ]
+
+
+def test_a_file_may_list_strategies_and_attacks(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'rows = ["gmd", "bgmd:0.3+nearest-neighbor"]\ncolumns = ["none", "zero"]\nseeds = 2\n'
+        "[config]\nbyzantine-fraction = 0.4\n"
+    )
+    study = read_study(file)
+    assert study.name == "mine"
+    assert [cell.name for cell in study.cells()][:3] == [
+        *("gmd/none/seed-0", "gmd/zero/seed-0", "bgmd:0.3+nearest-neighbor/none/seed-0")
+    ]
+    chosen = study.changed(rows=["gmd"], columns=["zero"], seeds=1, config={"seed": 7})
+    assert [cell.name for cell in chosen.cells()] == ["gmd/zero/seed-7"]
+    with pytest.raises(ConfigError, match=r"rows is 'cmd'; allowed: gmd, bgmd:0\.3"):
+        study.changed(rows=["cmd"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rows = [", r"study is '.*mine\.toml' \(.*\); allowed: a TOML file"),
+        ("seeds = 2", "key 'rows' is missing"),
+        ('rows = ["gmd", "gmd"]', "strategies holds gmd twice"),
+        ('rows = ["gmd"]\ncolumns = ["zero", "zeor"]', "attack is 'zeor'"),
+        ('rows = ["gmd"]\nseed = 1', "key 'seed' is unknown; allowed: .*seeds"),
+    ],
+)
+def test_a_file_that_is_no_study_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_study(file)
+
+
+def test_the_command_line_runs_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.toml"
+    keys = "\n".join(f"{key} = {json.dumps(value)}" for key, value in SMALL.items())
+    file.write_text(f'rows = ["gmd", "mean"]\ncolumns = ["none", "zero"]\n[config]\n{keys}\n')
+    command = ["compare", str(file), "--backend=inprocess", f"--folder={tmp_path / 'out'}"]
+    assert main([*command, "--row=gmd", "--num-server-rounds=1"]) == 0
+    assert sorted(path.parent.name for path in (tmp_path / "out").glob("*/*/*")) == ["none", "zero"]
+    record = json.loads((tmp_path / "out/gmd/zero/seed-0/run.json").read_text())
+    assert record["config"]["num-server-rounds"] == 1
+    assert main([*command, "--attack=ipm"]) == 2
+    assert "allowed: those in the file" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------ run
+
+
+def table_rows(folder: Path) -> list[list[str]]:
+    lines = (folder / "table.md").read_text().splitlines()
+    return [
+        [entry.strip() for entry in line[1:-1].split("|")] for line in lines if line.startswith("|")
+    ]
+
+
+def test_compare_attacks_writes_table_heat_map_and_cells(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"--{key}={value}" for key, value in SMALL.items()]
+    arguments = ["--strategies", "mean", "gmd", "--attack=none,sign-flip,ipm", "--jobs=2"]
+    arguments += ["--backend=inprocess", f"--results-dir={tmp_path}", "--seeds=2"]
+    assert main(["compare", *options, *arguments]) == 0
+    [folder] = tmp_path.iterdir()
+    lines = [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]
+    # none 1, sign-flip 1, ipm 3 strengths.
+    assert len(lines) == 2 * 2 * 5
+    table = table_rows(folder)
+    assert table[0] == ["", "none", "worst class", "sign-flip", "ipm", "worst"]
+    for (label, *entries), name in zip(table[2:], ("mean", "gmd"), strict=True):
+        assert label == name
+        values = [float(entry.partition(" ± ")[0]) for entry in entries]
+        own = [line for line in lines if line["row"] == name]
+        by_strength: dict[Any, list[float]] = {}
+        for line in own:
+            by_strength.setdefault(line["column"], []).append(100 * line["final-accuracy"])
+        means = {key: sum(v) / 2 for key, v in by_strength.items()}
+        worst_ipm = min(value for attack, value in means.items() if attack.startswith("ipm"))
+        assert values[3] == pytest.approx(worst_ipm, abs=0.051)
+        assert values[4] == min(values[0], values[2], values[3])
+        least = [min(line["class-accuracies"]) for line in own if line["column"] == "none"]
+        assert values[1] == pytest.approx(50 * sum(least), abs=0.051)
+    assert (folder / "heatmap.png").read_bytes().startswith(b"\x89PNG")
+    assert "worst" in capsys.readouterr().out
+    again = tmp_path / "again"
+    assert main(["report", str(folder), f"--output={again}"]) == 0
+    assert table_rows(again) == table
+    assert main(["report", str(tmp_path / "nothing")]) == 2
+    assert "allowed: a folder with a cells.jsonl of" in capsys.readouterr().err
+
+
+def test_a_study_goes_on_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [f"--{key}={value}" for key, value in SMALL.items()]
+    options += ["--backend=inprocess", f"--folder={tmp_path}"]
+    rows = ["--strategies", "mean", "gmd"]
+    assert main(["compare", *options, *rows, "--attack=none,zero"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/seed-0/run.json")}
+    assert len(before) == 4
+    # One more attack and a lost run.
+    lost = tmp_path / "gmd" / "zero" / "seed-0" / "run.json"
+    lost.unlink()
+    assert main(["compare", *options, *rows, "--attack=none,zero,sign-flip"]) == 0
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/seed-0/run.json")}
+    assert len(after) == 6
+    assert {path for path in before if after[path] != before[path]} == {lost}
+    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 6
+    assert "sign-flip" in (tmp_path / "table.md").read_text()
+    # Other cells in the same folder leave the lines of these; other settings are refused.
+    assert main(["compare", *options, "--strategies", "cmd", "--attack=none,zero"]) == 0
+    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 8
+    capsys.readouterr()
+    other = [*options, "--server-momentum=0.5"]
+    assert main(["compare", *other, *rows, "--attack=none,zero"]) == 2
+    assert "was run with server-momentum 0.0 and not 0.5" in capsys.readouterr().err
+    # Half a line is what an interrupted grid may leave.
+    with (tmp_path / "cells.jsonl").open("a") as file:
+        file.write('{"row": "gm')
+    assert main(["report", str(tmp_path), f"--output={tmp_path / 'report'}"]) == 0
+    (tmp_path / "cells.jsonl").write_text('{"row": "gmd"}\n')
+    assert main(["report", str(tmp_path), f"--output={tmp_path / 'report'}"]) == 2
+    assert "whose line 1 describes no run" in capsys.readouterr().err
+    (tmp_path / "cells.jsonl").write_text("")
+    assert main(["report", str(tmp_path), f"--output={tmp_path / 'report'}"]) == 2
+    assert "a cells.jsonl of finished runs" in capsys.readouterr().err
+
+
+def test_a_study_with_an_idle_attack_fails_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"--{key}={value}" for key, value in SMALL.items() if key != "num-server-rounds"]
+    arguments = ["--strategies=gmd", "--attack=zero,delayed", "--num-server-rounds=1"]
+    arguments += ["--backend=inprocess", f"--results-dir={tmp_path}", "--no-sweep"]
+    assert main(["compare", *options, *arguments]) == 1
+    assert "attack delayed was not played" in capsys.readouterr().err
+    [folder] = tmp_path.iterdir()
+    assert table_rows(folder)[-1][-2:] == ["failed", "failed"]
+
+
+def test_more_jobs_than_one_need_the_in_process_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--attack=none,zero", "--byzantine-fraction=0.4", "--jobs=2"]) == 2
+    assert "jobs is 2 with backend ray; allowed: 1, more without Ray" in capsys.readouterr().err
+
+
+def test_a_failed_run_makes_its_cell_and_the_worst_unknown() -> None:
+    given = {"byzantine-fraction": 0.4}
+    cells = Study(strategy_rows(["gmd"]), attack_columns(["none", "zero"]), given).cells()
+    good = RunResult(cells[0].config, rounds=[{"round": 1, "accuracy": 0.5}])
+    bad = RunResult(cells[1].config, status="failed", error="x")
+    lines = [line_of(cell, result) for cell, result in zip(cells, (good, bad), strict=True)]
+    means = accuracy_means(lines)
+    assert list(means.columns) == ["none", "zero", WORST]
+    assert means.loc["gmd", "none"] == 0.5
+    assert means.loc["gmd", ["zero", WORST]].isna().all()
+    assert accuracies(lines).iloc[0].tolist()[-2:] == ["failed", "failed"]
+
+
+def line(row: str, column: str, seed: int, **more: Any) -> dict[str, Any]:
+    group = column.partition(":")[0]
+    said = {"status": "finished", "final-accuracy": 0.5, **more}
+    return {"row": row, "column": column, "group": group, "seed": seed, **said}
+
+
+def test_details_are_the_least_class_and_the_most_successful_backdoor() -> None:
+    lines = [
+        line("gmd", column, seed, **{"backdoor-success": success, "class-accuracies": classes})
+        for column, seed, success, classes in (
+            ("none", 0, None, [0.9, 0.2]),
+            ("none", 1, None, [0.4, 0.8]),
+            ("backdoor", 0, 0.1, [0.1, 0.1]),
+            ("backdoor", 1, 0.3, [0.1, 0.1]),
+            ("backdoor:3", 0, 0.6, [0.1, 0.1]),
+            ("backdoor:3", 1, 0.8, [0.1, 0.1]),
+        )
+    ]
+    table = accuracies(lines)
+    assert list(table) == ["", "none", "worst class", "backdoor", "backdoor success", "worst"]
+    assert table.iloc[0].tolist() == ["gmd", "50.0 ± 0.0", "30.0", "50.0 ± 0.0", "70.0", "50.0"]
+    clean = [found for found in lines if found["column"] == "none"]
+    assert list(accuracies(clean)) == ["", "none", "worst class", "worst"]
+    lines[-1]["status"] = "failed"
+    assert accuracies(lines)["backdoor success"].tolist() == ["failed"]
+
+
+def test_the_scatter_is_that_of_the_worst_strength() -> None:
+    lines = [
+        line("gmd", column, seed, **{"final-accuracy": accuracy})
+        for column, seed, accuracy in (
+            ("ipm", 0, 0.9),
+            ("ipm", 1, 0.9),
+            ("ipm:0.1", 0, 0.4),
+            ("ipm:0.1", 1, 0.6),
+            ("zero", 0, 0.7),
+            ("zero", 1, 0.7),
+        )
+    ]
+    assert accuracies(lines).iloc[0].tolist() == ["gmd", "50.0 ± 14.1", "70.0 ± 0.0", "50.0"]
+
+
+def test_an_incomplete_cell_is_not_a_mean_of_what_is_there() -> None:
+    lines = [
+        line(strategy, column, seed)
+        for strategy in ("gmd", "bgmd")
+        for column in ("none", "ipm", "ipm:0.1")
+        for seed in (0, 1)
+    ]
+    assert accuracy_means(lines).loc["bgmd"].tolist() == [0.5, 0.5, 0.5]
+    for missing in (-1, -2):  # a seed, then a whole strength
+        means = accuracy_means(lines[:missing])
+        [clean, ipm, worst] = means.loc["bgmd"]
+        assert clean == 0.5
+        assert math.isnan(ipm)
+        assert math.isnan(worst)
+        assert means.loc["gmd"].tolist() == [0.5, 0.5, 0.5]
+
+
+def test_report_refuses_runs_of_different_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"--{key}={value}" for key, value in SMALL.items() if key != "partition"]
+    arguments += ["--strategies", "mean", "--attack=none,zero", "--backend=inprocess"]
+    for scheme in ("iid", "shards"):
+        given = [*arguments, f"--partition={scheme}", f"--results-dir={tmp_path / scheme}"]
+        assert main(["compare", *given]) == 0
+    folders = [str(next((tmp_path / scheme).iterdir())) for scheme in ("iid", "shards")]
+    assert main(["report", folders[0], f"--output={tmp_path / 'one'}"]) == 0
+    assert main(["report", *folders, f"--output={tmp_path / 'both'}"]) == 2
+    assert "partition 'iid' and 'shards'" in capsys.readouterr().err
+    other = [*arguments, "--partition=iid", "--seed=1", "--compressor=qsgd"]
+    assert main(["compare", *other, f"--results-dir={tmp_path / 'other'}"]) == 0
+    packed = str(next((tmp_path / "other").iterdir()))
+    assert main(["report", folders[0], packed, f"--output={tmp_path / 'packed'}"]) == 2
+    assert "runs of mean with compressor 'none' and 'qsgd'" in capsys.readouterr().err
+    assert main(["report", folders[0], folders[0], f"--output={tmp_path / 'twice'}"]) == 2
+    assert "twice; allowed: once" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ from Python
+
+
+def test_compare_from_python_keeps_rounds_and_table(tmp_path: Path) -> None:
+    from fl_bgmd.simulations import compare
+
+    keys = {key.replace("-", "_"): value for key, value in SMALL.items()}
+    rounds: list[tuple[str, int]] = []
+    result = compare(
+        ["gmd", "mean"],
+        ["none", "zero"],
+        folder=tmp_path,
+        on_progress=lambda name, number, accuracy: rounds.append((name, number)),
+        **keys,
+    )
+    assert len(rounds) == 4 * (3 + 1)
+    assert list(result.frame["row"]) == ["gmd", "gmd", "mean", "mean"]
+    assert list(result.table.columns) == ["", "none", "worst class", "zero", "worst"]
+    frame = result.runs["gmd", "zero", 0].frame
+    assert list(frame.index) == [0, 1, 2, 3]
+    assert frame["accepted"].dropna().tolist() == [10, 10, 10]
+    assert float(frame["accuracy"].iloc[-1]) == result.frame["final-accuracy"][1]
+    again = compare(["gmd", "mean"], ["none", "zero"], folder=tmp_path, **keys)
+    assert again.lines == json.loads(json.dumps(result.lines))
+    with pytest.raises(ConfigError, match=r"bath-size.*did you mean batch-size"):
+        compare(["gmd"], bath_size=3)
+
+
+def test_run_from_python_takes_keys_by_name() -> None:
+    from fl_bgmd.simulations import run
+
+    told: list[int] = []
+    result = run(
+        SMALL,
+        strategy="gmd",
+        attack="zero",
+        num_server_rounds=2,
+        evaluate_every=2,
+        on_round=lambda number, accuracy: told.append(number),
+    )
+    assert told == [0, 1, 2]
+    assert result.config["dataset"] == "mnist"
+    assert result.played == {"zero": 8}
