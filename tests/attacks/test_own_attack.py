@@ -156,7 +156,7 @@ def test_it_is_played_from_the_command_line(
     attack: str, knows_a_target: bool, tmp_path: Path
 ) -> None:
     assert main(["run", *SMALL, f"--attack={attack}", f"--results-dir={tmp_path / 'out'}"]) == 0
-    [record] = (tmp_path / "out").glob("*/*/run.json")
+    [record] = (tmp_path / "out").glob("*/*/*/*/run.json")
     played = {str(build_attacks(attack)[0]): 4}
     assert json.loads(record.read_text())["played"] == played
     last = json.loads((record.parent / "rounds.jsonl").read_text().splitlines()[-1])

@@ -166,7 +166,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     given += ["--num-server-rounds=2", "--local-steps=1", "--batch-size=8", "--evaluate-every=2"]
     given += [f"--compressor={SPEC}", "--backend=inprocess", f"--results-dir={tmp_path}"]
     assert main(["run", *given]) == 0
-    [record] = tmp_path.glob("*/*/run.json")
+    [record] = tmp_path.glob("*/*/*/*/run.json")
     found = json.loads(record.read_text())
     assert found["config"]["compressor"] == SPEC
     assert found["accepted"] == 2 * 3

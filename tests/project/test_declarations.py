@@ -180,7 +180,7 @@ def test_from_the_run_configuration_and_the_command_line(tmp_path: Path) -> None
     assert validate({"strategy": spec})["strategy"] == spec
     arguments = ["run", *SMALL, f"--strategy={spec}", f"--results-dir={tmp_path / 'out'}"]
     assert main(arguments) == 0
-    [record] = (tmp_path / "out").glob("*/*/run.json")
+    [record] = (tmp_path / "out").glob("*/*/*/*/run.json")
     assert json.loads(record.read_text())["config"]["strategy"] == spec
 
 

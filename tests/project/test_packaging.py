@@ -154,8 +154,8 @@ def test_comparison_runs_without_a_checkout(programs: Path, app: Path, grid: lis
     assert len(records) == (4 if grid else 2)
     assert {record["status"] for record in records} == {"finished"}
     table = (folder / "table.md").read_text()
-    assert "| mine:Own |" in table
-    assert "| bgmd+nearest-neighbor |" in table
+    assert "| mine:Own " in table
+    assert "| bgmd+nearest-neighbor " in table
 
 
 def test_source_tree_and_wheel_export_the_same_names() -> None:
