@@ -16,7 +16,7 @@ from .rules import (
     RobustFilter,
     TrimmedMean,
 )
-from .settings import OWN_OPTIONS, options_of, resolve_device
+from .settings import OWN_OPTIONS, options_of
 from .step import Round
 
 __all__ = [
@@ -39,5 +39,4 @@ __all__ = [
     "RunEndedError",
     "TrimmedMean",
     "options_of",
-    "resolve_device",
 ]

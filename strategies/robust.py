@@ -32,6 +32,7 @@ from fl_bgmd.aggregators.rows import vector_norm
 from fl_bgmd.aggregators.rule import INJECTED, Bound, Kind, build_mixings
 from fl_bgmd.checkpoints import Checkpoints
 from fl_bgmd.compression import build_compressor, build_downlink, names_of
+from fl_bgmd.devices import resolve_device
 from fl_bgmd.layout import ModelLayout
 from fl_bgmd.options import OptionError, check_all
 from fl_bgmd.replies import median_metrics
@@ -52,7 +53,6 @@ from .settings import (
     Settings,
     docstring_of,
     options_of,
-    resolve_device,
     signature_of,
 )
 from .step import Round, Sent, State, aggregate, take_step

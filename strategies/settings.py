@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from annotated_types import Ge, Gt, Le, Lt
 from flwr.serverapp.strategy import FedAvg
 from pydantic import AfterValidator
@@ -255,21 +254,3 @@ def docstring_of(cls: type, options: Options) -> str:
 
 
 _OTHERS = "Those of every strategy and Flower's, as for :class:`RobustStrategy`."
-
-
-def resolve_device(device: str) -> torch.device:
-    """Return the torch device that ``device`` names; ``auto`` is CUDA where there is one.
-
-    Raises ``ValueError`` for a name torch does not know or a CUDA device that is not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}; allowed: auto, cpu, cuda, cuda:N") from error
-    if resolved.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {device!r}; allowed: auto, cpu, cuda, cuda:N")
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {device!r}; this machine has {torch.cuda.device_count()}")
-    return resolved

@@ -11,7 +11,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.training import to_input
+from fl_bgmd.devices import to_input
 from fl_bgmd.schedules import scheduled_learning_rate
 from fl_bgmd.strategies import Mean
 from simulations import reproduce
