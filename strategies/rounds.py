@@ -15,9 +15,9 @@ from flwr.serverapp.strategy import Result
 from fl_bgmd.checkpoints import CheckpointError, Checkpoints
 from fl_bgmd.replies import arrays_from_state, arrays_to_state
 
+from .declared import options_of
 from .errors import EmptyRoundsError, RunEndedError
 from .reporting import log_end, log_metrics, log_start, values_of
-from .settings import options_of
 
 if TYPE_CHECKING:
     from .robust import RobustStrategy
