@@ -133,6 +133,7 @@ def example_cap(examples: NDArray[np.float64], hostile: int) -> float:
 
 
 def take_in(
+    phase: str,
     messages: list[Message],
     sent: Sent | None,
     *,
@@ -144,6 +145,8 @@ def take_in(
 
     Parameters
     ----------
+    phase : {"train", "evaluate"}
+        For the log.
     messages : list of Message
         See :func:`in_order`.
     sent : Sent or None
@@ -193,6 +196,8 @@ def take_in(
             intake.suspects.append(node)
             intake.bytes_rejected += _array_bytes(message)
             LOG.warning("rejected the reply of node %s (%s): %s", node, reason, screened.detail)
+    count, rejected = len(intake.accepted), intake.rejected.total()
+    LOG.info("aggregate_%s: accepted %s replies, rejected %s", phase, count, rejected)
     return intake
 
 

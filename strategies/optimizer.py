@@ -24,7 +24,8 @@ Build = Callable[..., Optimizer]
 
 def _accept(found: Any) -> Build:
     if not callable(found):
-        raise ValueError(f"it is a {type(found).__name__}; allowed: an optimizer of torch's kind")
+        kind = type(found).__name__
+        raise ValueError(f"it is a {kind}; allowed: what builds an optimizer of torch's")
     build: Build = found
     return build
 
@@ -32,7 +33,12 @@ def _accept(found: Any) -> Build:
 OPTIMIZERS: Registry[Build] = Registry("server_optimizer", _accept)
 """Optimizers by name; ``torch.optim:Adagrad`` is one, too."""
 
-OPTIMIZERS.add("sgd", SGD)
+
+def sgd(
+    parameters: list[Tensor], learning_rate: float, momentum: float = 0.0, nesterov: bool = False
+) -> Optimizer:
+    """Build torch's SGD."""
+    return SGD(parameters, learning_rate, momentum, nesterov=nesterov)
 
 
 def adam(
@@ -47,6 +53,7 @@ def adam(
     return Adam(parameters, learning_rate, (beta1, beta2), eps)
 
 
+OPTIMIZERS.add("sgd", sgd)
 OPTIMIZERS.add("adam", adam)
 
 
@@ -57,8 +64,12 @@ def build_optimizer(spec: str) -> Build:
     """
     build, parsed = OPTIMIZERS.parse(spec)
     made = partial(build, **parsed.values(declared(build)))
-    if not isinstance(made([torch.zeros(1)], 1.0), Optimizer):
-        raise OptionError(f"server_optimizer is {spec!r}; allowed: what builds an optimizer")
+    try:
+        found: object = made([torch.zeros(1)], 1.0)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{spec} builds no optimizer of torch's: {error}") from None
+    if not isinstance(found, Optimizer):
+        raise OptionError(f"{spec} builds no optimizer of torch's: it is a {type(found).__name__}")
     return made
 
 

@@ -27,7 +27,31 @@ def preview(
 ) -> Tensor:
     """Return what a rule would move the model by if so many rounds brought these updates.
 
-    See :meth:`.robust.RobustStrategy.preview`.
+    Mixing and the rule, without the server's optimizer; arrays are tied where they were before the
+    round. A round in which the rule fails moves nothing.
+
+    Parameters
+    ----------
+    rule, sent, state, settings
+        Of the round; they stay as they are.
+    updates : Tensor
+        (n, d), in the server's order (:func:`.intake.in_order`); not changed.
+    nodes : list of int
+        (n,): whose they are.
+    examples : list of float
+        (n,): how many examples they report.
+    rounds : int
+        1 or more.
+
+    Returns
+    -------
+    Tensor
+        (d,), float64 on the CPU: the sum of the rounds' aggregates.
+
+    Raises
+    ------
+    ValueError
+        For another shape, or number of rounds.
     """
     expected = (len(nodes), sent.layout.num_directions)
     if tuple(updates.shape) != expected or len(examples) != len(nodes):

@@ -93,21 +93,13 @@ class RobustStrategy(DeclaredStrategy):
         before = self._state = self._before_run or self._state
         self._sent = None
         self.warn_at_start()
-        checkpoints = self.settings.folder
+        # Copies: what this strategy asks of clients is not the next one's.
+        train, evaluate = (ConfigRecord(dict(c or {})) for c in (train_config, evaluate_config))
+        folder, ends = self.settings.folder, (evaluate_fn, should_stop)
         try:
-            with nullcontext() if checkpoints is None else checkpoints.locked():
+            with nullcontext() if folder is None else folder.locked():
                 return run_rounds(
-                    self,
-                    grid,
-                    initial_arrays,
-                    num_rounds=num_rounds,
-                    timeout=timeout,
-                    # Copies: what this strategy asks of clients is not the next one's.
-                    train_config=ConfigRecord(dict(train_config or {})),
-                    evaluate_config=ConfigRecord(dict(evaluate_config or {})),
-                    evaluate_fn=evaluate_fn,
-                    should_stop=should_stop,
-                    checkpoints=checkpoints,
+                    self, grid, initial_arrays, num_rounds, timeout, train, evaluate, *ends
                 )
         finally:
             self._before_run = before
@@ -122,9 +114,8 @@ class RobustStrategy(DeclaredStrategy):
         self.open_round(server_round, arrays, config)
         if self.fraction_train == 0.0:
             return []
-        sent = self._known_sent("configure_train")
-        content, received = self._packed(arrays, config, server_round)
-        self._sent = sent.as_received(content, received)
+        content, received = self._packed(arrays, config, self._seed(server_round))
+        self._sent = self._known_sent("configure_train").as_received(content, received)
         share, least = self.fraction_train, self.min_train_nodes
         messages = self._ask(grid, MessageType.TRAIN, server_round, content, share, least)
         self._alerts.of_few_asked(len(messages))
@@ -137,7 +128,7 @@ class RobustStrategy(DeclaredStrategy):
         if self.fraction_evaluate == 0.0:
             return []
         Terms(round=server_round).to_config(config)
-        content, _ = self._packed(arrays, config, server_round, 1)
+        content, _ = self._packed(arrays, config, self._seed(server_round, 1))
         share, least = self.fraction_evaluate, self.min_evaluate_nodes
         return self._ask(grid, MessageType.EVALUATE, server_round, content, share, least)
 
@@ -162,38 +153,23 @@ class RobustStrategy(DeclaredStrategy):
         Returns its layout. Raises ``ValueError`` for a model that holds a NaN or an infinity, or is
         another one than in the last round.
         """
-        settings, seed = self.settings, self._seed(server_round)
-        terms = Terms(
-            round=server_round,
-            seed=seed,
-            compressor=None if settings.packing is None else settings.packing.name,
-            error_feedback=settings.error_feedback,
-            compression_seed=seed if settings.shared_coordinates else None,
-        )
-        sent = Sent.of(arrays, terms, settings.packing)
+        sent = Sent.of(arrays, server_round, self._seed(server_round), self.settings)
         if self._sent is not None:
             sent.check_follows(self._sent)
-        if settings.seed is None:
+        if self.seed is None:
             self._state = self._state.redrawn()
-        terms.to_config(config)
+        sent.terms.to_config(config)
         self._sent = sent
         return sent.layout
 
     def _seed(self, server_round: int, *phase: int) -> int:
-        secret = self.settings.seed is None
-        return round_seed(self._state.seed, server_round, *phase, secret=secret)
+        return round_seed(self._state.seed, server_round, *phase, secret=self.seed is None)
 
     def _packed(
-        self, arrays: ArrayRecord, config: ConfigRecord, server_round: int, *phase: int
+        self, arrays: ArrayRecord, config: ConfigRecord, seed: int
     ) -> tuple[RecordDict, ArrayRecord]:
-        return packed(
-            arrays,
-            config,
-            self.settings.rounding,
-            self._seed(server_round, *phase),
-            arrays_key=self.arrayrecord_key,
-            config_key=self.configrecord_key,
-        )
+        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+        return packed(content, self.arrayrecord_key, self.settings.rounding, seed)
 
     def _ask(
         self, grid: Grid, kind: str, number: int, content: RecordDict, share: float, least: int
@@ -247,6 +223,7 @@ class RobustStrategy(DeclaredStrategy):
     def _take_in(self, phase: str, messages: list[Message], sent: Sent | None) -> Intake:
         """Screen the replies of a phase."""
         intake = take_in(
+            phase,
             messages,
             sent,
             keep_contents=self.combiners[phase] is not None,
@@ -255,8 +232,6 @@ class RobustStrategy(DeclaredStrategy):
             asked=self._roster.asked,
             compressor=self.compressor,
         )
-        count, rejected = len(intake.accepted), intake.rejected.total()
-        LOG.info("aggregate_%s: accepted %s replies, rejected %s", phase, count, rejected)
         self._alerts.of_dropped(intake)
         return intake
 
@@ -292,7 +267,8 @@ class RobustStrategy(DeclaredStrategy):
         """Return what the server would move by if so many rounds brought these updates.
 
         For simulated attackers that know the server, what it draws and remembers included; the
-        strategy stays as it is. See :func:`.preview.preview`.
+        strategy stays as it is. See :func:`.preview.preview`. Raises ``RuntimeError`` before
+        :meth:`configure_train`.
         """
         sent = self._known_sent("preview")
         return preview(

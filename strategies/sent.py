@@ -7,7 +7,7 @@ from typing import Self
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from fl_bgmd.compression import Compressor
 from fl_bgmd.layout import ModelLayout
 from fl_bgmd.wire import MODEL_RECORD, Terms, pack_model
 
+from .settings import Settings
 from .ties import Tied
 
 Indices = NDArray[np.int64]
@@ -51,17 +52,23 @@ class Sent:
     num_bytes: int = 0
 
     @classmethod
-    def of(cls, model: ArrayRecord, terms: Terms, compressor: Compressor | None) -> Self:
-        """Return what goes out where nothing rounds the model.
+    def of(cls, model: ArrayRecord, server_round: int, seed: int, settings: Settings) -> Self:
+        """Return what goes out where nothing rounds the model; clients draw from ``seed``.
 
         Raises ``ValueError`` for a model that holds a NaN or an infinity.
         """
-        layout = ModelLayout(model)
+        layout, compressor, coordinates = ModelLayout(model), settings.packing, None
         if not (np.isfinite(layout.values).all() and np.isfinite(layout.buffer_values).all()):
             raise ValueError("arrays of the global model hold a NaN or an infinity")
-        coordinates = None
-        if terms.compression_seed is not None and compressor is not None:
-            compressor = compressor.for_round(terms.compression_seed)
+        terms = Terms(
+            round=server_round,
+            seed=seed,
+            compressor=None if compressor is None else compressor.name,
+            error_feedback=settings.error_feedback,
+            compression_seed=seed if settings.shared_coordinates else None,
+        )
+        if settings.shared_coordinates and compressor is not None:
+            compressor = compressor.for_round(seed)
             coordinates = compressor.coordinates(layout.num_directions)
         return cls(terms, model, layout, layout, compressor, coordinates, _num_bytes(model))
 
@@ -97,23 +104,17 @@ class Sent:
 
 
 def packed(
-    arrays: ArrayRecord,
-    config: ConfigRecord,
-    downlink: Compressor | None,
-    seed: int,
-    *,
-    arrays_key: str,
-    config_key: str,
+    content: RecordDict, key: str, downlink: Compressor | None, seed: int
 ) -> tuple[RecordDict, ArrayRecord]:
     """Return what goes to the clients, and the model that they make of it.
 
-    ``downlink`` rounds the model, drawing from ``seed``; the keys are those of the records.
+    ``content`` has the model under ``key``; ``downlink`` rounds it, drawing from ``seed``.
     """
-    content = RecordDict({arrays_key: arrays, config_key: config})
+    arrays = content.array_records[key]
     if downlink is None:
         return content, arrays
     rounded, received = pack_model(arrays, downlink, seed)
-    content[arrays_key] = rounded["arrays"]
+    content[key] = rounded["arrays"]
     content[MODEL_RECORD] = rounded[MODEL_RECORD]
     return content, received
 

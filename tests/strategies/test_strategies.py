@@ -187,6 +187,7 @@ STATEFUL: dict[str, tuple[type[RobustStrategy], dict[str, Any]]] = {
     },
     "centered-clipping": (CenteredClipping, {}),
     "momentum": (GMD, {"server_momentum": 0.9}),
+    "adam": (GMD, {"server_optimizer": "adam", "server_learning_rate": 0.1}),
     "momentum-and-memory": (
         BGMD,
         {"server_momentum": 0.5, "block_fraction": 0.3, "min_block_size": 1},
