@@ -5,7 +5,7 @@ import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -13,8 +13,6 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from flwr.serverapp.strategy import FedAvg
 from pydantic import AfterValidator
-from torch import Tensor
-from torch.optim import Optimizer
 
 from fl_bgmd.aggregators import Rule, build_mixings
 from fl_bgmd.checkpoints import Checkpoints
@@ -33,7 +31,7 @@ from fl_bgmd.options import (
 )
 from fl_bgmd.shares import FEWEST
 
-from .optimizer import build_optimizer, takes_momentum
+from .optimizer import Build, build_optimizer, takes_momentum
 
 
 class OwnRounds:
@@ -181,7 +179,7 @@ class Settings:
         assert self.min_valid_replies is not None
         return self.min_valid_replies
 
-    @property
+    @cached_property
     def torch_device(self) -> torch.device:
         """``device``."""
         return resolve_device(self.device)
@@ -212,11 +210,12 @@ class Settings:
             )
         return float(step)
 
-    def build_optimizer(self, parameters: list[Tensor], learning_rate: float) -> Optimizer:
-        """Return the server's optimizer of some parameters."""
+    @cached_property
+    def optimizer(self) -> Build:
+        """``server_optimizer``, of a list of tensors and a learning rate."""
         own: dict[str, Any] = {"momentum": self.server_momentum, "nesterov": self.server_nesterov}
-        build = build_optimizer(self.server_optimizer)
-        return build(parameters, learning_rate, **{k: v for k, v in own.items() if v})
+        given = {name: value for name, value in own.items() if value}
+        return partial(build_optimizer(self.server_optimizer), **given)
 
     def fitted(self, rule: Rule, name: str) -> Self:
         """Return the settings with a rule: what it does not say filled in.

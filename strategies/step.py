@@ -195,7 +195,7 @@ def take_step(
             sent.own_layout.values,
             sent.spread(result.vector, state.ties),
             state.optimizer,
-            lambda parameters: settings.build_optimizer(parameters, rate),
+            lambda parameters: settings.optimizer(parameters, rate),
         )
         moved = moved.astype(sent.layout.dtype, copy=False)
         Tied(sent.layout.directions, state.ties).level(moved)
