@@ -96,7 +96,7 @@ BAD: dict[str, list[Any]] = {
 }
 
 
-SPECS = {"attack", "compressor", "downlink-compressor", "partition", "strategy"}
+SPECS = {"server-optimizer", "attack", "compressor", "downlink-compressor", "partition", "strategy"}
 """Keys that hold things with options."""
 
 OF_TYPE = {key: int if value is None else type(value) for key, value in defaults().items()}
