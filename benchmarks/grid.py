@@ -25,8 +25,8 @@ from rich.table import Table
 
 from clients.client_app import app as client_app
 from clients.client_app import prepare_together
-from clients.training import to_input
 from fl_bgmd.data import load, normalize, partition
+from fl_bgmd.devices import to_input
 from fl_bgmd.models import build
 from fl_bgmd.strategies import Mean
 from simulations.config import Config, validate

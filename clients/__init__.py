@@ -1,14 +1,6 @@
 """The project's ClientApp: trains and evaluates a partition, misbehaves when told to."""
 
-from .client_app import app, partitions, prepare_together
+from .client_app import app, prepare_together
 from .together import gradients_together
-from .training import evaluate, threads
 
-__all__ = [
-    "app",
-    "evaluate",
-    "gradients_together",
-    "partitions",
-    "prepare_together",
-    "threads",
-]
+__all__ = ["app", "gradients_together", "prepare_together"]

@@ -1,34 +1,26 @@
 """The ClientApp: load the partition, train, evaluate; lie when the attack says so."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from numpy.typing import NDArray
 from torch import nn
 
 from fl_bgmd.attacks import AttackPlan, Bound
-from fl_bgmd.data import Dataset, load, partition
+from fl_bgmd.data import Dataset, load, partitions
+from fl_bgmd.devices import resolve_device, threads
+from fl_bgmd.evaluation import evaluate
 from fl_bgmd.models import build
 from fl_bgmd.mods import ByzantineMod, CompressionMod, role
 from fl_bgmd.schedules import Schedule, scheduled_learning_rate
-from fl_bgmd.strategies import resolve_device
 from fl_bgmd.wire import EXAMPLES, PARTITION, mark, server_round
 
 from .together import train_together
-from .training import (
-    Corrupt,
-    Job,
-    LocalTraining,
-    Trained,
-    evaluate,
-    threads,
-    train,
-)
+from .training import Corrupt, Job, LocalTraining, Trained, train
 
 # Hostile clients adhere to the compression: Option I of Ghosh et al.
 app = ClientApp(mods=[CompressionMod(), ByzantineMod()])
@@ -85,7 +77,12 @@ def _training_job(message: Message, context: Context, model: nn.Module) -> tuple
     dataset = _dataset(context)
     number, partition_id = _key(message, context)
     seed = np.random.SeedSequence([int(config["seed"]), number, partition_id, 1])
-    indices = partitions(dataset, config, int(context.node_config["num-partitions"]))[partition_id]
+    shares = partitions(
+        dataset,
+        int(context.node_config["num-partitions"]),
+        scheme=str(config["partition"]),
+        seed=int(config["seed"]),
+    )
     settings = LocalTraining(
         steps=int(config["local-steps"]),
         epochs=int(config["local-epochs"]),
@@ -104,7 +101,7 @@ def _training_job(message: Message, context: Context, model: nn.Module) -> tuple
     attack, corrupt = _data_attack(message, context, dataset)
     device = resolve_device(str(config["device"]))
     drawn = int(seed.generate_state(1)[0])
-    return Job(model, dataset, indices, settings, drawn, device, corrupt), attack
+    return Job(model, dataset, shares[partition_id], settings, drawn, device, corrupt), attack
 
 
 def _key(message: Message, context: Context) -> tuple[int, int]:
@@ -144,20 +141,6 @@ def _data_attack(
     rng = np.random.default_rng(plan.client_seed(server_round(message), partition_id))
     classes = dataset.num_classes
     return bound, lambda images, labels: bound.corrupt(images, labels, classes, rng)
-
-
-def partitions(dataset: Dataset, config: Mapping[str, Any], count: int) -> list[NDArray[np.int64]]:
-    """Return the training examples of each of ``count`` clients, as a configuration shares them.
-
-    Raises ``ValueError`` for shares that cannot be.
-    """
-    return _partitions(dataset, count, str(config["partition"]), int(config["seed"]))
-
-
-@lru_cache(maxsize=4)
-def _partitions(dataset: Dataset, count: int, spec: str, seed: int) -> list[NDArray[np.int64]]:
-    """Partition the training examples: once per process, not in each round of each client."""
-    return partition(dataset.train_labels, count, scheme=spec, seed=seed)
 
 
 @lru_cache(maxsize=4)

@@ -1,8 +1,7 @@
-"""What a client does with a model and its partition: train it, evaluate it."""
+"""What a client does with a model and its partition: train it."""
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fl_bgmd.data import Dataset, normalize
+from fl_bgmd.devices import to_input
 
 Corrupt = Callable[
     [NDArray[np.uint8], NDArray[np.int64]], tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -118,84 +118,6 @@ def seed_torch(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """What a model makes of test examples.
-
-    Attributes
-    ----------
-    loss : float
-        Mean cross-entropy.
-    confusion : (C, C) int64
-        How many examples of the row's class were taken for the column's.
-    """
-
-    loss: float
-    confusion: NDArray[np.int64]
-
-    @property
-    def count(self) -> int:
-        """Number of examples."""
-        return int(self.confusion.sum())
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the examples that were recognised."""
-        return float(np.trace(self.confusion)) / self.count
-
-    @property
-    def class_accuracies(self) -> list[float]:
-        """Share of each class that was recognised; 0 for a class without examples."""
-        totals = self.confusion.sum(axis=1)
-        return [float(v) for v in np.diagonal(self.confusion) / np.maximum(totals, 1)]
-
-    def backdoor_success(self, target: int) -> float:
-        """Share of the examples of other classes that were taken for ``target``."""
-        others = np.delete(self.confusion, target, axis=0)
-        return float(others[:, target].sum()) / max(1, int(others.sum()))
-
-
-def evaluate(
-    model: nn.Module,
-    dataset: Dataset,
-    indices: NDArray[np.int64] | None,
-    device: torch.device,
-    batch_size: int = 200,
-) -> Evaluation:
-    """Evaluate ``model`` on the test examples at ``indices``, all for None."""
-    model.to(device).eval()
-    chosen = np.arange(len(dataset.test_labels)) if indices is None else indices
-    classes = dataset.num_classes
-    loss, confusion = 0.0, np.zeros(classes * classes, dtype=np.int64)
-    with torch.inference_mode():
-        for start in range(0, len(chosen), batch_size):
-            batch = chosen[start : start + batch_size]
-            images = to_input(normalize(dataset.test_images[batch], dataset), device)
-            labels = torch.from_numpy(dataset.test_labels[batch]).to(device)
-            outputs = model(images)
-            loss += float(nn.functional.cross_entropy(outputs, labels, reduction="sum"))
-            pairs = labels * classes + outputs.argmax(dim=1)
-            confusion += np.bincount(pairs.cpu().numpy(), minlength=classes * classes)
-    return Evaluation(loss / len(chosen), confusion.reshape(classes, classes))
-
-
-def to_input(images: Tensor, device: torch.device) -> Tensor:
-    """Move images to the device, channels last: convolutions are a third faster that way."""
-    # Not .contiguous(), which leaves the strides of grey images: both layouts are the same bytes.
-    return images.to(device).to(memory_format=torch.channels_last)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Run the body with ``count`` torch threads: results then do not depend on the backend."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def first_batch(job: Job) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from fl_bgmd.aggregators import MIXINGS, RULES, build_mixings, build_rule
 from fl_bgmd.attacks import ATTACKS, AttackPlan, build_attacks
 from fl_bgmd.attacks.plan import refuse_former
 from fl_bgmd.data import DATASETS, SCHEMES, TRAINING_EXAMPLES, build_partition
+from fl_bgmd.devices import resolve_device
 from fl_bgmd.models import MODELS
 from fl_bgmd.options import (
     Allowed,
@@ -35,7 +36,7 @@ from fl_bgmd.options import (
 from fl_bgmd.registry import is_path, load_object, parse_spec, split_specs
 from fl_bgmd.schedules import Schedule
 from fl_bgmd.shares import FEWEST, floor_share
-from fl_bgmd.strategies import OWN_OPTIONS, RobustStrategy, options_of, resolve_device
+from fl_bgmd.strategies import OWN_OPTIONS, RobustStrategy, options_of
 
 Value = bool | int | float | str
 Config = dict[str, Any]

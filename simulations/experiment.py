@@ -19,12 +19,13 @@ from flwr.serverapp.strategy import Result
 from fl_bgmd import __version__
 from fl_bgmd.attacks import AttackPlan
 from fl_bgmd.checkpoints import Checkpoints
-from fl_bgmd.clients import evaluate, partitions
-from fl_bgmd.data import load
+from fl_bgmd.data import load, partitions
+from fl_bgmd.devices import resolve_device
+from fl_bgmd.evaluation import evaluate
 from fl_bgmd.models import build
 from fl_bgmd.schedules import scheduled_learning_rate
 from fl_bgmd.shares import floor_share
-from fl_bgmd.strategies import RobustStrategy, RunEndedError, resolve_device
+from fl_bgmd.strategies import RobustStrategy, RunEndedError
 
 from .adversary import AdversarialGrid
 from .config import SETTINGS, Config, strategy_for
@@ -171,7 +172,9 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
         str(config["model"]), input_shape=dataset.input_shape, num_classes=dataset.num_classes
     )
     strategy = build_strategy(config)
-    partitions(dataset, config, int(config["num-clients"]))  # refuses what cannot be
+    scheme, seed = str(config["partition"]), int(config["seed"])
+    # Shares that cannot be are refused before anything starts.
+    partitions(dataset, int(config["num-clients"]), scheme=scheme, seed=seed)
     device = resolve_device(str(config["device"]))
     num_rounds, every = int(config["num-server-rounds"]), int(config["evaluate-every"])
     plan = AttackPlan.from_config(config)

@@ -1,5 +1,6 @@
 """Flower strategies that hold up when clients lie. Import them from ``fl_bgmd.strategies``."""
 
+from .declared import options_of
 from .errors import EmptyRoundsError, MissingNodesError, RunEndedError
 from .robust import RobustStrategy
 from .rules import (
@@ -16,7 +17,7 @@ from .rules import (
     RobustFilter,
     TrimmedMean,
 )
-from .settings import OWN_OPTIONS, options_of, resolve_device
+from .settings import OWN_OPTIONS
 from .step import Round
 
 __all__ = [
@@ -39,5 +40,4 @@ __all__ = [
     "RunEndedError",
     "TrimmedMean",
     "options_of",
-    "resolve_device",
 ]

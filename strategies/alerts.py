@@ -2,16 +2,19 @@
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
+from fl_bgmd.aggregators.norms import euclidean_norms
 from fl_bgmd.layout import ModelLayout
 from fl_bgmd.replies import Rejection
 from fl_bgmd.shares import FEWEST, hostile_count
 
 from .reputation import far_out
-from .step import Round, Sent
+from .sent import Sent
+from .step import Round
 from .ties import equal_arrays, part
 
 if TYPE_CHECKING:
@@ -106,6 +109,11 @@ class Alerts:
             for subject, sentence in strategy.rule.notes(count).items():
                 self.once(subject, "%s", sentence)
 
+    def advice(self, intake: "Intake") -> str:
+        """Return what to do about a round of too few valid replies, empty if nobody knows."""
+        safe = self._strategy.min_valid_replies == FEWEST
+        return TOO_FEW if intake.accepted and safe else ""
+
     def of_dropped(self, intake: "Intake") -> None:
         """Say whose metric was not finite: an honest client may want to know."""
         if intake.dropped:
@@ -124,9 +132,10 @@ class Alerts:
                 f"{dropped[:5]!r}"[:200],
             )
 
-    def of_ties(self, sent: Sent, known: dict[str, str], *, lossy: bool) -> None:
+    def of_ties(self, sent: Sent, known: Mapping[str, str]) -> None:
         """Say that lossy replies, or a rounded model, do not show what is tied."""
-        if _TIES in self._said or not lossy:
+        settings = self._strategy.settings
+        if _TIES in self._said or settings.packing is settings.rounding is None:
             return
         self._said.add(_TIES)
         own: ModelLayout = sent.own_layout
@@ -139,6 +148,12 @@ class Alerts:
                     group[0].key,
                     group[-1].key,
                 )
+
+    def accused(self, current: Round) -> dict[int, float]:
+        """Return the lengths of updates by node where, with weights, they may bench a node."""
+        if not (self._strategy.bench_after and self._strategy.weights_tell):
+            return {}
+        return dict(zip(current.nodes, euclidean_norms(current.updates), strict=True))
 
     def lengths(self, current: Round) -> dict[int, float]:
         """Return about how long each node's update is; what is too long for its dtype is infinite.

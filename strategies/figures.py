@@ -2,11 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Self
 
 from flwr.app import MetricRecord
 
 from fl_bgmd.aggregators.results import figure_names
+from fl_bgmd.aggregators.rows import vector_norm
 from fl_bgmd.replies import Rejection
+
+from .intake import Intake
+from .roster import Roster
+from .sent import Sent
+from .step import Outcome, State
 
 _MAPPINGS = ("reasons", "rule")
 
@@ -58,6 +65,36 @@ class Figures:
     diverged: int | None = None
     benched: int | None = None
     aggregation_seconds: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        sent: Sent,
+        intake: Intake,
+        outcome: Outcome,
+        after: State,
+        roster: Roster,
+        seconds: float,
+    ) -> Self:
+        """Return what there is to say of a round that leads to the state ``after``."""
+        result, replies = outcome.result, len(intake.accepted) + intake.rejected.total()
+        return cls(
+            accepted=len(intake.accepted),
+            rejected=intake.rejected.total(),
+            reasons=dict(sorted(intake.rejected.items())),
+            missing=max(0, roster.num_asked - replies),
+            late=roster.late or None,
+            dropped_metrics=intake.dropped or None,
+            bytes_up=intake.bytes_up,
+            bytes_rejected=intake.bytes_rejected if intake.rejected else None,
+            bytes_down=roster.num_asked * sent.num_bytes,
+            update_norm=None if result is None else vector_norm(result.vector),
+            client_weights=outcome.weights,
+            rule={} if result is None else result.diagnostics,
+            diverged=1 if outcome.diverged else None,
+            benched=len(after.reputation.benched(after.round + 1)) or None,
+            aggregation_seconds=seconds,
+        )
 
     def write(self, metrics: MetricRecord) -> None:
         """Write what there is into a round's metrics."""

@@ -8,8 +8,9 @@ from pathlib import Path
 from fl_bgmd.options import Option, spelled
 
 from . import rules
+from .declared import options_of
 from .robust import RobustStrategy
-from .settings import FLOWERS_OPTIONS, OWN_OPTIONS, options_of
+from .settings import FLOWERS_OPTIONS, OWN_OPTIONS
 
 _HEADER = '''"""The strategies' options as types (PEP 692), for type checkers and editors.
 

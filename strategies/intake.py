@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,14 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_bgmd.layout import BUFFER_DTYPE, ModelLayout
+from fl_bgmd.layout import BUFFER_DTYPE
 from fl_bgmd.replies import Screened, partition_id, records_of, screen
 from fl_bgmd.shares import hostile_count
 
-from .figures import Figures
-from .step import Round
+from .sent import Sent
+from .settings import Settings
+from .step import Round, State
+from .ties import count_once
 
 LOG = logging.getLogger("flwr.fl_bgmd")
 
@@ -66,28 +68,37 @@ class Intake:
     bytes_up: int = 0
     bytes_rejected: int = 0
 
-    def round(
-        self, rows: Tensor, weighting: str, device: torch.device, byzantine_fraction: float
-    ) -> Round:
-        """Return the accepted replies for the rule, their rows (n, width) with each tensor once."""
+    def as_round(self, state: State, sent: Sent, settings: Settings) -> tuple[State, Round]:
+        """Return the accepted replies for the rule, and the state with what they say is tied.
+
+        The rows (n, c) have each tensor once and lie on the settings' device.
+        """
+        rows = self.rows[: len(self.accepted)]
+        if sent.coordinates is None:
+            rows, ties = count_once(sent.layout, rows, state.ties)
+            if ties != state.ties:  # what is kept of each coordinate is of another width
+                state = replace(state, ties=ties, memory=None)
         norms = [screened.norm for screened in self.accepted]
         examples = [screened.num_examples for screened in self.accepted]
-        return Round(
-            rows.to(device),
-            capped_examples(examples, byzantine_fraction) if weighting == "examples" else None,
+        weights = None
+        if settings.weighting == "examples":
+            weights = capped_examples(examples, settings.byzantine_fraction)
+        return state, Round(
+            rows.to(settings.torch_device),
+            weights,
             self.nodes,
             None if None in norms else torch.tensor(norms, dtype=torch.float64),
         )
 
-    def figures(self) -> Figures:
-        """Return the counts of a round."""
-        return Figures(
-            accepted=len(self.accepted),
-            rejected=self.rejected.total(),
-            reasons=dict(sorted(self.rejected.items())),
-            dropped_metrics=self.dropped or None,
-            bytes_up=self.bytes_up,
-            bytes_rejected=self.bytes_rejected if self.rejected else None,
+    def account(self, number: int, asked: int, failure: str) -> str:
+        """Return what a round came to, with an example of each reason to reject a reply."""
+        reasons = ", ".join(
+            f"{reason} {count} ({self.examples[reason]})"
+            for reason, count in sorted(self.rejected.items())
+        )
+        return (
+            f"in round {number}: {asked} nodes asked, {len(self.accepted)} replies accepted, "
+            f"rejected: {reasons or 'none'}" + (failure and f"; {failure}")
         )
 
 
@@ -122,10 +133,10 @@ def example_cap(examples: NDArray[np.float64], hostile: int) -> float:
 
 
 def take_in(
+    phase: str,
     messages: list[Message],
-    layout: ModelLayout | None,
+    sent: Sent | None,
     *,
-    width: int = 0,
     keep_contents: bool,
     examples_key: str,
     **screening: Any,
@@ -134,27 +145,29 @@ def take_in(
 
     Parameters
     ----------
+    phase : {"train", "evaluate"}
+        For the log.
     messages : list of Message
         See :func:`in_order`.
-    layout : ModelLayout or None
-        Of the model that went out; None for evaluation, which brings none back.
-    width : int
-        Number of directions in a row.
+    sent : Sent or None
+        What went out; None for evaluation, which brings no model back.
     keep_contents : bool
         Whether the accepted replies are needed after this.
     examples_key : str
         The metric with the number of examples.
     **screening
-        Of :func:`fl_bgmd.replies.screen`.
+        Of :func:`fl_bgmd.replies.screen`, without what ``sent`` says.
     """
-    if layout is None:
+    layout = None if sent is None else sent.layout
+    if sent is None or layout is None:
         intake = Intake(torch.empty(len(messages), 0), np.empty((len(messages), 0)))
     else:
         dtype = torch.from_numpy(layout.values).dtype
         intake = Intake(
-            torch.empty(len(messages), width, dtype=dtype),
+            torch.empty(len(messages), sent.width, dtype=dtype),
             np.empty((len(messages), layout.num_buffers), dtype=BUFFER_DTYPE),
         )
+        screening |= {"compressor": sent.compressor, "coordinates": sent.coordinates}
     seen: set[int] = set()
     for message in messages:
         node, filled = message.metadata.src_node_id, len(intake.accepted)
@@ -183,6 +196,8 @@ def take_in(
             intake.suspects.append(node)
             intake.bytes_rejected += _array_bytes(message)
             LOG.warning("rejected the reply of node %s (%s): %s", node, reason, screened.detail)
+    count, rejected = len(intake.accepted), intake.rejected.total()
+    LOG.info("aggregate_%s: accepted %s replies, rejected %s", phase, count, rejected)
     return intake
 
 

@@ -32,8 +32,9 @@ from fl_bgmd.replies import declared_array, median_metrics
 from fl_bgmd.wire import EXAMPLES, packed_keys
 
 from . import rules
+from .declared import options_of, signature_of
 from .robust import RobustStrategy
-from .settings import FLOWERS_OPTIONS, OWN_OPTIONS, OwnRounds, options_of, signature_of
+from .settings import FLOWERS_OPTIONS, OWN_OPTIONS, OwnRounds
 
 LOG = logging.getLogger("flwr.fl_bgmd")
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import FedAvg, Result
 
+from .declared import options_of
 from .figures import own_names
-from .settings import OWN_OPTIONS, options_of
+from .settings import OWN_OPTIONS
 
 if TYPE_CHECKING:
     from .robust import RobustStrategy
@@ -64,8 +65,8 @@ def log_options(strategy: "RobustStrategy") -> None:
     lines.append(f"device in use: {strategy.device}")
     lines.extend(
         f"{phase} metrics: "
-        + ("the median of the clients' values, not weighted" if median else "by the given function")
-        for phase, median in strategy.combines_by_median.items()
+        + ("by the given function" if given else "the median of the clients' values, not weighted")
+        for phase, given in strategy.combiners.items()
     )
     for line in lines[:-1]:
         LOG.info("\t\t├── %s", line)

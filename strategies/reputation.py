@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
 
@@ -22,6 +23,7 @@ def far_out(norms: Mapping[int, float]) -> set[int]:
     return {node for node, norm in norms.items() if norm > FAR_OUT * middle > 0}
 
 
+@dataclass(frozen=True)
 class Reputation:
     """Evidence against nodes, and the bench.
 
@@ -33,30 +35,30 @@ class Reputation:
     itself makes its update long, and a minority cannot move the median length beyond those of the
     honest.
 
-    Parameters
+    Attributes
     ----------
-    bench_after : int
-        Bad rounds in a row; 0 for no bench.
-    bench_rounds : int
-        How long a node sits out.
+    against : dict of int to int
+        Bad rounds in a row, by node.
+    until : dict of int to int
+        The last round that a node sits out.
     """
 
-    def __init__(self, bench_after: int, bench_rounds: int) -> None:
-        self.bench_after = bench_after
-        self.bench_rounds = bench_rounds
-        self._against: Counter[int] = Counter()
-        self._until: dict[int, int] = {}
+    against: Mapping[int, int] = field(default_factory=dict)
+    until: Mapping[int, int] = field(default_factory=dict)
 
-    def judge(
+    def after(
         self,
         server_round: int,
         rejected: Sequence[int],
         weights: Mapping[int, float],
         norms: Mapping[int, float],
         accepted: Sequence[int],
+        *,
         room: int,
-    ) -> list[tuple[int, int]]:
-        """Take note of a round; return the nodes that go to the bench with their counts.
+        bench_after: int,
+        bench_rounds: int,
+    ) -> tuple[Self, list[tuple[int, int]]]:
+        """Return the evidence after a round, and the nodes that go to the bench with their counts.
 
         Parameters
         ----------
@@ -70,37 +72,39 @@ class Reputation:
             The length of each accepted node's update, for the nodes in ``weights``.
         room : int
             How many may sit on the bench at a time.
+        bench_after, bench_rounds : int
+            See above; 0 for no bench.
         """
-        if not self.bench_after:
-            return []
+        if not bench_after:
+            return self, []
         bad = set(rejected)
         if weights:
             least = NEAR_ZERO * float(np.median(list(weights.values())))
             most = FAR_OUT * float(np.median([norms[node] for node in weights]))
             bad |= {node for node in weights if weights[node] < least and norms[node] > most}
+        against, until = Counter(self.against), dict(self.until)
         for node in accepted:
             if node not in bad:
-                del self._against[node]
-        self._against.update(sorted(bad))
-        benched = []
-        for node, count in self._against.most_common():
-            if count < self.bench_after or len(self.benched(server_round + 1)) >= room:
+                del against[node]
+        against.update(sorted(bad))
+        benched: list[tuple[int, int]] = []
+        for node, count in against.most_common():
+            if count < bench_after or len(_benched(until, server_round + 1)) >= room:
                 break
-            self._until[node] = server_round + self.bench_rounds
+            until[node] = server_round + bench_rounds
             benched.append((node, count))
         for node, _ in benched:
-            del self._against[node]
-        return benched
+            del against[node]
+        return type(self)(dict(against), until), benched
 
     def benched(self, server_round: int) -> set[int]:
         """Return the nodes that sit out this round."""
-        return {node for node, last in self._until.items() if server_round <= last}
+        return _benched(self.until, server_round)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that the next round depends on."""
-        return {"against": dict(self._against), "until": dict(self._until)}
+    def to_dict(self) -> dict[str, Any]:
+        """Return the evidence for a checkpoint."""
+        return {"against": dict(self.against), "until": dict(self.until)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned."""
-        self._against = Counter(state["against"])
-        self._until = dict(state["until"])
+
+def _benched(until: Mapping[int, int], server_round: int) -> set[int]:
+    return {node for node, last in until.items() if server_round <= last}

@@ -3,15 +3,18 @@
 import logging
 import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from flwr.app import Message, Metadata
+from flwr.app import Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
 from fl_bgmd.shares import floor_share
 
 from .errors import MissingNodesError
+from .intake import Intake
 from .reputation import Reputation
+from .settings import Settings
+from .step import State
 
 LOG = logging.getLogger("flwr.fl_bgmd")
 
@@ -21,32 +24,19 @@ class Roster:
 
     Parameters
     ----------
-    seed : int
-        Of the sampling.
-    wait_timeout : float
-        Seconds to wait for enough nodes.
-    too_few_nodes : {"fail", "go-on"}
-        What happens then.
-    reputation : Reputation
-        Who sits out.
+    settings : Settings
+        How long to wait for nodes, and who is to sit out.
 
     Attributes
     ----------
-    seed : int
-        As above.
     num_asked : int
         How many messages of this phase went out.
     late : int
         Replies to earlier rounds that had come by the start of this one.
     """
 
-    def __init__(
-        self, seed: int, wait_timeout: float, too_few_nodes: str, reputation: Reputation
-    ) -> None:
-        self.seed = seed
-        self._wait_timeout = wait_timeout
-        self._too_few_nodes = too_few_nodes
-        self._reputation = reputation
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._asked: list[Metadata] = []
         self._unanswered: set[str] = set()
         self.num_asked = 0
@@ -62,18 +52,32 @@ class Roster:
         asked = {sent.message_id: sent.dst_node_id for sent in self._asked if sent.message_id}
         return asked or None
 
-    def sample(
-        self, grid: Grid, server_round: int, kind: str, fraction: float, minimum: int, needed: int
-    ) -> list[int]:
-        """Choose nodes once ``needed`` are there, the same ones for the same seed and node ids."""
+    def ask(
+        self,
+        grid: Grid,
+        state: State,
+        kind: str,
+        server_round: int,
+        content: RecordDict,
+        fraction: float,
+        minimum: int,
+        needed: int,
+    ) -> list[Message]:
+        """Return a message for each of the nodes that take part in a phase of a round.
+
+        They are chosen once ``needed`` nodes are there, the same ones for the same seed and node
+        ids: a ``fraction`` of them, and at least ``minimum``.
+        """
         nodes = self._wait_for(grid, needed)
         count = max(floor_share(fraction, len(nodes)), minimum)
-        benched = self._reputation.benched(server_round)
+        benched = state.reputation.benched(server_round)
         free = [node for node in nodes if node not in benched]
-        draw = random.Random(f"{self.seed}-{server_round}-{kind}")
+        draw = random.Random(f"{state.seed}-{server_round}-{kind}")
         chosen = sorted(draw.sample(free, min(len(free), count)))
         LOG.info("%s: sampled %s nodes (out of %s)", kind, len(chosen), len(nodes))
-        return chosen
+        messages = [Message(content, node, kind) for node in chosen]
+        self.sent(messages)
+        return messages
 
     def sent(self, messages: Iterable[Message]) -> None:
         """Remember whom the messages of a phase are for; the grid numbers them on the way."""
@@ -102,48 +106,47 @@ class Roster:
                 LOG.warning("node %s replied too late: discarded", reply.metadata.src_node_id)
 
     def judge(
-        self,
-        server_round: int,
-        suspects: list[int],
-        weights: Mapping[int, float],
-        norms: Mapping[int, float],
-        accepted: list[int],
-        byzantine_fraction: float,
-        min_valid_replies: int,
-    ) -> int:
-        """Hold a round against the nodes that did badly; return how many sit out the next.
+        self, state: State, intake: Intake, weights: Sequence[float], norms: Mapping[int, float]
+    ) -> Reputation:
+        """Hold a round against the nodes that did badly; return the evidence after it.
 
-        At most the share that may be hostile, and never so many that those left cannot make up a
-        round.
+        At most the share that may be hostile sits out, and never so many that those left cannot
+        make up a round. ``weights`` are what the rule gave the accepted replies, empty if that says
+        nothing about them; ``norms`` the lengths of their updates by node.
         """
+        settings, number = self._settings, state.round
         asked = {sent.dst_node_id for sent in self._asked}
-        sitting_out = self._reputation.benched(server_round)
-        count = len(asked | sitting_out)
-        room = max(0, min(floor_share(byzantine_fraction, count), count - min_valid_replies))
-        suspects = [node for node in suspects if node in asked]
-        for node, rounds in self._reputation.judge(
-            server_round, suspects, weights, norms, accepted, room
-        ):
+        count = len(asked | state.reputation.benched(number))
+        hostile = floor_share(settings.byzantine_fraction, count)
+        reputation, benched = state.reputation.after(
+            number,
+            [node for node in intake.suspects if node in asked],
+            dict(zip(intake.nodes, weights, strict=True)) if weights else {},
+            norms,
+            intake.nodes,
+            room=max(0, min(hostile, count - settings.least_replies)),
+            bench_after=settings.bench_after,
+            bench_rounds=settings.bench_rounds,
+        )
+        for node, rounds in benched:
             LOG.warning(
                 "node %s sits out %s rounds: in its last %s its replies were rejected, or longer "
                 "than ten times the median one and of less than a tenth of the median weight",
-                node,
-                self._reputation.bench_rounds,
-                rounds,
+                *(node, settings.bench_rounds, rounds),
             )
-        return len(self._reputation.benched(server_round + 1))
+        return reputation
 
     def _wait_for(self, grid: Grid, needed: int) -> list[int]:
         """Return the connected nodes' ids, ascending, once ``needed`` are there or time is up."""
-        deadline = time.monotonic() + self._wait_timeout
+        seconds = self._settings.node_wait_timeout
+        deadline = time.monotonic() + seconds
         while len(nodes := sorted(grid.get_node_ids())) < needed:
             left = deadline - time.monotonic()
             if left <= 0:
                 found = (
-                    f"{len(nodes)} nodes are connected after {self._wait_timeout:g} s and "
-                    f"{needed} are needed"
+                    f"{len(nodes)} nodes are connected after {seconds:g} s and {needed} are needed"
                 )
-                if self._too_few_nodes == "fail":
+                if self._settings.too_few_nodes == "fail":
                     raise MissingNodesError(
                         f"{found} (min_available_nodes, node_wait_timeout, too_few_nodes)"
                     )

@@ -12,12 +12,12 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
-from fl_bgmd.checkpoints import CheckpointError, Checkpoints
+from fl_bgmd.checkpoints import CheckpointError
 from fl_bgmd.replies import arrays_from_state, arrays_to_state
 
+from .declared import options_of
 from .errors import EmptyRoundsError, RunEndedError
 from .reporting import log_end, log_metrics, log_start, values_of
-from .settings import options_of
 
 if TYPE_CHECKING:
     from .robust import RobustStrategy
@@ -32,19 +32,18 @@ def run_rounds(
     strategy: "RobustStrategy",
     grid: Grid,
     arrays: ArrayRecord,
-    *,
     num_rounds: int,
     timeout: float,
     train_config: ConfigRecord,
     evaluate_config: ConfigRecord,
     evaluate_fn: EvaluateFn | None,
     should_stop: StopFn | None,
-    checkpoints: Checkpoints | None,
 ) -> Result:
     """Run the rounds from the newest checkpoint, or from the first, to ``num_rounds``.
 
     Ends sooner where ``should_stop`` says so of a round, also of the one a checkpoint is of.
     """
+    checkpoints = strategy.settings.folder
     log_start(strategy, arrays, num_rounds, train_config, evaluate_config)
     result = Result()
     identity = _identity(strategy, arrays, train_config)

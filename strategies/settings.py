@@ -5,18 +5,19 @@ import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
 from flwr.serverapp.strategy import FedAvg
 from pydantic import AfterValidator
 
-from fl_bgmd.aggregators import RULES, build_mixings
-from fl_bgmd.aggregators.rule import Kind
+from fl_bgmd.aggregators import Rule, build_mixings
 from fl_bgmd.checkpoints import Checkpoints
-from fl_bgmd.compression import build_compressor, build_downlink
+from fl_bgmd.compression import Compressor, build_compressor, build_downlink, names_of
+from fl_bgmd.devices import resolve_device
 from fl_bgmd.options import (
     Allowed,
     Count,
@@ -27,11 +28,10 @@ from fl_bgmd.options import (
     Positive,
     Share,
     declared,
-    nearest,
-    unmarked,
-    with_parameters,
 )
-from fl_bgmd.registry import split_specs
+from fl_bgmd.shares import FEWEST
+
+from .optimizer import Build, build_optimizer, takes_momentum
 
 
 class OwnRounds:
@@ -57,8 +57,14 @@ class Settings:
     server_learning_rate : float or callable
         Step of the server along the update, above 0. Or a function from the round, from 1 up, to
         it, which may return 0.
+    server_optimizer : str
+        The optimizer of the server (torch's), which takes the aggregate for a gradient: ``sgd``,
+        ``adam`` (with options: ``adam:beta1=0.9,beta2=0.99,eps=1e-3`` is FedAdam of Reddi et al.,
+        Algorithm 2), or ``package.module:NAME``, such as ``torch.optim:Adagrad``. Of ``adam`` each
+        coordinate moves by about ``server_learning_rate`` whatever the updates' length: 0.001 in
+        the BGMD authors' runs on MNIST.
     server_momentum : float
-        Momentum of the server's SGD (torch's), 0 to below 1.
+        Momentum of the server's SGD, 0 to below 1.
     server_nesterov : bool
         Whether that momentum is Nesterov's; needs a momentum.
     mixing : str
@@ -122,6 +128,11 @@ class Settings:
         Annotated[float, Gt(0), Lt(math.inf)] | Callable[[int], float],
         Allowed("above 0, or a function from the round to it"),
     ] = 1.0
+    server_optimizer: Annotated[
+        str,
+        _accepted_by(build_optimizer),
+        Allowed("sgd, adam, adam:beta1=...,beta2=...,eps=..., or package.module:NAME"),
+    ] = "sgd"
     server_momentum: Annotated[float, Ge(0), Lt(1)] = 0.0
     server_nesterov: bool = False
     mixing: Annotated[str, _accepted_by(build_mixings), Allowed("none, or specs of mixings")] = (
@@ -147,15 +158,88 @@ class Settings:
     seed: Annotated[
         Annotated[int, Ge(0), Lt(2**63)] | None, Allowed("None, or 0 to below 2^63")
     ] = None
-    device: Annotated[str, Operation()] = "auto"
+    device: Annotated[str, _accepted_by(resolve_device), Operation()] = "auto"
 
     def __post_init__(self) -> None:
-        """Refuse a Nesterov momentum that is none."""
+        """Refuse a momentum where there is none."""
         if self.server_nesterov and not self.server_momentum:
             raise OptionError(
                 "server_nesterov is True with server_momentum 0; allowed: False, or a "
                 "server_momentum above 0"
             )
+        if self.server_momentum and not takes_momentum(self.server_optimizer):
+            raise OptionError(
+                f"server_momentum is {self.server_momentum} with server_optimizer "
+                f"{self.server_optimizer!r}; allowed: 0"
+            )
+
+    @property
+    def least_replies(self) -> int:
+        """``min_valid_replies`` of settings that are :meth:`fitted`."""
+        assert self.min_valid_replies is not None
+        return self.min_valid_replies
+
+    @cached_property
+    def torch_device(self) -> torch.device:
+        """``device``."""
+        return resolve_device(self.device)
+
+    @cached_property
+    def packing(self) -> Compressor | None:
+        """``compressor``, None for ``none``."""
+        return None if self.compressor == "none" else build_compressor(self.compressor)
+
+    @cached_property
+    def rounding(self) -> Compressor | None:
+        """``downlink_compressor``, None for ``none``."""
+        return build_downlink(self.downlink_compressor)
+
+    @cached_property
+    def folder(self) -> Checkpoints | None:
+        """``checkpoints``."""
+        given = self.checkpoints
+        return Checkpoints(given) if isinstance(given, str | Path) else given
+
+    def learning_rate(self, number: int) -> float:
+        """Return the server's step of a round. Raises ``ValueError`` for one that is none."""
+        rate = self.server_learning_rate
+        step = rate(number) if callable(rate) else rate
+        if not 0 <= step < math.inf:
+            raise ValueError(
+                f"server_learning_rate is {step} in round {number}; allowed: 0 or more"
+            )
+        return float(step)
+
+    @cached_property
+    def optimizer(self) -> Build:
+        """``server_optimizer``, of a list of tensors and a learning rate."""
+        own: dict[str, Any] = {"momentum": self.server_momentum, "nesterov": self.server_nesterov}
+        given = {name: value for name, value in own.items() if value}
+        return partial(build_optimizer(self.server_optimizer), **given)
+
+    def fitted(self, rule: Rule, name: str) -> Self:
+        """Return the settings with a rule: what it does not say filled in.
+
+        ``name`` is the rule's, or its class's. Raises :class:`OptionError` for what does not fit.
+        """
+        kind = rule.rule.kind
+        if self.weighting != "uniform" and not kind.weightable:
+            raise OptionError(f"weighting is {self.weighting!r} with {name}; allowed: uniform")
+        if self.shared_coordinates:
+            if self.packing is None or not self.packing.can_share_coordinates:
+                raise OptionError(
+                    f"shared_coordinates is True with compressor {self.compressor!r}; allowed: "
+                    + names_of(lambda kind: kind.can_share_coordinates)
+                )
+            if rule.rule.uses("memory"):
+                raise OptionError(
+                    f"shared_coordinates is True with {name}; allowed: False, since what it "
+                    "remembers belongs to coordinates"
+                )
+        if self.min_valid_replies is not None:
+            return self
+        safe = kind.robust and self.byzantine_fraction > 0
+        return replace(self, min_valid_replies=FEWEST if safe else 1)
 
 
 OWN_OPTIONS: Options = declared(Settings)
@@ -183,93 +267,3 @@ def _flowers_options() -> dict[str, Option]:
 
 FLOWERS_OPTIONS: Options = _flowers_options()
 """By name."""
-
-
-def options_of(cls: type, rule: str | Kind = "") -> dict[str, Option]:
-    """Return what can be given to a strategy class by keyword, by name.
-
-    Those of its constructors, of its rule (or of ``rule``, a spec or what was declared), of all
-    strategies, and Flower's.
-    """
-    found: dict[str, Option] = {}
-    for base in cls.__mro__:
-        own = vars(base)
-        if base is FedAvg or ("spec" in own and "given" in own.get("__annotations__", {})):
-            break
-        constructor = own.get("__init__")
-        if constructor is None:
-            continue
-        found = declared(constructor, ("self",), positional=True) | found
-        kinds = [p.kind for p in inspect.signature(constructor).parameters.values()]
-        if inspect.Parameter.VAR_KEYWORD not in kinds:
-            return found
-    spec = (getattr(cls, "spec", "") or rule) if isinstance(rule, str) else ""
-    kind = rule if isinstance(rule, Kind) else None
-    if spec:
-        kind = RULES.parse(split_specs(spec)[0])[0]
-    options = {**FLOWERS_OPTIONS, **OWN_OPTIONS, **(kind.options if kind else {})}
-    for name, value in getattr(cls, "defaults", {}).items():
-        if name not in options | found:
-            raise OptionError(f"{cls.__name__}.defaults has {name!r}; {nearest(name, options)}")
-        if name in options:
-            options[name] = replace(options[name], default=value)
-    return {**options, **found}
-
-
-def signature_of(cls: type, options: Options, *, takes_spec: bool) -> inspect.Signature:
-    """Return the signature of a strategy class: its constructor's, with each option by name.
-
-    ``takes_spec`` says whether it is given a rule, whose options may be any.
-    """
-    rest = [*inspect.signature(cls.__init__).parameters.values()][1:]  # type: ignore[misc]
-    others = [p for p in rest if p.kind is inspect.Parameter.VAR_KEYWORD and takes_spec]
-    own = [
-        p
-        for p in rest
-        if p.kind is not inspect.Parameter.VAR_KEYWORD
-        and (takes_spec or p.kind is not inspect.Parameter.POSITIONAL_ONLY)
-    ]
-    names = {p.name for p in own}
-    added = [
-        inspect.Parameter(
-            option.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=option.default,
-            annotation=unmarked(option.annotation),
-        )
-        for option in options.values()
-        if option.name not in names
-    ]
-    return inspect.Signature([*own, *added, *others])
-
-
-def docstring_of(cls: type, options: Options) -> str:
-    """Return the docstring of a strategy class, the rule's where it has none, with its options."""
-    text, spec = cls.__doc__ or "", getattr(cls, "spec", "")
-    if not text and spec:
-        text = RULES.parse(split_specs(spec)[0])[0].summary
-    changed = getattr(cls, "defaults", {})
-    common = {**FLOWERS_OPTIONS, **OWN_OPTIONS}
-    own = [o for name, o in options.items() if name not in common or name in changed]
-    return with_parameters(text, own, _OTHERS)
-
-
-_OTHERS = "Those of every strategy and Flower's, as for :class:`RobustStrategy`."
-
-
-def resolve_device(device: str) -> torch.device:
-    """Return the torch device that ``device`` names; ``auto`` is CUDA where there is one.
-
-    Raises ``ValueError`` for a name torch does not know or a CUDA device that is not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}; allowed: auto, cpu, cuda, cuda:N") from error
-    if resolved.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {device!r}; allowed: auto, cpu, cuda, cuda:N")
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {device!r}; this machine has {torch.cuda.device_count()}")
-    return resolved

@@ -1,8 +1,8 @@
 """A round as a pure step: from one state to the next, or back to the old one."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -11,55 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_bgmd.aggregators import Aggregate, Rule
-from fl_bgmd.compression import Compressor
 from fl_bgmd.layout import ModelLayout
 
+from .optimizer import descend
+from .reputation import Reputation
+from .sent import Sent
+from .settings import Settings
 from .ties import Tied, find_ties
-
-Indices = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Sent:
-    """What went out to the clients of a round, and what their replies are held against.
-
-    Attributes
-    ----------
-    model : ArrayRecord
-        The server's model.
-    layout : ModelLayout
-        Of the model as the clients have it: rounded where there is a downlink compressor.
-    own_layout : ModelLayout
-        Of ``model``.
-    compressor : Compressor or None
-        What they were asked to pack their updates with, with the round's seed.
-    coordinates : ndarray or None
-        int64 (k,): those that the server chose for all of them.
-    num_bytes : int
-        Of the model, for each client.
-    """
-
-    model: ArrayRecord
-    layout: ModelLayout
-    own_layout: ModelLayout
-    compressor: Compressor | None = None
-    coordinates: Indices | None = None
-    num_bytes: int = 0
-
-    @property
-    def width(self) -> int:
-        """How many values a row has."""
-        return self.layout.num_directions if self.coordinates is None else len(self.coordinates)
-
-    def spread(self, vector: Tensor, ties: Mapping[str, str]) -> Tensor:
-        """Return what a rule made of rows as an update of all coordinates, (d,)."""
-        if ties:
-            vector = Tied(self.layout.directions, ties).spread(vector)
-        if self.coordinates is None:
-            return vector
-        update = torch.zeros(self.layout.num_directions, dtype=vector.dtype)
-        update[torch.from_numpy(self.coordinates)] = vector.cpu()
-        return update
 
 
 @dataclass(frozen=True)
@@ -68,26 +26,68 @@ class State:
 
     Attributes
     ----------
-    round : int
-        The last round that was aggregated.
+    seed : int
+        Of the sampling of nodes, and of what rounds tell their clients to draw from.
     generator : Tensor
         The state of what blocks and buckets are drawn from.
+    round : int
+        The last round that was aggregated.
     memory : object
         The rule's: see :attr:`fl_bgmd.aggregators.Aggregate.memory`.
-    momentum : Tensor or None
-        (d,): the buffer of the server's SGD.
+    optimizer : dict of str to Tensor
+        Of the server's optimizer: torch's state of one parameter (d,).
     ties : dict of str to str
         Arrays that are one tensor: see :mod:`.ties`.
     empty_rounds : int
         How many rounds in a row have come to nothing.
+    failure : str
+        What the last round that left the model as it was came to, empty if none did.
+    reputation : Reputation
+        Evidence against nodes, and who sits out.
     """
 
+    seed: int
     generator: Tensor
     round: int = 0
     memory: Any = None
-    momentum: Tensor | None = None
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
     ties: Mapping[str, str] = field(default_factory=dict)
     empty_rounds: int = 0
+    failure: str = ""
+    reputation: Reputation = field(default_factory=Reputation)
+
+    @classmethod
+    def first(cls, seed: int) -> Self:
+        """Return the state before the first round."""
+        return cls(seed, torch.Generator().manual_seed(seed).get_state())
+
+    def to_dict(self, rule: Rule) -> dict[str, Any]:
+        """Return the state as tensors, numbers and dictionaries."""
+        return {
+            **vars(self),
+            "memory": rule.to_state(self.memory),
+            "optimizer": dict(self.optimizer),
+            "ties": dict(self.ties),
+            "reputation": self.reputation.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any], rule: Rule, device: torch.device) -> Self:
+        """Return the state that :meth:`to_dict` made something of; the memory goes to a device."""
+        own = {each.name: found[each.name] for each in fields(cls)}
+        own["memory"] = rule.from_state(own["memory"], device)
+        own["reputation"] = Reputation(**own["reputation"])
+        return cls(**own)
+
+    def redrawn(self) -> Self:
+        """Return the state with what it draws from drawn anew: nothing of earlier rounds tells."""
+        fresh = torch.Generator()
+        fresh.seed()
+        return replace(self, generator=fresh.get_state())
+
+    def emptied(self) -> Self:
+        """Return the state after a round that came to nothing."""
+        return replace(self, empty_rounds=self.empty_rounds + 1)
 
 
 @dataclass(frozen=True)
@@ -133,27 +133,29 @@ class Outcome:
     arrays : ArrayRecord
         The new model; the old one where the round failed.
     result : Aggregate or None
-        The rule's, None where it failed.
+        The rule's, None where there is none.
     failure : str
         Why the model was kept, empty where it moved.
+    diverged : bool
+        Whether the rule or the new model was refused, rather than too few replies accepted.
     """
 
     state: State
     arrays: ArrayRecord
     result: Aggregate | None = None
     failure: str = ""
+    diverged: bool = False
+
+    @property
+    def weights(self) -> list[float] | None:
+        """What the rule gave each reply, if it says."""
+        if self.result is None or self.result.weights is None:
+            return None
+        return [float(share) for share in self.result.weights]
 
 
 def take_step(
-    state: State,
-    sent: Sent,
-    current: Round,
-    buffers: NDArray[Any],
-    rule: Rule,
-    *,
-    learning_rate: float,
-    momentum: float,
-    nesterov: bool,
+    state: State, sent: Sent, current: Round, buffers: NDArray[Any], rule: Rule, settings: Settings
 ) -> Outcome:
     """Aggregate the rows of a round and move the model.
 
@@ -169,33 +171,39 @@ def take_step(
         (n, num_buffers): combined by their coordinate-wise median.
     rule : Rule
         Mixings and rule.
-    learning_rate, momentum, nesterov
-        Of the server's SGD.
+    settings : Settings
+        Those of the server's optimizer count.
 
     Returns
     -------
     Outcome
         With the old state and model where the rule fails or the new model is not finite.
+
+    Raises
+    ------
+    ValueError
+        For a learning rate that is none.
     """
+    rate = settings.learning_rate(state.round)
     # Replies near the end of the range may overflow anywhere: the model is looked at below.
     with np.errstate(all="ignore"):
         try:
             result, drawn = aggregate(rule, current, state)
         except ValueError as error:
-            failure = f"the rule failed: {error}"
-            kept = replace(state, empty_rounds=state.empty_rounds + 1)
-            return Outcome(kept, sent.model, None, failure)
-        update = sent.spread(result.vector, state.ties)
-        moved, velocity = descend(
-            sent.own_layout.values, update, state.momentum, learning_rate, momentum, nesterov
+            return Outcome(state.emptied(), sent.model, None, f"the rule failed: {error}", True)
+        moved, optimizer = descend(
+            sent.own_layout.values,
+            sent.spread(result.vector, state.ties),
+            state.optimizer,
+            lambda parameters: settings.optimizer(parameters, rate),
         )
         moved = moved.astype(sent.layout.dtype, copy=False)
         Tied(sent.layout.directions, state.ties).level(moved)
     if not sent.layout.holds(moved):
-        return Outcome(state, sent.model, result, "the new one is not finite")
+        return Outcome(state, sent.model, result, "the new one is not finite", True)
     arrays = sent.layout.to_arrays(moved, middle_of(sent.layout, buffers))
-    after = replace(state, generator=drawn, memory=result.memory, momentum=velocity, empty_rounds=0)
-    return Outcome(after, arrays, result)
+    kept = {"memory": result.memory, "optimizer": optimizer}
+    return Outcome(replace(state, generator=drawn, empty_rounds=0, **kept), arrays, result)
 
 
 def aggregate(
@@ -219,24 +227,6 @@ def aggregate(
     if result.vector.shape != (width,):
         raise ValueError(f"its vector has shape {tuple(result.vector.shape)}; allowed: ({width},)")
     return result, generator.get_state()
-
-
-def descend(
-    values: NDArray[Any],
-    update: Tensor,
-    velocity: Tensor | None,
-    learning_rate: float,
-    momentum: float,
-    nesterov: bool,
-) -> tuple[NDArray[Any], Tensor | None]:
-    """Return a model (d,) after a step of torch's SGD along an update, and the next momentum."""
-    parameter = torch.from_numpy(values.copy())
-    parameter.grad = update.cpu().to(parameter.dtype)
-    sgd = torch.optim.SGD([parameter], learning_rate, momentum, nesterov=nesterov)
-    if velocity is not None:
-        sgd.state[parameter]["momentum_buffer"] = velocity.cpu().to(parameter.dtype, copy=True)
-    sgd.step()
-    return parameter.numpy(), sgd.state[parameter].get("momentum_buffer")
 
 
 def middle_of(layout: ModelLayout, buffers: NDArray[Any]) -> NDArray[Any]:

@@ -9,6 +9,7 @@ tie is in the hands of a minority. A tie counts by its first array; what single 
 the other key is not looked at.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,7 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_bgmd.layout import ArraySpec
+from fl_bgmd.layout import ArraySpec, ModelLayout
+
+LOG = logging.getLogger("flwr.fl_bgmd")
 
 _PROBE = 16
 """Values that tell most arrays apart."""
@@ -75,6 +78,21 @@ def find_ties(
             else:
                 firsts.append(spec)
     return found
+
+
+def count_once(
+    layout: ModelLayout, rows: Tensor, known: Mapping[str, str]
+) -> tuple[Tensor, dict[str, str]]:
+    """Return the rows of a round with each tensor once, in place, and which arrays are one.
+
+    ``rows`` are (n, d) updates of the model of ``layout``, ``known`` is what was found before.
+    """
+    ties = find_ties(layout.directions, layout.values, rows.numpy(), known)
+    for key in ties.keys() - known.keys():
+        LOG.info("arrays %r and %r are one tensor (tied): counted once", ties[key], key)
+    for key in known.keys() - ties.keys():
+        LOG.warning("arrays %r and %r are no longer tied", known[key], key)
+    return Tied(layout.directions, ties).merge(rows) if ties else rows, ties
 
 
 class Tied:

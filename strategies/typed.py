@@ -28,8 +28,10 @@ class StrategyOptions(TypedDict, total=False):
     evaluate_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord] | None
     server_learning_rate: float | Callable[[int], float]
     """Step of the server along the update, above 0."""
+    server_optimizer: str
+    """The optimizer of the server (torch's), which takes the aggregate for a gradient."""
     server_momentum: float
-    """Momentum of the server's SGD (torch's), 0 to below 1."""
+    """Momentum of the server's SGD, 0 to below 1."""
     server_nesterov: bool
     """Whether that momentum is Nesterov's."""
     mixing: str

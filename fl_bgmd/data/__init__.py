@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ __all__ = [
     "load",
     "normalize",
     "partition",
+    "partitions",
     "scheme",
 ]
 
@@ -181,6 +182,15 @@ def load(
                 num_classes=_NUM_CLASSES[name],
             )
         return _loaded[key]
+
+
+@lru_cache(maxsize=4)
+def partitions(dataset: Dataset, count: int, *, scheme: str, seed: int) -> list[NDArray[np.int64]]:
+    """Return the training examples of each of ``count`` clients: see :func:`partition`.
+
+    Drawn once per process, not in each round of each client.
+    """
+    return partition(dataset.train_labels, count, scheme=scheme, seed=seed)
 
 
 def normalize(images: NDArray[np.uint8] | torch.Tensor, dataset: Dataset) -> torch.Tensor:

@@ -22,7 +22,7 @@ from fl_bgmd.aggregators import (
     mean,
     spectral_filter,
 )
-from fl_bgmd.clients import threads
+from fl_bgmd.devices import threads
 
 from ..backends import run
 from ..config import Value, validate

@@ -38,8 +38,8 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
-from clients.training import threads
 from fl_bgmd.data import load
+from fl_bgmd.devices import threads
 from fl_bgmd.mods import ByzantineMod, CompressionMod
 from fl_bgmd.strategies import GMD
 from fl_bgmd.wire import PACKED_KEY

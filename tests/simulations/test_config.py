@@ -42,6 +42,7 @@ BAD: dict[str, list[Any]] = {
     "lr-period": [0, -1],
     "lr-decay": [0.0, 1.1, NAN],
     "server-learning-rate": [0.0, -1.0, NAN, INF],
+    "server-optimizer": ["", "lamb", "adam:beta1=1", "adam:betas=0.9", "sgd:0.9", "math:floor"],
     "server-momentum": [-0.1, 1.0, NAN],
     "server-nesterov": ["maybe", "", 1, 0.0],
     "dataset": ["imagenet", "", "CIFAR10"],
@@ -95,7 +96,7 @@ BAD: dict[str, list[Any]] = {
 }
 
 
-SPECS = {"attack", "compressor", "downlink-compressor", "partition", "strategy"}
+SPECS = {"server-optimizer", "attack", "compressor", "downlink-compressor", "partition", "strategy"}
 """Keys that hold things with options."""
 
 OF_TYPE = {key: int if value is None else type(value) for key, value in defaults().items()}

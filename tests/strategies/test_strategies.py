@@ -187,6 +187,7 @@ STATEFUL: dict[str, tuple[type[RobustStrategy], dict[str, Any]]] = {
     },
     "centered-clipping": (CenteredClipping, {}),
     "momentum": (GMD, {"server_momentum": 0.9}),
+    "adam": (GMD, {"server_optimizer": "adam", "server_learning_rate": 0.1}),
     "momentum-and-memory": (
         BGMD,
         {"server_momentum": 0.5, "block_fraction": 0.3, "min_block_size": 1},
@@ -1396,12 +1397,12 @@ def test_the_state_holds_tensors_and_numbers_only() -> None:
             elif key == "ties":
                 assert value == {}
             elif isinstance(value, dict):
-                assert key == "memory"
+                assert key in ("memory", "optimizer")
                 assert all(
                     v is None or isinstance(v, float | Tensor | tuple) for v in value.values()
                 )
             else:
-                assert value is None or isinstance(value, int | Tensor), key
+                assert value is None or isinstance(value, int | str | Tensor), key
 
 
 # ------------------------------------------------------------------------------ robustness

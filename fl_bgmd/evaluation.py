@@ -1,0 +1,72 @@
+"""What a model makes of the test examples: for clients on their shares, for a server on all."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from .data import Dataset, normalize
+from .devices import to_input
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a model makes of test examples.
+
+    Attributes
+    ----------
+    loss : float
+        Mean cross-entropy.
+    confusion : (C, C) int64
+        How many examples of the row's class were taken for the column's.
+    """
+
+    loss: float
+    confusion: NDArray[np.int64]
+
+    @property
+    def count(self) -> int:
+        """Number of examples."""
+        return int(self.confusion.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the examples that were recognised."""
+        return float(np.trace(self.confusion)) / self.count
+
+    @property
+    def class_accuracies(self) -> list[float]:
+        """Share of each class that was recognised; 0 for a class without examples."""
+        totals = self.confusion.sum(axis=1)
+        return [float(v) for v in np.diagonal(self.confusion) / np.maximum(totals, 1)]
+
+    def backdoor_success(self, target: int) -> float:
+        """Share of the examples of other classes that were taken for ``target``."""
+        others = np.delete(self.confusion, target, axis=0)
+        return float(others[:, target].sum()) / max(1, int(others.sum()))
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    indices: NDArray[np.int64] | None,
+    device: torch.device,
+    batch_size: int = 200,
+) -> Evaluation:
+    """Evaluate ``model`` on the test examples at ``indices``, all for None."""
+    model.to(device).eval()
+    chosen = np.arange(len(dataset.test_labels)) if indices is None else indices
+    classes = dataset.num_classes
+    loss, confusion = 0.0, np.zeros(classes * classes, dtype=np.int64)
+    with torch.inference_mode():
+        for start in range(0, len(chosen), batch_size):
+            batch = chosen[start : start + batch_size]
+            images = to_input(normalize(dataset.test_images[batch], dataset), device)
+            labels = torch.from_numpy(dataset.test_labels[batch]).to(device)
+            outputs = model(images)
+            loss += float(nn.functional.cross_entropy(outputs, labels, reduction="sum"))
+            pairs = labels * classes + outputs.argmax(dim=1)
+            confusion += np.bincount(pairs.cpu().numpy(), minlength=classes * classes)
+    return Evaluation(loss / len(chosen), confusion.reshape(classes, classes))

@@ -1,0 +1,84 @@
+"""What the server would do with some updates, for simulated attackers that know it."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fl_bgmd.aggregators import Rule
+
+from .intake import capped_examples
+from .sent import Sent
+from .settings import Settings
+from .step import Round, State, aggregate
+from .ties import Tied
+
+
+def preview(
+    rule: Rule,
+    sent: Sent,
+    state: State,
+    settings: Settings,
+    updates: Tensor,
+    nodes: list[int],
+    examples: list[float],
+    rounds: int,
+) -> Tensor:
+    """Return what a rule would move the model by if so many rounds brought these updates.
+
+    Mixing and the rule, without the server's optimizer; arrays are tied where they were before the
+    round. A round in which the rule fails moves nothing.
+
+    Parameters
+    ----------
+    rule, sent, state, settings
+        Of the round; they stay as they are.
+    updates : Tensor
+        (n, d), in the server's order (:func:`.intake.in_order`); not changed.
+    nodes : list of int
+        (n,): whose they are.
+    examples : list of float
+        (n,): how many examples they report.
+    rounds : int
+        1 or more.
+
+    Returns
+    -------
+    Tensor
+        (d,), float64 on the CPU: the sum of the rounds' aggregates.
+
+    Raises
+    ------
+    ValueError
+        For another shape, or number of rounds.
+    """
+    expected = (len(nodes), sent.layout.num_directions)
+    if tuple(updates.shape) != expected or len(examples) != len(nodes):
+        raise ValueError(
+            f"updates have shape {tuple(updates.shape)} with {len(nodes)} nodes and "
+            f"{len(examples)} numbers of examples; allowed: {expected} and as many"
+        )
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}; allowed: 1 or more")
+    moved = torch.zeros(sent.layout.num_directions, dtype=torch.float64)
+    if len(nodes) < settings.least_replies:
+        return moved
+    if sent.coordinates is not None:
+        updates = updates[:, torch.from_numpy(sent.coordinates)]
+    elif state.ties:
+        updates = Tied(sent.layout.directions, state.ties).merge(updates.clone())
+    weights = None
+    if settings.weighting == "examples":
+        weights = capped_examples(examples, settings.byzantine_fraction)
+    for _ in range(rounds):
+        # A copy: the rule may overwrite it.
+        current = Round(updates.to(settings.torch_device, copy=True), weights, nodes)
+        try:
+            with np.errstate(all="ignore"):
+                result, drawn = aggregate(rule, current, state)
+        except ValueError:
+            continue
+        state = replace(state, generator=drawn, memory=result.memory)
+        moved += sent.spread(result.vector, state.ties).cpu().double()
+    return moved
