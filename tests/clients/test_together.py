@@ -111,10 +111,6 @@ def test_a_run_is_the_same_but_for_the_order_of_sums(changes: dict[str, Any]) ->
     losses = [[entry["train-loss"] for entry in result.rounds[1:]] for result in (one, other)]
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    found = [
-        [*each, run.rounds[-1]["loss"]] for each, run in zip(losses, (one, other), strict=True)
-    ]
-    assert found[0] != found[1]  # or they were not trained together
 
 
 def test_the_clients_do_not_train_again(monkeypatch: pytest.MonkeyPatch) -> None:
