@@ -1,5 +1,6 @@
 """Robust aggregation rules: pure functions of an (n, d) tensor of updates."""
 
+from .around_median import bulyan, mean_around_median
 from .block import block_geometric_median
 from .clipping import centered_clipping
 from .coordinates import coordinate_median, trimmed_mean
@@ -12,6 +13,7 @@ from .results import Aggregate, BlockGeometricMedian, FilteredAggregate, Geometr
 from .rule import MIXINGS, RECOMMENDED, RULES, Rule, build_mixings, build_rule, mixing, rule
 from .selection import krum, multi_krum
 from .spectral import SpectralFilter, spectral_filter
+from .subsets import minimum_diameter_averaging, smallest_eigenvalue_averaging
 
 __all__ = [
     "MIXINGS",
@@ -28,11 +30,14 @@ __all__ = [
     "bucketing",
     "build_mixings",
     "build_rule",
+    "bulyan",
     "centered_clipping",
     "coordinate_median",
     "geometric_median",
     "krum",
     "mean",
+    "mean_around_median",
+    "minimum_diameter_averaging",
     "mixing",
     "multi_krum",
     "nearest_neighbor_mixing",
@@ -40,6 +45,7 @@ __all__ = [
     "norm_threshold",
     "project",
     "rule",
+    "smallest_eigenvalue_averaging",
     "spectral_filter",
     "trimmed_mean",
 ]
