@@ -44,3 +44,27 @@ def top_eigenvalue(rows: Array) -> float:
     """Return that of the rows' covariance, by singular values in R^d."""
     residuals = rows - rows.mean(axis=0)
     return float(np.linalg.svd(residuals, compute_uv=False)[0]) ** 2 / len(rows)
+
+
+def covariance_agnostic_filter(rows: Array, hostile: int) -> Array:
+    """Return the aggregate of CAF's Algorithm 2, by singular values in R^d."""
+    c = np.ones(len(rows))
+    best, least = rows.mean(axis=0), math.inf
+    while c.sum() > len(rows) - 2 * hostile:
+        mean = c @ rows / c.sum()
+        residuals = rows - mean
+        _, values, directions = np.linalg.svd(np.sqrt(c / c.sum())[:, None] * residuals)
+        if values[0] ** 2 < least:
+            best, least = mean, values[0] ** 2
+        tau = (residuals @ directions[0]) ** 2
+        if tau[c > 0].max() == 0.0:
+            break
+        c = c * np.maximum(1 - tau / tau[c > 0].max(), 0)
+    return np.asarray(best)
+
+
+def divide_and_conquer(rows: Array, dropped: int) -> Array:
+    """Return the aggregate of DnC's Algorithm 2 with all coordinates and one iteration."""
+    residuals = rows - rows.mean(axis=0)
+    scores = (residuals @ np.linalg.svd(residuals)[2][0]) ** 2
+    return np.asarray(rows[np.argsort(scores)[: len(rows) - dropped]].mean(axis=0))

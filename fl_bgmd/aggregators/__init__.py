@@ -9,6 +9,7 @@ from .mean import mean
 from .memory import BlockMemory
 from .mixing import bucketing, nearest_neighbor_mixing
 from .norms import norm_clip, norm_threshold, project
+from .outliers import covariance_agnostic_filter, divide_and_conquer
 from .results import Aggregate, BlockGeometricMedian, FilteredAggregate, GeometricMedian
 from .rule import MIXINGS, RECOMMENDED, RULES, Rule, build_mixings, build_rule, mixing, rule
 from .selection import krum, multi_krum
@@ -33,6 +34,8 @@ __all__ = [
     "bulyan",
     "centered_clipping",
     "coordinate_median",
+    "covariance_agnostic_filter",
+    "divide_and_conquer",
     "geometric_median",
     "krum",
     "mean",
