@@ -13,6 +13,7 @@ from .outliers import covariance_agnostic_filter, divide_and_conquer
 from .results import Aggregate, BlockGeometricMedian, FilteredAggregate, GeometricMedian
 from .rule import MIXINGS, RECOMMENDED, RULES, Rule, build_mixings, build_rule, mixing, rule
 from .selection import krum, multi_krum
+from .signs import sign_guard
 from .spectral import SpectralFilter, spectral_filter
 from .subsets import minimum_diameter_averaging, smallest_eigenvalue_averaging
 
@@ -48,6 +49,7 @@ __all__ = [
     "norm_threshold",
     "project",
     "rule",
+    "sign_guard",
     "smallest_eigenvalue_averaging",
     "spectral_filter",
     "trimmed_mean",
