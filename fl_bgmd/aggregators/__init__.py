@@ -14,6 +14,7 @@ from .results import Aggregate, BlockGeometricMedian, FilteredAggregate, Geometr
 from .rule import MIXINGS, RECOMMENDED, RULES, Rule, build_mixings, build_rule, mixing, rule
 from .selection import krum, multi_krum
 from .signs import sign_guard
+from .similarity import flame, fools_gold
 from .spectral import SpectralFilter, spectral_filter
 from .subsets import minimum_diameter_averaging, smallest_eigenvalue_averaging
 
@@ -37,6 +38,8 @@ __all__ = [
     "coordinate_median",
     "covariance_agnostic_filter",
     "divide_and_conquer",
+    "flame",
+    "fools_gold",
     "geometric_median",
     "krum",
     "mean",
