@@ -39,9 +39,7 @@ class History:
         return History(self.sums.to(device), self.nodes)
 
 
-def _fools_gold_limits(
-    n: int, hostile: int, share: float, **_: object
-) -> Iterator[tuple[str, str]]:
+def _gold_limits(n: int, hostile: int, share: float, **_: object) -> Iterator[tuple[str, str]]:
     if hostile:
         yield (
             "fools-gold",
