@@ -190,6 +190,7 @@ class RobustStrategy(FedAvg):
         name = type(self).__name__ if self.spec else str(self.rule)
         if settings.weighting != "uniform" and not self.weightable:
             raise OptionError(f"weighting is {settings.weighting!r} with {name}; allowed: uniform")
+        self._check_root(name)
         if not settings.shared_coordinates:
             return
         if self.compressor is None or not self.compressor.can_share_coordinates:
@@ -201,6 +202,17 @@ class RobustStrategy(FedAvg):
             raise OptionError(
                 f"shared_coordinates is True with {name}; allowed: False, since what it remembers "
                 "belongs to coordinates"
+            )
+
+    def _check_root(self, name: str) -> None:
+        """Refuse a rule without the root that it needs, and a root that nobody asks for."""
+        bound, given = self.rule.rule, self.settings.root_update is not None
+        if bound.kind.needs_root and not given:
+            allowed = OWN_OPTIONS["root_update"].allowed.removesuffix(", or None")
+            raise OptionError(f"root_update is None with {name}; allowed: {allowed}")
+        if given and "root" not in bound.kind.takes:
+            raise OptionError(
+                f"root_update is given with {name}, which asks for no root; allowed: None"
             )
 
     def __getattr__(self, name: str) -> Any:
@@ -350,8 +362,21 @@ class RobustStrategy(FedAvg):
         if self.shared_coordinates and compressor is not None:
             compressor = compressor.for_round(seed)
             coordinates = compressor.coordinates(layout.num_directions)
-        self._sent = Sent(arrays, layout, layout, compressor, coordinates, _num_bytes(arrays))
+        size, root = _num_bytes(arrays), self._root(arrays, layout)
+        self._sent = Sent(arrays, layout, layout, compressor, coordinates, size, root)
         return layout
+
+    def _root(self, arrays: ArrayRecord, layout: ModelLayout) -> Tensor | None:
+        """Return how far the server's own training goes from the model, (d,)."""
+        if self.root_update is None:
+            return None
+        trained = ModelLayout(self.root_update(arrays))
+        if (trained.directions, trained.buffers) != (layout.directions, layout.buffers):
+            raise ValueError(
+                f"root_update returned arrays {sorted(trained.keys)}; allowed: those of the model, "
+                f"{sorted(layout.keys)}, of the same shapes and dtypes"
+            )
+        return torch.from_numpy(layout.values - trained.values)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -444,6 +469,7 @@ class RobustStrategy(FedAvg):
         self._alerts.of_replies(number, intake, asked)
         rows = self._merge_ties(sent, intake.rows[:count])
         current = intake.round(rows, self.weighting, self.device, self.byzantine_fraction)
+        current = replace(current, root=sent.root_row(self._state.ties, self.device))
         norms: dict[int, float] = {}
         if self.bench_after and self.weights_tell:
             norms = dict(zip(nodes, euclidean_norms(current.updates), strict=True))
@@ -527,7 +553,8 @@ class RobustStrategy(FedAvg):
             weights = capped_examples(examples, self.byzantine_fraction)
         for _ in range(rounds):
             # A copy: the rule may overwrite it.
-            current = Round(updates.to(self.device, copy=True), weights, nodes)
+            root = sent.root_row(state.ties, self.device)
+            current = Round(updates.to(self.device, copy=True), weights, nodes, root=root)
             try:
                 with np.errstate(all="ignore"):
                     result, drawn = aggregate(self.rule, current, state)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
+from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 from pydantic import AfterValidator
 
@@ -116,6 +117,10 @@ class Settings:
         that a person would choose is found by trying. For experiments, not for deployments.
     device : str
         Where the update matrix lives: ``auto`` is CUDA where there is one, else the CPU.
+    root_update : callable, optional
+        What the server's own data say, for rules that ask for a ``root``: a function from the
+        arrays of the model to those that the server has trained on its data the way that clients
+        do. It is called once a round.
     """
 
     server_learning_rate: Annotated[
@@ -148,6 +153,10 @@ class Settings:
         Annotated[int, Ge(0), Lt(2**63)] | None, Allowed("None, or 0 to below 2^63")
     ] = None
     device: Annotated[str, Operation()] = "auto"
+    root_update: Annotated[
+        Callable[[ArrayRecord], ArrayRecord] | None,
+        Allowed("a function from the model's arrays to those the server has trained, or None"),
+    ] = None
 
     def __post_init__(self) -> None:
         """Refuse a Nesterov momentum that is none."""

@@ -37,6 +37,8 @@ class Sent:
         int64 (k,): those that the server chose for all of them.
     num_bytes : int
         Of the model, for each client.
+    root : Tensor or None
+        (d,): how far the server's own training goes from ``model``.
     """
 
     model: ArrayRecord
@@ -45,11 +47,23 @@ class Sent:
     compressor: Compressor | None = None
     coordinates: Indices | None = None
     num_bytes: int = 0
+    root: Tensor | None = None
 
     @property
     def width(self) -> int:
         """How many values a row has."""
         return self.layout.num_directions if self.coordinates is None else len(self.coordinates)
+
+    def root_row(self, ties: Mapping[str, str], device: torch.device) -> Tensor | None:
+        """Return the root as the rows of a rule are: see :meth:`spread`."""
+        if self.root is None:
+            return None
+        row = self.root
+        if self.coordinates is not None:
+            row = row[torch.from_numpy(self.coordinates)]
+        elif ties:
+            row = Tied(self.layout.directions, ties).merge(row[None].clone())[0]
+        return row.to(device)
 
     def spread(self, vector: Tensor, ties: Mapping[str, str]) -> Tensor:
         """Return what a rule made of rows as an update of all coordinates, (d,)."""
@@ -111,6 +125,8 @@ class Round:
         The hostile share of the rows that is to be expected.
     generator : torch.Generator or None
         What to draw from.
+    root : Tensor or None
+        (d,): the server's own update, where it has one.
     """
 
     updates: Tensor
@@ -120,6 +136,7 @@ class Round:
     memory: Any = None
     byzantine_fraction: float = 0.25
     generator: torch.Generator | None = None
+    root: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -213,6 +230,7 @@ def aggregate(
         weights=current.weights,
         norms=current.norms,
         nodes=current.nodes,
+        root=current.root,
         overwrite=overwrite,
     )
     width = current.updates.shape[1]

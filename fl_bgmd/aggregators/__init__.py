@@ -17,6 +17,7 @@ from .signs import sign_guard
 from .similarity import flame, fools_gold
 from .spectral import SpectralFilter, spectral_filter
 from .subsets import minimum_diameter_averaging, smallest_eigenvalue_averaging
+from .trust import fltrust, nearest_neighbor_averaging
 
 __all__ = [
     "MIXINGS",
@@ -39,6 +40,7 @@ __all__ = [
     "covariance_agnostic_filter",
     "divide_and_conquer",
     "flame",
+    "fltrust",
     "fools_gold",
     "geometric_median",
     "krum",
@@ -47,6 +49,7 @@ __all__ = [
     "minimum_diameter_averaging",
     "mixing",
     "multi_krum",
+    "nearest_neighbor_averaging",
     "nearest_neighbor_mixing",
     "norm_clip",
     "norm_threshold",

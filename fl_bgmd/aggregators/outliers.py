@@ -114,11 +114,11 @@ def divide_and_conquer(
     generator : torch.Generator, optional
         CPU generator of the coordinates; torch's global one by default.
     iterations : int
-        1 or more: the paper's niters.
+        Draws of coordinates, 1 or more: the paper's niters.
     coordinates : int
-        1 or more: the paper's b. All coordinates where there are fewer.
+        How many are drawn, 1 or more: the paper's b. All where there are fewer.
     filter_share : float
-        Above 0: the paper's c.
+        What a draw leaves out, in multiples of the hostile share, above 0: the paper's c.
 
     Raises
     ------

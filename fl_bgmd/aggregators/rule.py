@@ -11,6 +11,7 @@ itself with :func:`rule`. What it is given follows from the names of its paramet
 ``byzantine_fraction``  the hostile share of the rows that is to be expected
 ``generator``       what it draws from
 ``memory``          its result's ``memory`` of the last round, None at first
+``root``            (d,): the server's own update, None where it has none
 =================== ==============================================================================
 
 Its other parameters, by keyword, are its options.
@@ -40,7 +41,9 @@ R = TypeVar("R")
 A = TypeVar("A", bound=Aggregate)
 M = TypeVar("M", bound=Mixing)
 
-INJECTED = ("updates", "weights", "norms", "nodes", "byzantine_fraction", "generator", "memory")
+INJECTED = (
+    *("updates", "weights", "norms", "nodes", "byzantine_fraction", "generator", "memory", "root"),
+)
 
 Limits = Callable[..., Iterator[tuple[str, str]]]
 """``(n, hostile, share, **options)`` to subjects and sentences: what cannot be promised then."""
@@ -94,6 +97,12 @@ class Kind:
     def weightable(self) -> bool:
         """Whether clients may have weights."""
         return "weights" in self.takes
+
+    @property
+    def needs_root(self) -> bool:
+        """Whether it is nothing without an update of the server's own."""
+        parameter = inspect.signature(self.function).parameters.get(self.takes.get("root", ""))
+        return parameter is not None and parameter.default is inspect.Parameter.empty
 
     @property
     def summary(self) -> str:
@@ -199,6 +208,7 @@ class Rule:
         weights: Tensor | None = None,
         norms: Tensor | None = None,
         nodes: Sequence[int] | None = None,
+        root: Tensor | None = None,
         overwrite: bool = False,
     ) -> Aggregate:
         """Apply the mixings and the rule.
@@ -209,7 +219,7 @@ class Rule:
             (n, d), floating point.
         memory : object, optional
             The ``memory`` of the last round's result.
-        weights, norms, nodes : optional
+        weights, norms, nodes, root : optional
             See the module's table.
         overwrite : bool
             Whether mixings may write into ``updates``, which saves an (n, d) tensor.
@@ -244,6 +254,7 @@ class Rule:
             weights=weights,
             norms=norms,
             nodes=nodes,
+            root=root,
             byzantine_fraction=self.tolerated(n, len(updates)),
             generator=self.generator,
         )

@@ -75,7 +75,7 @@ def fools_gold(
     memory : History, optional
         The last round's. It holds d values for each client that has ever been seen.
     confidence : float
-        Above 0: the paper's kappa.
+        Steepness of the weights, above 0: the paper's kappa.
 
     Raises
     ------
@@ -155,8 +155,8 @@ def flame(
     generator : torch.Generator, optional
         CPU generator of the noise; torch's global one by default.
     noise : float
-        0 or more, the paper's lambda: standard deviation of the normal noise that is added, in
-        medians of the norms. None by default; the paper has 0.001 for images.
+        Standard deviation of normal noise to add, in median norms, 0 or more: the paper's lambda.
+        None by default; the paper has 0.001 for images.
 
     Raises
     ------
