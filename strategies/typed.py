@@ -166,8 +166,8 @@ class SignGuardOptions(StrategyOptions, total=False):
     """The paper's L, 0 or more."""
     upper: float
     """The paper's R, above 0."""
-    share: float
-    """Of the coordinates that signs are counted in, above 0 to 1."""
+    coordinate_share: float
+    """Share of the coordinates that signs are counted in, above 0 to 1."""
 
 
 class FoolsGoldOptions(StrategyOptions, total=False):

@@ -37,7 +37,7 @@ def sign_guard(
     generator: torch.Generator | None = None,
     lower: NonNegative = 0.1,
     upper: Positive = 3.0,
-    share: Fraction = 0.1,
+    coordinate_share: Fraction = 0.1,
 ) -> FilteredAggregate:
     """Keep rows of ordinary norm whose signs are like most others'; clip and average them.
 
@@ -57,9 +57,9 @@ def sign_guard(
         The paper's L, 0 or more.
     upper : float
         The paper's R, above 0.
-    share : float
-        Of the coordinates that signs are counted in, above 0 to 1: one drawn from each stretch of
-        ``1 / share``.
+    coordinate_share : float
+        Share of the coordinates that signs are counted in, above 0 to 1; one is drawn from each
+        stretch of ``1 / coordinate_share``.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def sign_guard(
         norms = np.minimum(euclidean_norms(updates), np.finfo(np.float64).max)
     middle = float(np.median(norms))
     ordinary = (norms >= lower * middle) & (norms <= upper * middle)
-    features = _sign_shares(updates[:, _drawn(updates, share, generator)])
+    features = _sign_shares(updates[:, _drawn(updates, coordinate_share, generator)])
     labels = mean_shift(features)
     like_most = labels == np.bincount(labels).argmax()
     kept = ordinary & like_most
@@ -142,4 +142,5 @@ def mean_shift(points: Array) -> NDArray[np.int64]:
 
 def _distances(a: Array, b: Array) -> Array:
     """Return the distances of all points of a to all of b, (len(a), len(b))."""
-    return np.asarray(np.sqrt(((a[:, None, :] - b[None, :, :]) ** 2).sum(axis=2)))
+    squares = [np.subtract.outer(ours, theirs) ** 2 for ours, theirs in zip(a.T, b.T, strict=True)]
+    return np.asarray(np.sqrt(sum(squares)))

@@ -173,7 +173,7 @@ def flame(
     vector = combine(weights, updates, result_dtype(updates))
     if noise:
         drawn = torch.randn(len(vector), generator=generator, dtype=torch.float64)
-        vector += (noise * middle * drawn).to(vector)
+        vector += (noise * middle * drawn).to(vector.device, vector.dtype)
     return FilteredAggregate(
         vector, torch.from_numpy(weights) if not noise else None, kept=torch.from_numpy(kept)
     )

@@ -45,7 +45,7 @@ def test_the_mean_shift_by_hand() -> None:
 @few_examples
 def test_against_the_definition(updates: torch.Tensor, seed: int) -> None:
     rows = numpy64(updates)
-    result = sign_guard(updates, share=1.0)
+    result = sign_guard(updates, coordinate_share=1.0)
     counts = [(rows > 0).sum(axis=1), (rows == 0).sum(axis=1), (rows < 0).sum(axis=1)]
     features = np.stack(counts, axis=1) / rows.shape[1]
     labels = mean_shift(features)
@@ -66,16 +66,16 @@ def test_against_the_definition(updates: torch.Tensor, seed: int) -> None:
 def test_by_hand() -> None:
     """Norms 2, 2, 2, 2, 2, 40 and 0.1; the sixth is too long, the last too short, one is turned."""
     rows = torch.tensor([[1.0, 1.0, 1.0, 1.0]] * 4 + [[-1.0] * 4] + [[20.0] * 4] + [[0.05] * 4])
-    result = sign_guard(rows, share=1.0)
+    result = sign_guard(rows, coordinate_share=1.0)
     assert result.kept.tolist() == [True] * 4 + [False] * 3
     assert result.vector.tolist() == [1.0] * 4
     rows[0] *= 2  # within three times the median: clipped to it
-    assert sign_guard(rows, share=1.0).vector.tolist() == [1.0] * 4
+    assert sign_guard(rows, coordinate_share=1.0).vector.tolist() == [1.0] * 4
 
 
 def test_where_the_filters_agree_on_nobody_the_signs_decide() -> None:
     rows = torch.tensor([[10.0, 10.0], [10.0, 10.0], [10.0, 10.0], [-1.0, 1.0], [1.0, -1.0]])
-    result = sign_guard(rows, share=1.0, upper=0.5, lower=0.0)
+    result = sign_guard(rows, coordinate_share=1.0, upper=0.5, lower=0.0)
     assert result.kept.tolist() == [True, True, True, False, False]
 
 
@@ -108,8 +108,8 @@ def test_a_tenth_of_the_columns_is_looked_at_and_which_is_drawn() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"share": 0.0}, "share is 0.0; allowed: above 0 to 1"),
-        ({"share": 1.5}, "share is 1.5; allowed: above 0 to 1"),
+        ({"coordinate_share": 0.0}, "coordinate_share is 0.0; allowed: above 0 to 1"),
+        ({"coordinate_share": 1.5}, "coordinate_share is 1.5; allowed: above 0 to 1"),
         ({"lower": -1.0}, "lower is -1.0; allowed: 0 or more"),
         ({"upper": 0.0}, "upper is 0.0; allowed: above 0"),
     ],
