@@ -23,9 +23,11 @@ def mean_around_median(rows: Array, kept: int) -> Array:
 def bulyan(rows: Array, hostile: int) -> tuple[Array, list[int]]:
     """Return the aggregate of Bulyan and the rows that Krum has selected one after the other."""
     left, chosen = list(range(len(rows))), []
+    first = krum_scores(rows, hostile)
     for _ in range(len(rows) - 2 * hostile):
         scores = krum_scores(rows[left], hostile) if len(left) > 1 else np.zeros(1)
-        chosen.append(left.pop(int(np.argmin(scores))))
+        best = min(range(len(left)), key=lambda i: (scores[i], first[left[i]]))
+        chosen.append(left.pop(best))
     count = max(len(rows) - 4 * hostile, 2 - len(rows) % 2)
     return mean_around_median(rows[chosen], count), sorted(chosen)
 

@@ -60,8 +60,9 @@ def bulyan(updates: Tensor, *, byzantine_fraction: Share = 0.25) -> FilteredAggr
     El Mhamdi, Guerraoui and Rouault (ICML 2018), Section 4, with Krum and ``f =
     floor(byzantine_fraction * n)``: of the rows that are left, Krum's choice is taken out and into
     the selection, ``n - 2 f`` times; of the selection, in every coordinate, the ``n - 4 f`` values
-    nearest to the median are averaged. Their guarantee needs ``n >= 4 f + 3``; with fewer rows
-    Krum counts at least one neighbor, and at least the middle value, or the two, are averaged.
+    nearest to the median are averaged. Their guarantee needs ``n >= 4 f + 3``. Krum counts at least
+    one neighbor, and of equal scores the one that was better among all rows decides; at least the
+    middle value, or the two, are averaged.
 
     Parameters
     ----------
@@ -94,14 +95,17 @@ def _repeated_krum(squared: NDArray[np.float64], count: int, hostile: int) -> ND
     n = len(squared)
     order = np.argsort(squared, axis=1, kind="stable")
     ordered = np.take_along_axis(squared, order, axis=1)
-    left = np.ones(n, dtype=bool)
+    left, first = np.ones(n, dtype=bool), np.zeros(n)
     for taken in range(count):
         neighbors = max(1, n - taken - hostile - 2)
         # The row itself, at distance 0, is one more.
         counts = left[order]
         counts &= np.cumsum(counts, axis=1) <= neighbors + 1
         scores = np.where(counts, ordered, 0.0).sum(axis=1)
-        left[np.argmin(np.where(left, scores, np.inf))] = False
+        if taken == 0:
+            first = scores
+        # With one neighbor each, two rows have the same score: which one must not be up to order.
+        left[np.lexsort((first, scores, ~left))[0]] = False
     return ~left
 
 

@@ -27,7 +27,7 @@ def test_the_mean_around_the_median_against_brute_force(
     assert (np.abs(found - expected) <= 1e-6 * np.abs(rows).max(axis=0)).all()
 
 
-@given(update_matrices(min_n=2, kinds=("normal", "rows_of_all_sizes")), st.sampled_from(FRACTIONS))
+@given(update_matrices(min_n=2, kinds=("normal",)), st.sampled_from(FRACTIONS))
 @few_examples
 def test_bulyan_against_brute_force(updates: torch.Tensor, fraction: float) -> None:
     rows = numpy64(updates)
@@ -35,9 +35,7 @@ def test_bulyan_against_brute_force(updates: torch.Tensor, fraction: float) -> N
     expected, chosen = peer_oracles.bulyan(rows, hostile)
     result = bulyan(updates, byzantine_fraction=fraction)
     kept = result.kept.nonzero().flatten().tolist()
-    if kept != chosen:  # the last two rows are as near to each other as the other way round
-        assert len(set(kept) ^ set(chosen)) == 2
-        return
+    assert kept == chosen
     error = np.abs(numpy64(result.vector) - expected)
     assert (error <= 1e-6 * np.abs(rows[chosen]).max(axis=0)).all()
 
