@@ -35,8 +35,9 @@ def covariance_agnostic_filter(updates: Tensor, *, byzantine_fraction: Share = 0
     CAF, the covariance bound-agnostic filter of Allouah, Guerraoui and Stephan (ICML 2025, arXiv
     2505.01874), Algorithm 2, ``f = floor(byzantine_fraction * n)``: with weights ``c = 1`` at
     first, while they sum to more than ``n - 2 f``, ``c_i <- c_i (1 - tau_i / tau_max)`` where
-    ``tau_i`` is the square of row i along the top eigenvector of the weighted covariance; of all
-    weighted means on the way the one with the smallest top eigenvalue. With ``f = 0`` the mean.
+    ``tau_i`` is the square of row i along the top eigenvector of the weighted covariance and
+    ``tau_max`` the largest of the rows that still have weight; of all weighted means on the way the
+    one with the smallest top eigenvalue. With ``f = 0`` the mean.
     Eigenvectors are those of the n x n Gram matrix, of more than 1,000 rows by passes over them.
 
     Parameters

@@ -5,6 +5,8 @@
 
 import importlib
 import importlib.util
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -118,8 +120,8 @@ def test_its_top_eigenvectors_are_one_step_of_the_power_method(byzfl: Any, rule:
     """From a random start, and the length after it: another result each time, but for d = 1."""
     own = {"CAF": covariance_agnostic_filter, "SMEA": smallest_eigenvalue_averaging}[rule]
     line = np.random.default_rng(0).standard_normal((9, 1))
-    ours = own(torch.from_numpy(line), byzantine_fraction=0.34).vector.numpy()
-    np.testing.assert_allclose(getattr(byzfl, rule)(3)(line), ours, atol=1e-6)
+    ours = own(torch.from_numpy(line), byzantine_fraction=0.12).vector.numpy()
+    np.testing.assert_allclose(getattr(byzfl, rule)(1)(line), ours, atol=1e-6)
     rows = attacked(9, 3)
     np.random.seed(0)
     several = {tuple(np.round(getattr(byzfl, rule)(3)(rows), 9)) for _ in range(5)}
@@ -131,6 +133,21 @@ def test_its_caf_returns_nothing_without_hostile_rows(byzfl: Any) -> None:
     assert byzfl.CAF(0)(rows) is None
     found = covariance_agnostic_filter(torch.from_numpy(rows), byzantine_fraction=0).vector
     np.testing.assert_allclose(found.numpy(), rows.mean(axis=0))
+
+
+def test_a_row_that_its_caf_has_dropped_still_sets_the_scale(byzfl: Any) -> None:
+    """``tau_max`` is over all rows: after 1e30 no weight falls any more, and it never ends."""
+    program = (
+        "import byzfl, numpy as np; rows = np.random.default_rng(0).standard_normal((9, 5)); "
+        "rows[0] = 1e30; print('begun', flush=True); byzfl.CAF(2)(rows)"
+    )
+    with pytest.raises(subprocess.TimeoutExpired) as error:
+        subprocess.run([sys.executable, "-c", program], timeout=30, capture_output=True, check=True)
+    assert error.value.stdout == b"begun\n"
+    rows = torch.from_numpy(np.random.default_rng(0).standard_normal((9, 5)))
+    rows[0] = 1e30
+    found = covariance_agnostic_filter(rows, byzantine_fraction=0.23).vector
+    assert found.abs().max() < 3
 
 
 def test_its_clipping_overwrites_what_it_is_given(byzfl: Any) -> None:
