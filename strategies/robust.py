@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from fl_bgmd.aggregators import Aggregate, Rule, build_rule
 from fl_bgmd.aggregators.norms import euclidean_norms
 from fl_bgmd.aggregators.rows import vector_norm
-from fl_bgmd.aggregators.rule import INJECTED, Bound, Kind, build_mixings
+from fl_bgmd.aggregators.rule import Bound, Kind, build_mixings
 from fl_bgmd.checkpoints import Checkpoints
 from fl_bgmd.compression import build_compressor, build_downlink, names_of
 from fl_bgmd.layout import ModelLayout
@@ -55,7 +55,7 @@ from .settings import (
     resolve_device,
     signature_of,
 )
-from .step import Round, Sent, State, aggregate, take_step
+from .step import Round, Sent, State, aggregate, following, take_step
 from .ties import Tied, find_ties
 
 _METRICS_FUNCTIONS = {"train": "train_metrics_aggr_fn", "evaluate": "evaluate_metrics_aggr_fn"}
@@ -138,7 +138,7 @@ class RobustStrategy(FedAvg):
         kind = self.rule.rule.kind
         self.robust, self.weightable = kind.robust, kind.weightable
         self.weights_tell = kind.weights_tell
-        self.can_share_coordinates = not self.rule.rule.uses("memory")
+        self.can_share_coordinates = not (self.rule.uses("memory") or self.rule.uses("last"))
         if settings.min_valid_replies is None:
             safe = self.robust and settings.byzantine_fraction > 0
             settings = replace(settings, min_valid_replies=FEWEST if safe else 1)
@@ -176,7 +176,7 @@ class RobustStrategy(FedAvg):
                 type(self).__name__,
                 self.aggregate,
                 {},
-                {name: name for name in INJECTED if name != "weights" or self.weightable},
+                {f.name: f.name for f in fields(Round) if f.name != "weights" or self.weightable},
                 robust=self.robust,
                 weights_tell=self.weights_tell,
                 uses=_uses_nothing if self.can_share_coordinates else _uses_memory,
@@ -560,7 +560,7 @@ class RobustStrategy(FedAvg):
                     result, drawn = aggregate(self.rule, current, state)
             except ValueError:
                 continue
-            state = replace(state, generator=drawn, memory=result.memory)
+            state = following(state, self.rule, result, drawn)
             moved += sent.spread(result.vector, state.ties).cpu().double()
         return moved
 
@@ -581,7 +581,9 @@ class RobustStrategy(FedAvg):
         """Continue from what :meth:`state_dict` returned."""
         self._has_run = False
         own = {name: state[name] for name in vars(self._state)}
-        self._state = State(**own | {"memory": self.rule.from_state(own["memory"], self.device)})
+        for name in ("memory", "last"):
+            own[name] = self.rule.from_state(own[name], self.device)
+        self._state = State(**own)
         self._roster.seed = int(state["seed"])
         self._reputation.load_state_dict(state["reputation"])
 
@@ -670,7 +672,7 @@ class RobustStrategy(FedAvg):
             for key in known.keys() - ties.keys():
                 LOG.warning("arrays %r and %r are no longer tied", known[key], key)
             # What is kept of each coordinate is of another width.
-            self._state = replace(self._state, ties=ties, memory=None)
+            self._state = replace(self._state, ties=ties, memory=None, last=None)
         self._alerts.of_ties(sent, ties, lossy=lossy)
         return Tied(layout.directions, ties).merge(rows) if ties else rows
 

@@ -94,6 +94,8 @@ class State:
         Arrays that are one tensor: see :mod:`.ties`.
     empty_rounds : int
         How many rounds in a row have come to nothing.
+    last : Tensor or None
+        (c,): the last aggregate, tied arrays once, where the rule or a mixing asks for it.
     """
 
     generator: Tensor
@@ -102,6 +104,7 @@ class State:
     momentum: Tensor | None = None
     ties: Mapping[str, str] = field(default_factory=dict)
     empty_rounds: int = 0
+    last: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,8 @@ class Round:
         What to draw from.
     root : Tensor or None
         (d,): the server's own update, where it has one.
+    last : Tensor or None
+        (d,): the last aggregate, where the rule or a mixing asks for it.
     """
 
     updates: Tensor
@@ -137,6 +142,7 @@ class Round:
     byzantine_fraction: float = 0.25
     generator: torch.Generator | None = None
     root: Tensor | None = None
+    last: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -211,8 +217,14 @@ def take_step(
     if not sent.layout.holds(moved):
         return Outcome(state, sent.model, result, "the new one is not finite")
     arrays = sent.layout.to_arrays(moved, middle_of(sent.layout, buffers))
-    after = replace(state, generator=drawn, memory=result.memory, momentum=velocity, empty_rounds=0)
+    after = replace(following(state, rule, result, drawn), momentum=velocity, empty_rounds=0)
     return Outcome(after, arrays, result)
+
+
+def following(state: State, rule: Rule, result: Aggregate, drawn: Tensor) -> State:
+    """Return a state with what a rule's result leaves to the next round."""
+    last = result.vector if rule.uses("last") else None
+    return replace(state, generator=drawn, memory=result.memory, last=last)
 
 
 def aggregate(
@@ -231,6 +243,7 @@ def aggregate(
         norms=current.norms,
         nodes=current.nodes,
         root=current.root,
+        last=state.last,
         overwrite=overwrite,
     )
     width = current.updates.shape[1]
