@@ -229,6 +229,7 @@ STATEFUL: dict[str, tuple[type[RobustStrategy], dict[str, Any]]] = {
     },
     "centered-clipping": (CenteredClipping, {}),
     "fools-gold": (FoolsGold, {}),
+    "centering": (GMD, {"mixing": "centering+clipping:factor=0.5"}),
     "momentum": (GMD, {"server_momentum": 0.9}),
     "momentum-and-memory": (
         BGMD,
@@ -404,6 +405,29 @@ def test_the_root_goes_where_rows_go_coordinates_and_ties() -> None:
     merged = strategy._sent.root_row({"b.weight": "a.weight"}, torch.device("cpu"))
     assert merged is not None
     np.testing.assert_array_equal(merged.numpy(), 0.5 * first.ravel())
+
+
+def test_mixings_are_given_the_last_aggregate() -> None:
+    strategy = RobustStrategy("mean+centering+arc", byzantine_fraction=0.4, seed=SEED, device="cpu")
+    rule, model, last = (
+        build_rule("mean+centering+arc", byzantine_fraction=0.4),
+        plain_model(),
+        None,
+    )
+    for server_round in (1, 2, 3):
+        messages = messages_of(strategy, model, server_round)
+        replies = honest_replies(messages, server_round)
+        expected = rule(rows_of(messages, replies), last=last)
+        nodes = [reply.metadata.src_node_id for reply in replies]
+        seen = strategy.preview(rows_of(messages, replies), nodes, [1.0] * NODES, 2)
+        again = rule(rows_of(messages, replies), last=expected.vector).vector
+        torch.testing.assert_close(seen.float(), expected.vector + again)
+        arrays, _ = strategy.aggregate_train(server_round, replies)
+        assert arrays is not None
+        np.testing.assert_array_equal(flat(arrays), moved(model, expected.vector))
+        model, last = arrays, expected.vector
+    with pytest.raises(ValueError, match="what it remembers belongs to coordinates"):
+        RobustStrategy("mean+centering", compressor="rand-k:0.5", shared_coordinates=True)
 
 
 def test_a_subclass_sees_the_root() -> None:
