@@ -25,13 +25,26 @@ from benchmarks.measure import peak_extra_bytes, seconds
 from fl_bgmd.aggregators import (
     BlockMemory,
     block_geometric_median,
+    build_rule,
+    bulyan,
     centered_clipping,
     coordinate_median,
+    covariance_agnostic_filter,
+    divide_and_conquer,
+    flame,
+    fltrust,
+    fools_gold,
     geometric_median,
     krum,
     mean,
+    mean_around_median,
+    minimum_diameter_averaging,
+    nearest_neighbor_averaging,
     nearest_neighbor_mixing,
+    norm_clip,
     norm_threshold,
+    sign_guard,
+    smallest_eigenvalue_averaging,
     spectral_filter,
     trimmed_mean,
 )
@@ -56,8 +69,23 @@ def own_rules(memory: BlockMemory | None) -> dict[str, Rule]:
         "spectral filter, mean": spectral_filter,
         "spectral filter, saddle": partial(spectral_filter, method="saddle"),
         "krum": krum,
+        "bulyan": bulyan,
+        "mean around the median": mean_around_median,
+        "minimum diameter averaging": minimum_diameter_averaging,
+        "smallest eigenvalue averaging": smallest_eigenvalue_averaging,
+        "MoNNA": nearest_neighbor_averaging,
+        "CAF": covariance_agnostic_filter,
+        "DnC": divide_and_conquer,
+        "SignGuard": sign_guard,
+        "FoolsGold": fools_gold,
+        "FLAME": flame,
+        "FLTrust": lambda rows: fltrust(rows, rows[0]),
+        "norm clipping": norm_clip,
         "centered clipping": centered_clipping,
         "nearest-neighbor mixing": nearest_neighbor_mixing,
+        "chain of four: clip, median clip, neighbors": build_rule(
+            "mean+clipping+median-clipping+nearest-neighbor"
+        ),
         "mean": mean,
     }
 
@@ -70,6 +98,9 @@ def peer_rules(device: torch.device) -> dict[str, Rule]:
         rules["ByzFL GeometricMedian (3 steps)"] = byzfl.GeometricMedian()
         rules["ByzFL Median"] = byzfl.Median()
         rules["ByzFL NNM"] = byzfl.NNM(f=2)
+        rules["ByzFL Meamed"] = byzfl.Meamed(f=2)
+        rules["ByzFL MoNNA"] = byzfl.MoNNA(f=2)
+        rules["ByzFL CAF"] = byzfl.CAF(f=2)
     except ImportError:
         CONSOLE.print("byzfl is not installed: its rows are left out")
     try:
@@ -122,8 +153,8 @@ def measure_shape(n: int, d: int, device: torch.device, options: argparse.Namesp
     for name, rule in rules.items():
         try:
             outcome = rule(rows)
-        except (RuntimeError, MemoryError) as error:
-            # ByzFL's NNM asks for n^2 d values at once.
+        except (RuntimeError, MemoryError, ValueError) as error:
+            # ByzFL's NNM asks for n^2 d values at once; some rules are for few rows.
             CONSOLE.print(f"{name} failed: {str(error)[:100]}")
             continue
         vector = torch.as_tensor(getattr(outcome, "vector", outcome))

@@ -7,14 +7,14 @@ keys and the older API are derived from it.
 import inspect
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from flwr.serverapp.strategy import FedAvg
 
 from fl_bgmd.aggregators import RULES, Aggregate, Rule, build_rule
-from fl_bgmd.aggregators.rule import INJECTED, Bound, Kind, build_mixings
+from fl_bgmd.aggregators.rule import Bound, Kind, build_mixings
 from fl_bgmd.compression import Compressor
 from fl_bgmd.options import (
     Option,
@@ -119,7 +119,7 @@ class DeclaredStrategy(FedAvg):
             type(self).__name__,
             self.aggregate,
             {},
-            {name: name for name in INJECTED if name != "weights" or said["weightable"]},
+            {f.name: f.name for f in fields(Round) if f.name != "weights" or said["weightable"]},
             robust=said["robust"],
             weights_tell=said["weights_tell"],
             uses=lambda _: uses,
@@ -140,7 +140,8 @@ class DeclaredStrategy(FedAvg):
             if name in bound.kind.options:
                 return bound.values[bound.kind.options[name].parameter]
             if name == "can_share_coordinates":
-                return not bound.uses("memory")
+                rule: Rule = known["rule"]
+                return not (rule.uses("memory") or rule.uses("last"))
             if name in _SAID:
                 return getattr(bound.kind, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -77,7 +77,7 @@ class Intake:
         if sent.coordinates is None:
             rows, ties = count_once(sent.layout, rows, state.ties)
             if ties != state.ties:  # what is kept of each coordinate is of another width
-                state = replace(state, ties=ties, memory=None)
+                state = replace(state, ties=ties, memory=None, last=None)
         norms = [screened.norm for screened in self.accepted]
         examples = [screened.num_examples for screened in self.accepted]
         weights = None
@@ -88,6 +88,7 @@ class Intake:
             weights,
             self.nodes,
             None if None in norms else torch.tensor(norms, dtype=torch.float64),
+            root=sent.root_row(state.ties, settings.torch_device),
         )
 
     def account(self, number: int, asked: int, failure: str) -> str:

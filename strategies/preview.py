@@ -1,7 +1,5 @@
 """What the server would do with some updates, for simulated attackers that know it."""
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,7 +9,7 @@ from fl_bgmd.aggregators import Rule
 from .intake import capped_examples
 from .sent import Sent
 from .settings import Settings
-from .step import Round, State, aggregate
+from .step import Round, State, aggregate, following
 from .ties import Tied
 
 
@@ -73,12 +71,14 @@ def preview(
         weights = capped_examples(examples, settings.byzantine_fraction)
     for _ in range(rounds):
         # A copy: the rule may overwrite it.
-        current = Round(updates.to(settings.torch_device, copy=True), weights, nodes)
+        rows = updates.to(settings.torch_device, copy=True)
+        root = sent.root_row(state.ties, settings.torch_device)
+        current = Round(rows, weights, nodes, root=root)
         try:
             with np.errstate(all="ignore"):
                 result, drawn = aggregate(rule, current, state)
         except ValueError:
             continue
-        state = replace(state, generator=drawn, memory=result.memory)
+        state = following(state, rule, result, drawn)
         moved += sent.spread(result.vector, state.ties).cpu().double()
     return moved

@@ -11,10 +11,15 @@ if TYPE_CHECKING:
     from .typed import (
         BGMDOptions,
         CenteredClippingOptions,
+        DnCOptions,
+        FLAMEOptions,
+        FoolsGoldOptions,
         GMDOptions,
         MultiKrumOptions,
+        NormClippingOptions,
         NormThresholdOptions,
         RobustFilterOptions,
+        SignGuardOptions,
         StrategyOptions,
         TrimmedMeanOptions,
     )
@@ -161,3 +166,77 @@ class CenteredClipping(RobustStrategy):
     if TYPE_CHECKING:
 
         def __init__(self, **options: Unpack[CenteredClippingOptions]) -> None: ...
+
+
+class Bulyan(RobustStrategy):
+    """Select updates by Krum, average around their median: Bulyan of El Mhamdi et al."""
+
+    spec = "bulyan"
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[StrategyOptions]) -> None: ...
+
+
+class NormClipping(RobustStrategy):
+    """Scale long updates down and average: norm clipping, after Sun et al."""
+
+    spec = "norm-clip"
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[NormClippingOptions]) -> None: ...
+
+
+class DnC(RobustStrategy):
+    """Leave out what stands out in random coordinates: DnC of Shejwalkar and Houmansadr."""
+
+    spec = "dnc"
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[DnCOptions]) -> None: ...
+
+
+class SignGuard(RobustStrategy):
+    """Keep updates of ordinary norm and signs: SignGuard of Xu et al."""
+
+    spec = "sign-guard"
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[SignGuardOptions]) -> None: ...
+
+
+class FoolsGold(RobustStrategy):
+    """Distrust clients that are alike over the rounds: FoolsGold of Fung et al."""
+
+    spec = "fools-gold"
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[FoolsGoldOptions]) -> None: ...
+
+
+class FLAME(RobustStrategy):
+    """Keep the majority that points the same way, clip it: FLAME of Nguyen et al."""
+
+    spec = "flame"
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[FLAMEOptions]) -> None: ...
+
+
+class FLTrust(RobustStrategy):
+    """Trust updates as far as the server's own data agree: FLTrust of Cao et al.
+
+    The server's own update is that of ``root_update``, a function from the arrays of the model to
+    those that the server has trained on data that it trusts, the way that clients train.
+    """
+
+    spec = "fltrust"
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[StrategyOptions]) -> None: ...

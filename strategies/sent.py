@@ -41,6 +41,8 @@ class Sent:
         int64 (k,): those that the server chose for all of them.
     num_bytes : int
         Of the model, for each client.
+    root : Tensor or None
+        (d,): how far the server's own training goes from ``model``.
     """
 
     terms: Terms
@@ -50,6 +52,7 @@ class Sent:
     compressor: Compressor | None = None
     coordinates: Indices | None = None
     num_bytes: int = 0
+    root: Tensor | None = None
 
     @classmethod
     def of(cls, model: ArrayRecord, server_round: int, seed: int, settings: Settings) -> Self:
@@ -70,7 +73,8 @@ class Sent:
         if settings.shared_coordinates and compressor is not None:
             compressor = compressor.for_round(seed)
             coordinates = compressor.coordinates(layout.num_directions)
-        return cls(terms, model, layout, layout, compressor, coordinates, _num_bytes(model))
+        size, root = _num_bytes(model), _root(model, layout, settings)
+        return cls(terms, model, layout, layout, compressor, coordinates, size, root)
 
     def as_received(self, content: RecordDict, received: ArrayRecord) -> Self:
         """Return what went out by what :func:`packed` made of it."""
@@ -92,6 +96,17 @@ class Sent:
         """How many values a row has."""
         return self.layout.num_directions if self.coordinates is None else len(self.coordinates)
 
+    def root_row(self, ties: Mapping[str, str], device: torch.device) -> Tensor | None:
+        """Return the root as the rows of a rule are: see :meth:`spread`."""
+        if self.root is None:
+            return None
+        row = self.root
+        if self.coordinates is not None:
+            row = row[torch.from_numpy(self.coordinates)]
+        elif ties:
+            row = Tied(self.layout.directions, ties).merge(row[None].clone())[0]
+        return row.to(device)
+
     def spread(self, vector: Tensor, ties: Mapping[str, str]) -> Tensor:
         """Return what a rule made of rows as an update of all coordinates, (d,)."""
         if ties:
@@ -101,6 +116,19 @@ class Sent:
         update = torch.zeros(self.layout.num_directions, dtype=vector.dtype)
         update[torch.from_numpy(self.coordinates)] = vector.cpu()
         return update
+
+
+def _root(model: ArrayRecord, layout: ModelLayout, settings: Settings) -> Tensor | None:
+    """Return how far the server's own training goes from the model, (d,)."""
+    if settings.root_update is None:
+        return None
+    trained = ModelLayout(settings.root_update(model))
+    if (trained.directions, trained.buffers) != (layout.directions, layout.buffers):
+        raise ValueError(
+            f"root_update returned arrays {sorted(trained.keys)}; allowed: those of the model, "
+            f"{sorted(layout.keys)}, of the same shapes and dtypes"
+        )
+    return torch.from_numpy(layout.values - trained.values)
 
 
 def packed(

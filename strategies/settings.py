@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
+from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 from pydantic import AfterValidator
 
@@ -122,6 +123,10 @@ class Settings:
         that a person would choose is found by trying. For experiments, not for deployments.
     device : str
         Where the update matrix lives: ``auto`` is CUDA where there is one, else the CPU.
+    root_update : callable, optional
+        What the server's own data say, for rules that ask for a ``root``: a function from the
+        arrays of the model to those that the server has trained on its data the way that clients
+        do. It is called once a round.
     """
 
     server_learning_rate: Annotated[
@@ -159,6 +164,10 @@ class Settings:
         Annotated[int, Ge(0), Lt(2**63)] | None, Allowed("None, or 0 to below 2^63")
     ] = None
     device: Annotated[str, _accepted_by(resolve_device), Operation()] = "auto"
+    root_update: Annotated[
+        Callable[[ArrayRecord], ArrayRecord] | None,
+        Allowed("a function from the model's arrays to those the server has trained, or None"),
+    ] = None
 
     def __post_init__(self) -> None:
         """Refuse a momentum where there is none."""
@@ -225,13 +234,14 @@ class Settings:
         kind = rule.rule.kind
         if self.weighting != "uniform" and not kind.weightable:
             raise OptionError(f"weighting is {self.weighting!r} with {name}; allowed: uniform")
+        self._check_root(rule, name)
         if self.shared_coordinates:
             if self.packing is None or not self.packing.can_share_coordinates:
                 raise OptionError(
                     f"shared_coordinates is True with compressor {self.compressor!r}; allowed: "
                     + names_of(lambda kind: kind.can_share_coordinates)
                 )
-            if rule.rule.uses("memory"):
+            if rule.uses("memory") or rule.uses("last"):
                 raise OptionError(
                     f"shared_coordinates is True with {name}; allowed: False, since what it "
                     "remembers belongs to coordinates"
@@ -240,6 +250,17 @@ class Settings:
             return self
         safe = kind.robust and self.byzantine_fraction > 0
         return replace(self, min_valid_replies=FEWEST if safe else 1)
+
+    def _check_root(self, rule: Rule, name: str) -> None:
+        """Refuse a rule without the root that it needs, and a root that nobody asks for."""
+        kind = rule.rule.kind
+        if kind.needs_root and self.root_update is None:
+            allowed = OWN_OPTIONS["root_update"].allowed.removesuffix(", or None")
+            raise OptionError(f"root_update is None with {name}; allowed: {allowed}")
+        if self.root_update is not None and "root" not in kind.takes:
+            raise OptionError(
+                f"root_update is given with {name}, which asks for no root; allowed: None"
+            )
 
 
 OWN_OPTIONS: Options = declared(Settings)

@@ -44,6 +44,8 @@ class State:
         What the last round that left the model as it was came to, empty if none did.
     reputation : Reputation
         Evidence against nodes, and who sits out.
+    last : Tensor or None
+        (c,): the last aggregate, tied arrays once, where the rule or a mixing asks for it.
     """
 
     seed: int
@@ -55,6 +57,7 @@ class State:
     empty_rounds: int = 0
     failure: str = ""
     reputation: Reputation = field(default_factory=Reputation)
+    last: Tensor | None = None
 
     @classmethod
     def first(cls, seed: int) -> Self:
@@ -66,6 +69,7 @@ class State:
         return {
             **vars(self),
             "memory": rule.to_state(self.memory),
+            "last": rule.to_state(self.last),
             "optimizer": dict(self.optimizer),
             "ties": dict(self.ties),
             "reputation": self.reputation.to_dict(),
@@ -75,7 +79,8 @@ class State:
     def from_dict(cls, found: Mapping[str, Any], rule: Rule, device: torch.device) -> Self:
         """Return the state that :meth:`to_dict` made something of; the memory goes to a device."""
         own = {each.name: found[each.name] for each in fields(cls)}
-        own["memory"] = rule.from_state(own["memory"], device)
+        for name in ("memory", "last"):
+            own[name] = rule.from_state(own[name], device)
         own["reputation"] = Reputation(**own["reputation"])
         return cls(**own)
 
@@ -111,6 +116,10 @@ class Round:
         The hostile share of the rows that is to be expected.
     generator : torch.Generator or None
         What to draw from.
+    root : Tensor or None
+        (d,): the server's own update, where it has one.
+    last : Tensor or None
+        (d,): the last aggregate, where the rule or a mixing asks for it.
     """
 
     updates: Tensor
@@ -120,6 +129,8 @@ class Round:
     memory: Any = None
     byzantine_fraction: float = 0.25
     generator: torch.Generator | None = None
+    root: Tensor | None = None
+    last: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -202,8 +213,14 @@ def take_step(
     if not sent.layout.holds(moved):
         return Outcome(state, sent.model, result, "the new one is not finite", True)
     arrays = sent.layout.to_arrays(moved, middle_of(sent.layout, buffers))
-    kept = {"memory": result.memory, "optimizer": optimizer}
-    return Outcome(replace(state, generator=drawn, empty_rounds=0, **kept), arrays, result)
+    after = replace(following(state, rule, result, drawn), optimizer=optimizer, empty_rounds=0)
+    return Outcome(after, arrays, result)
+
+
+def following(state: State, rule: Rule, result: Aggregate, drawn: Tensor) -> State:
+    """Return a state with what a rule's result leaves to the next round."""
+    last = result.vector if rule.uses("last") else None
+    return replace(state, generator=drawn, memory=result.memory, last=last)
 
 
 def aggregate(
@@ -221,6 +238,8 @@ def aggregate(
         weights=current.weights,
         norms=current.norms,
         nodes=current.nodes,
+        root=current.root,
+        last=state.last,
         overwrite=overwrite,
     )
     width = current.updates.shape[1]

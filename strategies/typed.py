@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from flwr.app import MetricRecord, RecordDict
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
 from fl_bgmd.checkpoints import Checkpoints
 
@@ -66,6 +66,8 @@ class StrategyOptions(TypedDict, total=False):
     """Seed of the sampling of nodes, blocks and buckets, for runs that can be repeated."""
     device: str
     """Where the update matrix lives."""
+    root_update: Callable[[ArrayRecord], ArrayRecord] | None
+    """What the server's own data say, for rules that ask for a ``root``."""
 
 
 class GMDOptions(StrategyOptions, total=False):
@@ -139,3 +141,46 @@ class CenteredClippingOptions(StrategyOptions, total=False):
     """Above 0, the tau of the paper."""
     iterations: int
     """1 or more."""
+
+
+class NormClippingOptions(StrategyOptions, total=False):
+    """The options of :class:`.rules.NormClipping`."""
+
+    radius: float | None
+    """Above 0."""
+
+
+class DnCOptions(StrategyOptions, total=False):
+    """The options of :class:`.rules.DnC`."""
+
+    iterations: int
+    """Draws of coordinates, 1 or more."""
+    coordinates: int
+    """How many are drawn, 1 or more."""
+    filter_share: float
+    """What a draw leaves out, in multiples of the hostile share, above 0."""
+
+
+class SignGuardOptions(StrategyOptions, total=False):
+    """The options of :class:`.rules.SignGuard`."""
+
+    lower: float
+    """The paper's L, 0 or more."""
+    upper: float
+    """The paper's R, above 0."""
+    coordinate_share: float
+    """Share of the coordinates that signs are counted in, above 0 to 1."""
+
+
+class FoolsGoldOptions(StrategyOptions, total=False):
+    """The options of :class:`.rules.FoolsGold`."""
+
+    confidence: float
+    """Steepness of the weights, above 0."""
+
+
+class FLAMEOptions(StrategyOptions, total=False):
+    """The options of :class:`.rules.FLAME`."""
+
+    noise: float
+    """Standard deviation of normal noise to add, in median norms, 0 or more."""

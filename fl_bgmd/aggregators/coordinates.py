@@ -115,11 +115,11 @@ def _network(updates: Tensor, trim: int, vector: Tensor, columns: slice) -> None
     for start in range(columns.start, columns.stop, width):
         part = slice(start, min(start + width, columns.stop))
         block = (
-            _block(updates, part, vector.dtype)
+            column_block(updates, part, vector.dtype)
             if on_cpu
             else updates[:, part].to(vector.dtype, copy=True)
         )
-        _check_block(float(block.sum()), updates)
+        check_sum(float(block.sum()), updates)
         wires: list[Any] = list(block)
         spare = library.empty_like(wires[0])
         for low, high, wanted in comparators:
@@ -145,9 +145,9 @@ def _sort(updates: Tensor, trim: int, vector: Tensor, columns: slice) -> None:
     width = min(_SORT_WIDTH, max(16, _SORT_ELEMENTS // n))
     for start in range(columns.start, columns.stop, width):
         part = slice(start, min(start + width, columns.stop))
-        block = np.ascontiguousarray(_block(updates, part, vector.dtype).T)
+        block = np.ascontiguousarray(column_block(updates, part, vector.dtype).T)
         block.sort(axis=1)
-        _check_block(float(block[:, [0, -1]].sum()), updates)
+        check_sum(float(block[:, [0, -1]].sum()), updates)
         result[part] = block[:, trim : n - trim].mean(axis=1, dtype=np.float64)
 
 
@@ -158,11 +158,11 @@ def _sort_on_device(updates: Tensor, trim: int, vector: Tensor, columns: slice) 
     for start in range(columns.start, columns.stop, width):
         part = slice(start, min(start + width, columns.stop))
         block = updates[:, part].to(vector.dtype).sort(dim=0).values
-        _check_block(float(block[0].sum() + block[-1].sum()), updates)
+        check_sum(float(block[0].sum() + block[-1].sum()), updates)
         vector[part] = block[trim : n - trim].mean(dim=0, dtype=torch.float64)
 
 
-def _block(updates: Tensor, columns: slice, dtype: torch.dtype) -> NDArray[np.floating]:
+def column_block(updates: Tensor, columns: slice, dtype: torch.dtype) -> NDArray[np.floating]:
     """Return a NumPy copy of a block of columns."""
     if updates.dtype == dtype:
         return updates.numpy()[:, columns].copy()
@@ -170,7 +170,7 @@ def _block(updates: Tensor, columns: slice, dtype: torch.dtype) -> NDArray[np.fl
     return converted
 
 
-def _check_block(total: float, updates: Tensor) -> None:
+def check_sum(total: float, updates: Tensor) -> None:
     """Look for NaN and infinity where a sum is not finite (which may also have overflowed)."""
     if not np.isfinite(total):
         refuse_non_finite(updates)

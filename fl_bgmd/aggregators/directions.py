@@ -1,6 +1,7 @@
-"""The directions in which many rows spread most, by passes over the rows."""
+"""The directions in which rows spread most: by their Gram matrix, of many rows by passes."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +81,32 @@ def top_spread(
     squares = (vectors[:, large].T @ along[:count]) ** 2
     seen = vectors[:, large][:, -_SEEN:].sum(axis=1)
     return Spread(squares[-1], squares.max(axis=0), seen @ basis[:count])
+
+
+def errors_along_top(gram: Array, weights: Array) -> Array:
+    """Return ``<x_i - m, v>^2`` of few rows, (n,): see :class:`Spread`.
+
+    Data and Diggavi's tau_i of Equation 93 with the weighted mean as every row's reconstruction:
+    the maximiser Y* of Equation 91 is then the projector on v.
+
+    Parameters
+    ----------
+    gram : ndarray
+        (n, n): of the rows.
+    weights : ndarray
+        (n,): the c_i.
+    """
+    share = weights / weights.sum()
+    product = gram @ share
+    centered = gram - product[:, None] - product[None, :] + share @ product
+    roots = np.sqrt(weights)
+    values, vectors = np.linalg.eigh(roots[:, None] * centered * roots[None, :])
+    top = max(float(values[-1]), 0.0)
+    if top == 0.0:
+        return np.zeros(len(weights))
+    projections = centered @ (roots * vectors[:, -1]) / math.sqrt(top)
+    squared: Array = projections**2
+    return squared
 
 
 def _multiply(rows: Tensor, middle: Tensor, weights: Array, vector: Array) -> tuple[Array, Array]:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .rows import Block, dot, empty, native, on_cores, result_dtype, sum_blocks
+from .rows import Block, combine, dot, empty, native, on_cores, result_dtype, sum_blocks
 
 _MASK_ELEMENTS = 1 << 20  # of a strip of neighbors: 8 MiB in float64
 
@@ -164,15 +164,22 @@ class Scaled(Mixing):
 
 @dataclass(frozen=True)
 class Towards(Mixing):
-    """Each row brought closer to a ``center`` (d,), which is ``weights`` (n,) of the rows."""
+    """Each row brought closer to a ``center`` (d,).
+
+    It is ``weights`` (n,) of the rows, and computed from them where it is None; all 0 for one that
+    is not made of the rows.
+    """
 
     factors: NDArray[np.float64]
     weights: NDArray[np.float64]
-    center: Tensor
+    center: Tensor | None = None
 
     def apply(self, updates: Tensor, out: Tensor | None = None) -> Tensor:
         """See :class:`Mixing`."""
-        return _towards(self.factors, self.center, updates, out)
+        center = self.center
+        if center is None:
+            center = combine(self.weights, updates, torch.float64)
+        return _towards(self.factors, center, updates, out)
 
     def average(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the values: each row still stands for its client, above all."""
@@ -200,3 +207,35 @@ def _towards(
 
     sum_blocks(write, updates)
     return out
+
+
+@dataclass(frozen=True)
+class Recentered(Mixing):
+    """The rows as they are; mixings behind it take ``origin`` (d,) for zero."""
+
+    origin: Tensor | None
+
+    def apply(self, updates: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the rows."""
+        return updates
+
+    def average(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the values."""
+        return values
+
+    def spread(self, shares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the shares."""
+        return shares
+
+
+def add_to_rows(rows: Tensor, shares: NDArray[np.float64], vector: Tensor) -> None:
+    """Add ``shares[i] * vector`` to each row, in place."""
+    target, factors = native(rows, rows), native(shares[:, None], rows)
+    added = native(vector.double().to(rows.device), rows)
+
+    def write(columns: slice, block: Block) -> float:
+        block += factors * added[columns]
+        target[:, columns] = block
+        return 0.0
+
+    sum_blocks(write, rows)

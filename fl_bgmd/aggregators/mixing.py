@@ -10,9 +10,10 @@ from torch import Tensor
 from fl_bgmd.options import Count, Positive, Share
 from fl_bgmd.shares import floor_share, largest_bucket
 
+from .chain import Points
 from .coordinates import coordinate_median
-from .geometric_median import geometric_median
-from .means import Buckets, Dense, Mixing, Neighbors, Scaled, Towards
+from .geometric_median import geometric_median, minimise_in_hull
+from .means import Buckets, Dense, Mixing, Neighbors, Recentered, Scaled, Towards
 from .norms import clip_factors, euclidean_norms
 from .rows import (
     DENSE_ROWS,
@@ -52,17 +53,21 @@ def nearest_neighbor_mixing(updates: Tensor, *, byzantine_fraction: float = 0.25
     return nearest_neighbors(updates, byzantine_fraction=byzantine_fraction).apply(updates)
 
 
-@mixing("nearest-neighbor")
-def nearest_neighbors(updates: Tensor, *, byzantine_fraction: Share = 0.25) -> Mixing:
+@mixing("nearest-neighbor", chains="distances")
+def nearest_neighbors(updates: Tensor | Points, *, byzantine_fraction: Share = 0.25) -> Mixing:
     """Replace every row by the mean of the rows nearest to it (Allouah et al., AISTATS 2023).
 
     The means of :func:`nearest_neighbor_mixing`, not yet taken.
     """
-    updates = check_updates(updates)
-    n = updates.shape[0]
+    n = len(updates) if isinstance(updates, Points) else len(check_updates(updates))
     count = n - floor_share(byzantine_fraction, n)
-    if n <= DENSE_ROWS:
-        nearest = np.argsort(pairwise_squared_distances(updates), axis=1, kind="stable")
+    if isinstance(updates, Points) or n <= DENSE_ROWS:
+        squared = (
+            updates.squared_distances()
+            if isinstance(updates, Points)
+            else pairwise_squared_distances(updates.detach())
+        )
+        nearest = np.argsort(squared, axis=1, kind="stable")
         matrix = np.zeros((n, n))
         np.put_along_axis(matrix, nearest[:, :count], 1.0 / count, axis=1)
         return Dense(matrix)
@@ -71,7 +76,7 @@ def nearest_neighbors(updates: Tensor, *, byzantine_fraction: Share = 0.25) -> M
     def mark(rows: slice, squared: NDArray[np.float64]) -> None:
         bits[rows] = np.packbits(_nearest(squared, count), axis=1)
 
-    safe, _ = in_range(updates)
+    safe, _ = in_range(updates.detach())
     measure_strips(mark, safe, coordinate_median(safe).vector)
     return Neighbors(bits, count)
 
@@ -155,8 +160,27 @@ def buckets(
     return Buckets(bucket, np.bincount(bucket))
 
 
-@mixing("clipping")
-def clipping(updates: Tensor, *, radius: Positive | None = None, factor: Positive = 1.0) -> Mixing:
+@mixing("centering")
+def centering(updates: Tensor, *, last: Tensor | None = None) -> Mixing:
+    """Let the clipping that follows go to the last round's aggregate, not to zero.
+
+    ``centering+clipping`` clips how far rows are from what the server did last, as centered
+    clipping does (Karimireddy et al., ICML 2021); the rows stay where they are. In the first round
+    it does nothing.
+    """
+    if last is not None and tuple(last.shape) != (updates.shape[1],):
+        raise ValueError(f"last has shape {tuple(last.shape)}; allowed: ({updates.shape[1]},)")
+    return Recentered(None if last is None else last.to(updates.device))
+
+
+@mixing("clipping", chains="norms")
+def clipping(
+    updates: Tensor | Points,
+    *,
+    origin: Tensor | None = None,
+    radius: Positive | None = None,
+    factor: Positive = 1.0,
+) -> Mixing:
     """Scale every row down to at most the lower median norm.
 
     Before :func:`nearest_neighbors` it keeps long rows from drawing the others' means; alone it
@@ -170,27 +194,30 @@ def clipping(updates: Tensor, *, radius: Positive | None = None, factor: Positiv
     factor : float
         Multiple of that.
     """
-    norms = _norms(check_updates(updates))
+    norms = _norms(updates, origin)
     limit = lower_median(norms) if radius is None else radius
-    return Scaled(clip_factors(norms, factor * limit))
+    return _scaled(clip_factors(norms, factor * limit), origin)
 
 
-@mixing("arc")
-def adaptive_clipping(updates: Tensor, *, byzantine_fraction: Share = 0.25) -> Mixing:
+@mixing("arc", chains="norms")
+def adaptive_clipping(
+    updates: Tensor | Points, *, origin: Tensor | None = None, byzantine_fraction: Share = 0.25
+) -> Mixing:
     """Clip the ``2 f (n - f) / n`` longest rows to the next one's norm.
 
     Adaptive robust clipping of Allouah et al. (arXiv 2405.14432), Algorithm 2, with ``f =
-    floor(byzantine_fraction n)`` and the number of rows rounded down.
+    floor(byzantine_fraction n)``: ``k = floor(2 (f / n) (n - f))`` rows are clipped to the norm of
+    the (k + 1)-th longest.
     """
-    norms = _norms(check_updates(updates))
+    norms = _norms(updates, origin)
     n = len(norms)
     hostile = floor_share(byzantine_fraction, n)
     count = 2 * hostile * (n - hostile) // n
-    return Scaled(clip_factors(norms, float(np.sort(norms)[n - 1 - count])))
+    return _scaled(clip_factors(norms, float(np.sort(norms)[n - 1 - count])), origin)
 
 
-@mixing("median-clipping")
-def median_clipping(updates: Tensor, *, factor: Positive = 1.0) -> Mixing:
+@mixing("median-clipping", chains="distances")
+def median_clipping(updates: Tensor | Points, *, factor: Positive = 1.0) -> Mixing:
     """Clip every row's distance to the geometric median to the lower median distance.
 
     Parameters
@@ -198,10 +225,14 @@ def median_clipping(updates: Tensor, *, factor: Positive = 1.0) -> Mixing:
     factor : float
         Multiple of that distance.
     """
+    if isinstance(updates, Points):
+        point, _ = minimise_in_hull(updates.gram(), np.ones(len(updates)))
+        factors = clip_factors(point.distances, factor * lower_median(point.distances))
+        return Towards(factors, point.hull_weights)
     updates = check_updates(updates)
     median = geometric_median(updates)
     assert median.weights is not None
-    distances = _norms(updates, -median.vector)
+    distances = _norms(updates, median.vector)
     factors = clip_factors(distances, factor * lower_median(distances))
     return Towards(factors, median.weights.numpy(), median.vector)
 
@@ -211,14 +242,22 @@ def lower_median(values: NDArray[np.float64]) -> float:
     return float(np.sort(values)[(len(values) - 1) // 2])
 
 
-def _norms(updates: Tensor, offset: Tensor | None = None) -> NDArray[np.float64]:
-    """Return the norms of ``updates + offset``, (n,), the largest number for those beyond it."""
+def _scaled(factors: NDArray[np.float64], origin: Tensor | None) -> Mixing:
+    """Return rows that are brought closer to an origin."""
+    return Scaled(factors) if origin is None else Towards(factors, 0.0 * factors, origin)
+
+
+def _norms(updates: Tensor | Points, origin: Tensor | None = None) -> NDArray[np.float64]:
+    """Return the distances to an origin, (n,), the largest number for those beyond it."""
+    if isinstance(updates, Points):
+        return updates.norms()
+    updates = check_updates(updates)
     with np.errstate(over="ignore"):
-        if offset is None:
+        if origin is None:
             norms = euclidean_norms(updates)
         else:
             rows, scales = in_range(updates)
             scale = float(scales.min())
-            norms = row_norms(rows, offset.double() / scale) * scale
+            norms = row_norms(rows, -origin.double() / scale) * scale
     most: NDArray[np.float64] = np.minimum(norms, np.finfo(np.float64).max)
     return most

@@ -138,9 +138,12 @@ def threshold_norms(
     )
 
 
-@checked
+@rule("norm-clip")
 def norm_clip(updates: Tensor, *, radius: Positive | None = None) -> Aggregate:
     """Scale every row down to at most ``radius`` and average: norm clipping.
+
+    Sun et al. (Can You Really Backdoor Federated Learning?, 2019), Section 4, without noise; with
+    ``f`` of n rows hostile their pull is at most ``f / n`` of the radius.
 
     Parameters
     ----------

@@ -448,9 +448,10 @@ def bordered_gram(rows: Tensor, extra: Tensor) -> NDArray[np.float64]:
     if offset is not None:
         gram[:n, :n] = gram_matrix(rows, offset)
         extra = extra + offset
-    column = native(extra, rows)
-    gram[:n, n] = sum_blocks(lambda columns, block: dot(block, column[columns]), rows, offset)
-    gram[n, :n] = gram[:n, n]
+    if bool(extra.any()):  # of zeros nothing is to be read
+        column = native(extra, rows)
+        gram[:n, n] = sum_blocks(lambda columns, block: dot(block, column[columns]), rows, offset)
+        gram[n, :n] = gram[:n, n]
     gram[n, n] = float(extra @ extra)
     return gram
 

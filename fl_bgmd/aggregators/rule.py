@@ -11,6 +11,9 @@ itself with :func:`rule`. What it is given follows from the names of its paramet
 ``byzantine_fraction``  the hostile share of the rows that is to be expected
 ``generator``       what it draws from
 ``memory``          its result's ``memory`` of the last round, None at first
+``root``            (d,): the server's own update, None where it has none
+``last``            (d,): the last round's aggregate, None at first
+``origin``          of a mixing, (d,): what it clips to, None for zero
 =================== ==============================================================================
 
 Its other parameters, by keyword, are its options.
@@ -19,11 +22,12 @@ Its other parameters, by keyword, are its options.
 import dataclasses
 import functools
 import inspect
+import itertools
 import typing
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +36,8 @@ from fl_bgmd.options import Option, OptionError, Options, Share, check_all, chec
 from fl_bgmd.registry import Registry, split_specs
 from fl_bgmd.shares import floor_share, hostile_count
 
-from .means import Mixing
+from .chain import chained
+from .means import Mixing, Recentered
 from .results import Aggregate
 
 P = ParamSpec("P")
@@ -40,7 +45,10 @@ R = TypeVar("R")
 A = TypeVar("A", bound=Aggregate)
 M = TypeVar("M", bound=Mixing)
 
-INJECTED = ("updates", "weights", "norms", "nodes", "byzantine_fraction", "generator", "memory")
+INJECTED = (
+    *("updates", "weights", "norms", "nodes", "byzantine_fraction", "generator"),
+    *("memory", "root", "last", "origin"),
+)
 
 Limits = Callable[..., Iterator[tuple[str, str]]]
 """``(n, hostile, share, **options)`` to subjects and sentences: what cannot be promised then."""
@@ -73,6 +81,9 @@ class Kind:
         :class:`OptionError` for options that do not fit together.
     keeps_rows : bool
         Of a mixing: whether each of its rows stands for one client.
+    chains : str
+        Of a mixing that can take :class:`.chain.Points` for ``updates``: what it asks them for,
+        ``norms`` or ``distances``.
     draws : str
         What it draws with the generator, in the plural.
     limits : callable or None
@@ -87,6 +98,7 @@ class Kind:
     weights_tell: bool = False
     uses: Callable[[Mapping[str, Any]], Collection[str]] = lambda options: INJECTED
     keeps_rows: bool = True
+    chains: str = ""
     draws: str = ""
     limits: Limits | None = None
 
@@ -94,6 +106,12 @@ class Kind:
     def weightable(self) -> bool:
         """Whether clients may have weights."""
         return "weights" in self.takes
+
+    @property
+    def needs_root(self) -> bool:
+        """Whether it is nothing without an update of the server's own."""
+        parameter = inspect.signature(self.function).parameters.get(self.takes.get("root", ""))
+        return parameter is not None and parameter.default is inspect.Parameter.empty
 
     @property
     def summary(self) -> str:
@@ -199,6 +217,8 @@ class Rule:
         weights: Tensor | None = None,
         norms: Tensor | None = None,
         nodes: Sequence[int] | None = None,
+        root: Tensor | None = None,
+        last: Tensor | None = None,
         overwrite: bool = False,
     ) -> Aggregate:
         """Apply the mixings and the rule.
@@ -209,7 +229,7 @@ class Rule:
             (n, d), floating point.
         memory : object, optional
             The ``memory`` of the last round's result.
-        weights, norms, nodes : optional
+        weights, norms, nodes, root, last : optional
             See the module's table.
         overwrite : bool
             Whether mixings may write into ``updates``, which saves an (n, d) tensor.
@@ -226,24 +246,38 @@ class Rule:
         """
         n = len(updates)
         taken: list[Mixing] = []
-        for bound in self.mixings if n > 1 else ():
-            mixing = bound(
-                updates=updates,
-                byzantine_fraction=self.tolerated(n, len(updates)),
-                generator=self.generator,
-            )
-            into = updates if (overwrite or taken) and bound.kind.keeps_rows else None
-            updates = mixing.apply(updates, out=into)
-            taken.append(mixing)
-            norms = None  # reported norms are not the rows' any more
-            if weights is not None:
-                weights = torch.from_numpy(mixing.average(weights.double().numpy()))
+        changed = False
+        origin: Tensor | None = None
+        for bounds in self._chains() if n > 1 else ():
+            inputs = {
+                "byzantine_fraction": self.tolerated(n, len(updates)),
+                "generator": self.generator,
+                "last": last,
+            }
+            chain = chained(bounds, updates, origin, **inputs) if len(bounds) > 1 else None
+            for part in bounds if chain is None else (chain,):
+                made: Mixing = (
+                    part
+                    if isinstance(part, Mixing)
+                    else part(updates=updates, origin=origin, **inputs)
+                )
+                keeps = isinstance(part, Mixing) or part.kind.keeps_rows
+                into = updates if (overwrite or changed) and keeps else None
+                updates = made.apply(updates, out=into)
+                origin = made.origin if isinstance(made, Recentered) else origin
+                changed = changed or not isinstance(made, Recentered)
+                taken.append(made)
+                norms = None  # reported norms are not the rows' any more
+                if weights is not None:
+                    weights = torch.from_numpy(made.average(weights.double().numpy()))
         result: Aggregate = (self.call or self.rule)(
             updates=updates,
             memory=memory,
             weights=weights,
             norms=norms,
             nodes=nodes,
+            root=root,
+            last=last,
             byzantine_fraction=self.tolerated(n, len(updates)),
             generator=self.generator,
         )
@@ -253,6 +287,19 @@ class Rule:
                 shares = mixing.spread(shares)
             result = dataclasses.replace(result, weights=torch.from_numpy(shares))
         return result
+
+    def _chains(self) -> Iterator[list[Bound]]:
+        """Yield the mixings, together those that can share a Gram matrix and need one."""
+        for chains, bounds in itertools.groupby(self.mixings, lambda b: bool(b.kind.chains)):
+            group = list(bounds)
+            if chains and any(b.kind.chains == "distances" for b in group):
+                yield group
+            else:
+                yield from ([bound] for bound in group)
+
+    def uses(self, name: str) -> bool:
+        """Whether the rule or a mixing makes use of one of its inputs."""
+        return any(bound.uses(name) for bound in (self.rule, *self.mixings))
 
     def tolerated(self, n: int, rows: int) -> float:
         """Return the hostile share of the rows that came of n clients.
@@ -395,14 +442,21 @@ def _warning(function: Callable[P, A]) -> Callable[P, A]:
 
 
 def mixing(
-    name: str, *, keeps_rows: bool = True, draws: str = "", limits: Limits | None = None
+    name: str,
+    *,
+    keeps_rows: bool = True,
+    chains: Literal["", "norms", "distances"] = "",
+    draws: str = "",
+    limits: Limits | None = None,
 ) -> Callable[[Callable[P, M]], Callable[P, M]]:
-    """Declare a function of ``updates`` that returns a :class:`.means.Mixing` as a mixing."""
+    """Declare a function of ``updates`` that returns a :class:`.means.Mixing` as a mixing.
+
+    See :class:`Kind`.
+    """
 
     def declare(function: Callable[P, M]) -> Callable[P, M]:
-        return _declare(
-            MIXINGS, name, function, {}, keeps_rows=keeps_rows, draws=draws, limits=limits
-        )
+        said = {"keeps_rows": keeps_rows, "chains": chains, "draws": draws, "limits": limits}
+        return _declare(MIXINGS, name, function, {}, **said)
 
     return declare
 

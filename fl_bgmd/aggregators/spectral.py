@@ -21,7 +21,7 @@ from fl_bgmd.options import Positive, Share
 from fl_bgmd.shares import ceil_share
 
 from .coordinates import coordinate_median
-from .directions import STEPS, top_spread
+from .directions import STEPS, errors_along_top, top_spread
 from .results import FilteredAggregate
 from .rows import (
     blas_on_one_thread,
@@ -165,25 +165,6 @@ def spectral_filter(
     )
 
 
-def _reconstruction_errors(gram: Array, weights: Array) -> Array:
-    """tau_i of Equation 93 with the weighted mean as every row's reconstruction, (m,).
-
-    The maximiser Y* of Equation 91 is then the projector on the top eigenvector of
-    ``sum_i c_i (g_i - mean) (g_i - mean)^T``.
-    """
-    share = weights / weights.sum()
-    product = gram @ share
-    centered = gram - product[:, None] - product[None, :] + share @ product
-    roots = np.sqrt(weights)
-    values, vectors = np.linalg.eigh(roots[:, None] * centered * roots[None, :])
-    top = max(float(values[-1]), 0.0)
-    if top == 0.0:
-        return np.zeros(len(weights))
-    projections = centered @ (roots * vectors[:, -1]) / math.sqrt(top)
-    squared: Array = projections**2
-    return squared
-
-
 class _View(ABC):
     """What Algorithm 3 asks of the rows."""
 
@@ -217,7 +198,7 @@ class _GramView(_View):
     def errors(self, weights: Array, active: NDArray[np.bool_]) -> Array:
         errors = np.zeros(len(weights))
         inner = self.gram[np.ix_(active, active)]
-        errors[active] = _reconstruction_errors(inner, weights[active])
+        errors[active] = errors_along_top(inner, weights[active])
         return errors
 
     def honest_variance(self, byzantine_fraction: float) -> float:
@@ -226,7 +207,7 @@ class _GramView(_View):
         left = ceil_share(1 - byzantine_fraction, n)
         while True:
             inner = self.gram[np.ix_(active, active)]
-            errors = _reconstruction_errors(inner, np.ones(len(active)))
+            errors = errors_along_top(inner, np.ones(len(active)))
             if len(active) <= max(left, 1):
                 return float(errors.sum()) / len(active)
             active = np.delete(active, int(np.argmax(errors)))

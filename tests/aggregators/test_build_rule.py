@@ -9,6 +9,7 @@ import torch
 
 from fl_bgmd.aggregators import (
     RULES,
+    Rule,
     block_geometric_median,
     bucketing,
     build_rule,
@@ -60,15 +61,20 @@ def test_a_spec_reads_back_as_itself() -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_goes_on_from_its_own_memory(name: str) -> None:
-    rows = torch.randn(9, 2000, generator=torch.Generator().manual_seed(2))
-    rule = build_rule(name, generator=torch.Generator().manual_seed(3))
-    first = rule(rows)
-    second = rule(rows, first.memory)
+    """What comes back as a memory goes in again, and makes a difference if there is one."""
+    rows, later = torch.randn(2, 9, 2000, generator=torch.Generator().manual_seed(2))
+    rows[1] = rows[0]
+
+    def built() -> Rule:
+        return build_rule(name, generator=torch.Generator().manual_seed(3))
+
+    first = built()(rows, root=rows[0])
+    second = built()(later, first.memory, root=rows[0])
     assert second.vector.shape == (2000,)
     assert torch.isfinite(second.vector).all()
-    remembers = rule.rule.uses("memory")
+    remembers = built().rule.uses("memory")
     assert (first.memory is not None) == remembers
-    assert torch.equal(first.vector, second.vector) != remembers
+    assert torch.equal(second.vector, built()(later, root=rows[0]).vector) != remembers
 
 
 @pytest.mark.parametrize(

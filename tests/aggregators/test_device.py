@@ -22,16 +22,27 @@ from fl_bgmd.aggregators import (
     block_geometric_median,
     bucketing,
     build_rule,
+    bulyan,
     centered_clipping,
     coordinate_median,
+    covariance_agnostic_filter,
+    divide_and_conquer,
+    flame,
+    fltrust,
+    fools_gold,
     geometric_median,
     krum,
     mean,
+    mean_around_median,
+    minimum_diameter_averaging,
     multi_krum,
+    nearest_neighbor_averaging,
     nearest_neighbor_mixing,
     norm_clip,
     norm_threshold,
     project,
+    sign_guard,
+    smallest_eigenvalue_averaging,
     spectral_filter,
     trimmed_mean,
 )
@@ -85,6 +96,18 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "krum": krum,
     "multi-krum": multi_krum,
     "centered-clipping": centered_clipping,
+    "meamed": mean_around_median,
+    "bulyan": partial(bulyan, byzantine_fraction=0.2),
+    "mda": minimum_diameter_averaging,
+    "smea": smallest_eigenvalue_averaging,
+    "caf": covariance_agnostic_filter,
+    "dnc": lambda rows: divide_and_conquer(rows, coordinates=500, generator=seeded()),
+    "sign-guard": lambda rows: sign_guard(rows, generator=seeded()),
+    "fools-gold": fools_gold,
+    "flame": lambda rows: flame(rows, noise=0.01, generator=seeded()),
+    "monna": nearest_neighbor_averaging,
+    "monna-root": lambda rows: nearest_neighbor_averaging(rows, rows[5]),
+    "fltrust": lambda rows: fltrust(rows, rows[5]),
     "nearest-neighbor-mixing": nearest_neighbor_mixing,
     "bucketing": lambda rows: bucketing(rows, generator=seeded()),
     "pipeline": build_rule("gmd+nearest-neighbor"),
@@ -203,7 +226,11 @@ def test_rows_out_of_the_range_of_squares(size: float, gpu: torch.device) -> Non
 
 
 CONFIGURED: dict[str, dict[str, Value]] = {
-    **{name: {"strategy": name} for name in RULES if name != "bgmd"},
+    **{
+        name: {"strategy": name}
+        for name, kind in RULES.items()
+        if name != "bgmd" and not kind.needs_root
+    },
     **{
         f"bgmd-{rule}": {
             "strategy": f"bgmd:memory={rule},selection=top-k,block-fraction=0.5,min-block-size=1"

@@ -198,6 +198,19 @@ FAMILIES = [
     "krum",
     "multi-krum",
     "centered-clipping",
+    *(
+        "meamed",
+        "bulyan",
+        "mda",
+        "smea",
+        "monna",
+        "caf",
+        "dnc",
+        "sign-guard",
+        "fools-gold",
+        "flame",
+    ),
+    "norm-clip",
 ]
 MOST = 10_000_000
 """Bytes: the replies hold kilobytes, and declare up to exabytes."""

@@ -96,6 +96,9 @@ BAD: dict[str, list[Any]] = {
 }
 
 
+WITHOUT_ROOT = [name for name, kind in RULES.items() if not kind.needs_root]
+"""Rules that need no data of the server's."""
+
 SPECS = {"server-optimizer", "attack", "compressor", "downlink-compressor", "partition", "strategy"}
 """Keys that hold things with options."""
 
@@ -207,7 +210,7 @@ def test_a_number_beyond_all_range_is_refused_like_any_other(key: str) -> None:
         ("data-dir", ["", "/somewhere/else"]),
         ("checkpoint-dir", ["", "/somewhere/else"]),
         ("lr-schedule", ["constant", "cosine", "exponential"]),
-        ("strategy", list(RULES)),
+        ("strategy", WITHOUT_ROOT),
         ("strategy", ["bgmd:1e-9", "bgmd:block-fraction=1.0", "bgmd:block-fraction=1"]),
         ("strategy", ["norm-threshold:order=1", "norm-threshold:order=100.0"]),
     ],
@@ -377,6 +380,11 @@ def test_linear_regression_takes_no_images() -> None:
     assert "linear" not in message.partition("images: ")[2]
 
 
+def test_a_rule_that_needs_data_of_the_servers_is_refused_where_there_are_none() -> None:
+    message = refusal({"strategy": "fltrust+clipping"})
+    assert message.startswith("root_update is None with fltrust+clipping; allowed: a function from")
+
+
 def test_per_client_memory_and_bucketing_are_refused_before_anything_starts() -> None:
     message = refusal({"strategy": "bgmd:memory=per-client+bucketing"})
     assert "per-client" in message
@@ -435,12 +443,12 @@ def test_an_unknown_key_cannot_be_parsed() -> None:
 # ------------------------------------------------------------------------------- strategy
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", WITHOUT_ROOT)
 def test_the_shared_settings_reach_the_strategy(name: str) -> None:
     strategy = build_strategy(
         validate(
             {
-                "strategy": f"{name}+bucketing:3",
+                "strategy": f"{name}+clipping:3",
                 "num-clients": 20,
                 "partition": "iid",
                 "fraction-train": 0.29,
@@ -456,7 +464,7 @@ def test_the_shared_settings_reach_the_strategy(name: str) -> None:
         )
     )
     assert type(strategy) is RobustStrategy
-    assert str(strategy.rule) == f"{name}+bucketing:bucket-size=3"
+    assert str(strategy.rule) == f"{name}+clipping:radius=3.0"
     expected = {
         "fraction_train": 0.29,
         "fraction_evaluate": 0.5,

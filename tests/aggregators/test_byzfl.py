@@ -1,0 +1,168 @@
+"""ByzFL's rules on the same rows, as an independent reference, with its known errors named.
+
+``pip install byzfl`` for these; without it they are skipped, and say so.
+"""
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from fl_bgmd.aggregators import (
+    bucketing,
+    covariance_agnostic_filter,
+    krum,
+    mean_around_median,
+    minimum_diameter_averaging,
+    multi_krum,
+    nearest_neighbor_averaging,
+    nearest_neighbor_mixing,
+    smallest_eigenvalue_averaging,
+    trimmed_mean,
+)
+from fl_bgmd.aggregators.mixing import adaptive_clipping, clipping
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("byzfl") is None,
+    reason="byzfl is not installed: pip install byzfl to compare with its rules",
+)
+
+SHAPES = [(5, 1), (7, 2), (10, 2), (11, 4), (12, 3)]
+Array = NDArray[np.float64]
+
+
+@pytest.fixture(scope="module")
+def byzfl() -> Any:
+    return importlib.import_module("byzfl")
+
+
+def attacked(n: int, hostile: int, d: int = 40) -> Array:
+    """Return rows of which the first few are longer, and shifted together."""
+    rows = np.random.default_rng(n).standard_normal((n, d))
+    rows[:hostile] = 3.0 * rows[:hostile] + 1.0
+    return rows
+
+
+@pytest.mark.parametrize(("n", "hostile"), SHAPES)
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("Meamed", mean_around_median),
+        ("MDA", minimum_diameter_averaging),
+        ("NNM", nearest_neighbor_mixing),
+    ],
+)
+def test_the_same_result(byzfl: Any, name: str, rule: Any, n: int, hostile: int) -> None:
+    rows = attacked(n, hostile)
+    found = rule(torch.from_numpy(rows), byzantine_fraction=hostile / n)
+    vector = getattr(found, "vector", found).numpy()
+    np.testing.assert_allclose(vector, getattr(byzfl, name)(hostile)(rows), atol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "hostile"), SHAPES)
+def test_the_same_trimmed_mean(byzfl: Any, n: int, hostile: int) -> None:
+    rows = attacked(n, hostile)
+    found = trimmed_mean(torch.from_numpy(rows), trim_fraction=hostile / n).vector.numpy()
+    np.testing.assert_allclose(found, byzfl.TrMean(hostile)(rows), atol=1e-9)
+
+
+@pytest.mark.parametrize(("n", "hostile"), SHAPES)
+@pytest.mark.parametrize("pivot", [0, 3])
+def test_monna_with_the_pivot_for_the_root(byzfl: Any, n: int, hostile: int, pivot: int) -> None:
+    """Its default pivot is the first client, whoever that is: the first is hostile here."""
+    rows = attacked(n, hostile)
+    updates = torch.from_numpy(rows)
+    found = nearest_neighbor_averaging(updates, updates[pivot], byzantine_fraction=hostile / n)
+    np.testing.assert_allclose(found.vector.numpy(), byzfl.MoNNA(hostile, pivot)(rows), atol=1e-9)
+
+
+@pytest.mark.parametrize(("n", "hostile"), SHAPES)
+def test_adaptive_clipping(byzfl: Any, n: int, hostile: int) -> None:
+    rows = attacked(n, hostile)
+    updates = torch.from_numpy(rows.copy())
+    found = adaptive_clipping(updates, byzantine_fraction=hostile / n).apply(updates).numpy()
+    np.testing.assert_allclose(found, byzfl.ARC(hostile)(rows.copy()), atol=1e-9)
+
+
+def test_clipping_and_buckets_of_one(byzfl: Any) -> None:
+    rows = attacked(9, 2)
+    updates = torch.from_numpy(rows.copy())
+    found = clipping(updates, radius=2.0).apply(updates).numpy()
+    np.testing.assert_allclose(found, byzfl.Clipping(2.0)(rows.copy()), atol=1e-9)
+    ours, theirs = bucketing(updates, bucket_size=1).numpy(), byzfl.Bucketing(1)(rows.copy())
+    np.testing.assert_allclose(np.sort(ours, axis=0), np.sort(theirs, axis=0))
+
+
+# --- Its known errors ---------------------------------------------------------------------------
+
+
+def test_its_krum_counts_one_neighbor_more(byzfl: Any) -> None:
+    """``n - f - 1`` where Blanchard et al. have ``n - f - 2``: here that decides."""
+    rows = np.array([[0.0], [1.0], [3.0], [4.5], [8.0], [9.0]])
+    theirs = byzfl.Krum(2)(rows)
+    ours = krum(torch.from_numpy(rows), byzantine_fraction=0.34).vector.numpy()
+    # Two neighbors: 1 + 9, 1 + 4, 2.25 + 4, 2.25 + 12.25, 1 + 12.25, 1 + 20.25. Three, and 3
+    # has 2.25 + 4 + 9, 1 has 1 + 4 + 12.25.
+    assert ours.tolist() == [1.0]
+    assert theirs.tolist() == [3.0]
+    many = multi_krum(torch.from_numpy(rows), byzantine_fraction=0.34)
+    assert many.vector.shape == byzfl.MultiKrum(2)(rows).shape
+
+
+@pytest.mark.parametrize("rule", ["CAF", "SMEA"])
+def test_its_top_eigenvectors_are_one_step_of_the_power_method(byzfl: Any, rule: str) -> None:
+    """From a random start, and the length after it: another result each time, but for d = 1."""
+    own = {"CAF": covariance_agnostic_filter, "SMEA": smallest_eigenvalue_averaging}[rule]
+    line = np.random.default_rng(0).standard_normal((9, 1))
+    ours = own(torch.from_numpy(line), byzantine_fraction=0.12).vector.numpy()
+    np.testing.assert_allclose(getattr(byzfl, rule)(1)(line), ours, atol=1e-6)
+    rows = attacked(9, 3)
+    np.random.seed(0)
+    several = {tuple(np.round(getattr(byzfl, rule)(3)(rows), 9)) for _ in range(5)}
+    assert len(several) > 1
+
+
+def test_its_caf_returns_nothing_without_hostile_rows(byzfl: Any) -> None:
+    rows = attacked(6, 1)
+    assert byzfl.CAF(0)(rows) is None
+    found = covariance_agnostic_filter(torch.from_numpy(rows), byzantine_fraction=0).vector
+    np.testing.assert_allclose(found.numpy(), rows.mean(axis=0))
+
+
+def test_a_row_that_its_caf_has_dropped_still_sets_the_scale(byzfl: Any) -> None:
+    """``tau_max`` is over all rows: after 1e30 no weight falls any more, and it never ends."""
+    program = (
+        "import byzfl, numpy as np; rows = np.random.default_rng(0).standard_normal((9, 5)); "
+        "rows[0] = 1e30; print('begun', flush=True); byzfl.CAF(2)(rows)"
+    )
+    with pytest.raises(subprocess.TimeoutExpired) as error:
+        subprocess.run([sys.executable, "-c", program], timeout=30, capture_output=True, check=True)
+    assert error.value.stdout == b"begun\n"
+    rows = torch.from_numpy(np.random.default_rng(0).standard_normal((9, 5)))
+    rows[0] = 1e30
+    found = covariance_agnostic_filter(rows, byzantine_fraction=0.23).vector
+    assert found.abs().max() < 3
+
+
+def test_its_clipping_overwrites_what_it_is_given(byzfl: Any) -> None:
+    rows = attacked(6, 1)
+    given = rows.copy()
+    byzfl.Clipping(0.5)(given)
+    assert not np.array_equal(given, rows)
+    updates = torch.from_numpy(rows.copy())
+    clipping(updates, radius=0.5).apply(updates)
+    assert np.array_equal(updates.numpy(), rows)
+
+
+def test_a_nan_passes_through_it(byzfl: Any) -> None:
+    rows = attacked(6, 1)
+    rows[0, 0] = np.nan
+    assert np.isnan(byzfl.Meamed(1)(rows)).any()
+    with pytest.raises(ValueError, match="row 0 holds a NaN"):
+        mean_around_median(torch.from_numpy(rows))

@@ -1,0 +1,172 @@
+"""The covariance bound-agnostic filter, and divide and conquer."""
+
+import math
+
+import numpy as np
+import peer_oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import few_examples, numpy64, update_matrices
+
+from fl_bgmd.aggregators import build_rule, covariance_agnostic_filter, divide_and_conquer, mean
+
+FRACTIONS = (0.0, 0.1, 0.25, 0.3, 0.4, 0.49)
+
+
+def normal(n: int, d: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+# --- CAF ----------------------------------------------------------------------------------------
+
+
+@given(update_matrices(min_n=2, kinds=("normal", "collinear")), st.sampled_from(FRACTIONS))
+@few_examples
+def test_caf_against_singular_values(updates: torch.Tensor, fraction: float) -> None:
+    rows = numpy64(updates)
+    hostile = math.floor(fraction * len(rows) + 1e-9)
+    result = covariance_agnostic_filter(updates, byzantine_fraction=fraction)
+    expected = peer_oracles.covariance_agnostic_filter(rows, hostile)
+    assert np.abs(numpy64(result.vector) - expected).max() <= 1e-4 * np.abs(rows).max()
+    assert result.weights is not None
+    formed = result.weights.numpy() @ rows
+    np.testing.assert_allclose(formed, numpy64(result.vector), atol=1e-6 * np.abs(rows).max())
+
+
+def test_caf_by_hand() -> None:
+    # f = 1 of 4 on a line: the mean of 0, 1, 2, 9 is 3, the squares 9, 4, 1, 36, so the weights
+    # are 3/4, 8/9, 35/36, 0: above n - 2 f = 2. Their mean is (8/9 + 70/36) / (94/36) = 102/94,
+    # with less variance; the weights that come next sum to less than 2.
+    rows = torch.tensor([[0.0], [1.0], [2.0], [9.0]], dtype=torch.float64)
+    result = covariance_agnostic_filter(rows, byzantine_fraction=0.25)
+    assert result.vector.tolist() == pytest.approx([102 / 94])
+    assert result.weights is not None
+    assert result.weights.tolist() == pytest.approx([27 / 94, 32 / 94, 35 / 94, 0.0])
+
+
+def test_caf_without_hostile_rows_is_the_mean() -> None:
+    """ByzFL returns nothing here: its loop, which alone makes a mean, has not begun."""
+    rows = normal(6, 9)
+    found = covariance_agnostic_filter(rows, byzantine_fraction=0).vector
+    torch.testing.assert_close(found, mean(rows).vector)
+    assert torch.equal(covariance_agnostic_filter(torch.ones(5, 3)).vector, torch.ones(3))
+
+
+@pytest.mark.parametrize("kind", ["huge", "one point", "mixed", "together"])
+@pytest.mark.parametrize("n", [5, 10, 15])
+def test_caf_holds_against_a_minority(n: int, kind: str) -> None:
+    hostile = (n - 1) // 2
+    rng = np.random.default_rng(n)
+    honest = rng.standard_normal((n, 40))
+    bad = {
+        "huge": 1e30 * rng.standard_normal((hostile, 40)),
+        "one point": np.full((hostile, 40), 1e6),
+        "mixed": 10.0 ** rng.uniform(1, 30, (hostile, 1)) * rng.standard_normal((hostile, 40)),
+        "together": np.full((hostile, 40), 3.0),
+    }[kind]
+    rows = torch.from_numpy(np.concatenate((bad, honest[hostile:])))
+    found = numpy64(covariance_agnostic_filter(rows, byzantine_fraction=hostile / n).vector)
+    spread = np.linalg.norm(honest, axis=1).max()
+    assert np.linalg.norm(found - honest[hostile:].mean(axis=0)) < 2 * spread
+
+
+def test_caf_of_many_rows_is_that_of_few() -> None:
+    """Above 1,000 rows eigenvectors come from passes over them."""
+    rows = normal(1_100, 12)
+    rows[:200] += 2.0
+    hostile = math.floor(0.2 * 1_100)
+    expected = peer_oracles.covariance_agnostic_filter(numpy64(rows), hostile)
+    found = numpy64(covariance_agnostic_filter(rows, byzantine_fraction=0.2).vector)
+    assert np.linalg.norm(found - expected) < 0.05
+    assert np.linalg.norm(found) < np.linalg.norm(numpy64(mean(rows).vector)) / 3
+
+
+# --- DnC ----------------------------------------------------------------------------------------
+
+
+@given(update_matrices(min_n=3, kinds=("normal",)), st.sampled_from(FRACTIONS))
+@few_examples
+def test_dnc_against_singular_values(updates: torch.Tensor, fraction: float) -> None:
+    rows = numpy64(updates)
+    dropped = math.floor(fraction * len(rows) + 1e-9)
+    result = divide_and_conquer(updates, byzantine_fraction=fraction)
+    assert int(result.kept.sum()) == len(rows) - dropped
+    expected = peer_oracles.divide_and_conquer(rows, dropped)
+    np.testing.assert_allclose(numpy64(result.vector), expected, atol=1e-5)
+
+
+def test_dnc_by_hand() -> None:
+    # The mean of 0, 1, 2, 9 is 3: 9 is furthest, then 0.
+    rows = torch.tensor([[0.0], [1.0], [2.0], [9.0]])
+    assert divide_and_conquer(rows, byzantine_fraction=0.25).vector.tolist() == [1.0]
+    two = divide_and_conquer(rows, byzantine_fraction=0.25, filter_share=2.0)
+    assert two.vector.tolist() == [1.5]
+    assert two.kept.tolist() == [False, True, True, False]
+
+
+def test_dnc_draws_coordinates() -> None:
+    """What is out only where nobody has looked stays; more iterations look elsewhere."""
+    rows = normal(10, 400)
+    rows[0, :4] = 60.0
+    runs = [
+        divide_and_conquer(
+            rows,
+            byzantine_fraction=0.1,
+            coordinates=20,
+            iterations=iterations,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for iterations in (1, 40)
+        for seed in range(20)
+    ]
+    caught = [not bool(run.kept[0]) for run in runs]
+    assert 0 < sum(caught[:20]) < 20
+    assert sum(caught[20:]) > sum(caught[:20])
+
+
+def test_where_each_row_was_left_out_once_those_are_kept_that_were_the_fewest_times() -> None:
+    rows = normal(5, 30)
+    result = divide_and_conquer(
+        rows,
+        byzantine_fraction=0.4,
+        coordinates=1,
+        iterations=50,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert 1 <= int(result.kept.sum()) < 5
+
+
+def test_dnc_finds_rows_that_pull_together() -> None:
+    rows = normal(20, 2_000)
+    rows[:4] = rows[4:].mean(dim=0) + 0.8
+    kept = divide_and_conquer(rows, byzantine_fraction=0.2).kept
+    assert kept.tolist() == [False] * 4 + [True] * 16
+
+
+def test_long_rows_hide_others_from_dnc_unless_they_are_clipped() -> None:
+    rows = normal(12, 50)
+    rows[0, 0], rows[1, 1] = 1e20, 1e8
+    assert divide_and_conquer(rows, byzantine_fraction=0.17).vector.abs().max() > 1e5
+    assert build_rule("dnc+clipping", byzantine_fraction=0.17)(rows).vector.abs().max() < 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"iterations": 0}, "iterations is 0; allowed: a whole number, 1 or more"),
+        ({"coordinates": 0}, "coordinates is 0; allowed: a whole number, 1 or more"),
+        ({"filter_share": 0.0}, "filter_share is 0.0; allowed: above 0"),
+    ],
+)
+def test_refused_options(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        divide_and_conquer(normal(5, 3), **options)  # type: ignore[arg-type]
+
+
+def test_a_row_that_is_not_finite_is_named_where_dnc_does_not_look() -> None:
+    rows = normal(5, 5_000)
+    rows[3, 4_999] = math.inf
+    with pytest.raises(ValueError, match="row 3 holds a NaN or an infinity"):
+        divide_and_conquer(rows, coordinates=2, generator=torch.Generator().manual_seed(0))
