@@ -113,7 +113,7 @@ def lie(attack: str, view: View) -> Tensor:
         make, grid = SEARCHED[attack]
         assert view.honest is not None
         of_strength = partial(make, view.honest)
-        strength = searched(of_strength, grid, view.honest, view.memory, view.outcome)
+        strength = searched(of_strength, grid, view.honest, view.memory, view.pipeline)
         return of_strength(strength)
     [bound] = build_attacks(attack)
     return bound.lie(view)
@@ -272,7 +272,7 @@ def measure(cell: Cell, federation: Federation | None = None) -> Outcome:
 def _view(updates: Tensor, rule: Deployed, generator: torch.Generator, notes: Any) -> View:
     """Return all that there is to see in a round."""
 
-    def outcome(candidate: Tensor, rounds: int) -> Tensor:
+    def pipeline(candidate: Tensor, rounds: int = 1) -> Tensor:
         sent = updates.clone()
         sent[:HOSTILE] = candidate
         return rule.preview(sent, rounds)
@@ -287,5 +287,5 @@ def _view(updates: Tensor, rule: Deployed, generator: torch.Generator, notes: An
         colluder_ids=tuple(range(HOSTILE)),
         honest_ids=tuple(range(HOSTILE, CLIENTS)),
         memory=notes,
-        outcome=outcome,
+        pipeline=pipeline,
     )

@@ -17,7 +17,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fl_bgmd.attacks import OMNISCIENT, AttackPlan, View
+from fl_bgmd.attacks import OMNISCIENT, AttackPlan, Pipeline, View
 from fl_bgmd.compression import Compressor
 from fl_bgmd.flower import Run
 from fl_bgmd.layout import BUFFER_DTYPE, ModelLayout
@@ -137,7 +137,7 @@ class AdversarialGrid(Grid):
             view = replace(
                 everything,
                 memory=self._memory.setdefault(str(bound), {}),
-                outcome=self._outcome(updates, nodes, examples, players),
+                pipeline=self._pipeline(updates, nodes, examples, players),
             )
             vector = bound.lie(view)
             for partition in players:
@@ -146,24 +146,27 @@ class AdversarialGrid(Grid):
                 mark(reply, str(bound))
                 updates[partition] = vector
 
-    def _outcome(
+    def _pipeline(
         self,
         updates: Mapping[int, Tensor],
         nodes: Mapping[int, int],
         examples: Mapping[int, float],
         players: list[int],
-    ) -> Callable[[Tensor, int], Tensor] | None:
-        """Return what tells the players where a lie of theirs would take the server."""
+    ) -> Pipeline | None:
+        """Return what tells the players where lies of theirs would take the server."""
         preview = self._preview
         if preview is None:
             return None
 
-        def outcome(lie: Tensor, rounds: int) -> Tensor:
+        places = [place for place, partition in enumerate(updates) if partition in players]
+
+        def pipeline(lies: Tensor, rounds: int = 1) -> Tensor:
             # By partitions, as the server sorts them: whose reply came first does not matter.
-            rows = torch.stack([lie if p in players else updates[p] for p in updates])
+            rows = torch.stack(list(updates.values()))
+            rows[places] = lies
             return preview(rows, list(nodes.values()), list(examples.values()), rounds)
 
-        return outcome
+        return pipeline
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the rounds to come depend on, the inner grid's included."""

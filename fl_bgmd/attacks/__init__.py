@@ -2,17 +2,16 @@
 
 from .attack import (
     ATTACKS,
-    OMNISCIENT,
     Attack,
     Bound,
     Strength,
-    View,
     attack,
     base_name,
     build_attacks,
 )
 from .plan import AttackPlan
 from .roles import SELECTIONS, byzantine_clients, byzantine_roles
+from .view import OMNISCIENT, Pipeline, View
 
 # isort: split
 # In the order in which they are listed.
@@ -33,22 +32,19 @@ from .updates import (
 )
 
 # isort: split
-from .collusion import (
-    alie,
-    alie_deviations,
+from .collusion import alie, alie_deviations, ipm, mimic, mimic_victim, min_max, min_sum
+
+# isort: split
+from .block_memory import (
     consistent_lie,
-    directed_deviation,
-    fang,
-    ipm,
     memory_consistent,
     memory_poison,
     memory_takeover,
-    mimic,
-    mimic_victim,
-    min_max,
-    min_sum,
     takeover_lie,
 )
+
+# isort: split
+from .directed import directed_deviation, fang
 
 # isort: split
 from .data import backdoor, blur, image_noise, impulse, label_shift, random_labels
@@ -60,6 +56,7 @@ __all__ = [
     "Attack",
     "AttackPlan",
     "Bound",
+    "Pipeline",
     "Strength",
     "View",
     "alie",

@@ -1,123 +1,35 @@
 """Attacks by name: what declares one, and what a text such as ``alie+bit-flip:5`` builds.
 
 An attack is a function under :func:`attack`, which is all there is to adding one. What it is given,
-what it knows and where it is played follow from the names of its parameters:
-
-=================== ========== ====================================================================
-``update``          own        (d,): the update that the client trained honestly
-``generator``       own        its own randomness
-``num_clients``     own        n, which is public
-``num_byzantine``   own        f, which is public
-``past``            own        its own updates of earlier rounds, at most as many as its option
-                               ``rounds`` says, oldest first
-``colluders``       colluders  (m, d): the updates of the hostile clients that collude
-``colluder_ids``    colluders  their partition ids
-``honest``          all        (h, d): the updates of the honest clients
-``honest_ids``      all        their partition ids
-``memory``          colluders  a dictionary that it finds in the next round as it left it
-``outcome``         rule       ``(lie, rounds) -> (d,)``: what the server would make of a lie
-``images``          data       (B, H, W) or (B, H, W, C) uint8: the images that the client trains on
-``labels``          data       (B,) int64: their labels
-``num_classes``     data       how many labels there are
-``rng``             data       its own randomness
-=================== ========== ====================================================================
-
-An attack on the update returns what is sent instead of it, (d,). An attack on the data returns what
-it takes of ``images`` and ``labels``, changed: one of them, or both as a pair. All other parameters
-are options; the first is the attack's knob: ``bit-flip:5``.
+what it knows and where it is played follow from the names of its parameters: the table at the top
+of :mod:`.view`. All other parameters are options; the first is the attack's knob: ``bit-flip:5``.
 """
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Generator, Tensor
+from torch import Tensor
 
 from fl_bgmd.options import NonNegative, OptionError, Options, check_all, declared, nearest
 from fl_bgmd.registry import Registry, declared_under, parse_spec, split_specs
 
+from .view import NEEDS_GRID, ON_DATA, ON_UPDATES, TELLS, Knowledge, View
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
-Knowledge = Literal["own", "colluders", "all", "rule"]
 Place = Literal["update", "data"]
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
-Outcome = Callable[[Tensor, int], Tensor]
-
-OMNISCIENT: tuple[Knowledge, ...] = ("all", "rule")
-"""Who sees the honest clients' updates."""
 
 Strength = NonNegative
 """What scales a lie."""
-
-
-@dataclass(frozen=True)
-class View:
-    """What there is to see when a hostile client decides what to send.
-
-    An attack is given what it asks for and no more: see :meth:`limited_to`.
-
-    Attributes
-    ----------
-    update : Tensor
-        (d,): the update it trained honestly. Clients that collude send the same lie: here it is the
-        first one's.
-    generator : torch.Generator
-        Its own randomness.
-    num_clients, num_byzantine : int
-        n and f, which are public.
-    past : tuple of Tensor
-        Its own true updates of earlier rounds, oldest first.
-    colluders : Tensor or None
-        (m, d): the true updates of the hostile clients whose attack is played with more than their
-        own, in the order of their partitions.
-    honest : Tensor or None
-        (h, d): the updates of the honest clients.
-    colluder_ids, honest_ids : tuple of int
-        The partition ids of the rows of ``colluders`` and ``honest``.
-    memory : dict
-        What the attack has noted in earlier rounds, for it to change: names to plain values and
-        tensors, which a checkpoint can hold.
-    outcome : callable or None
-        ``(lie, rounds) -> (d,)``: by what the server would move in this number of rounds, each as
-        this one, if all who play the attack sent ``lie`` (d,) and all others what they send now.
-        None where there is no rule to be tried.
-    """
-
-    update: Tensor
-    generator: Generator
-    num_clients: int
-    num_byzantine: int
-    past: tuple[Tensor, ...] = ()
-    colluders: Tensor | None = None
-    honest: Tensor | None = None
-    colluder_ids: tuple[int, ...] = ()
-    honest_ids: tuple[int, ...] = ()
-    memory: dict[str, Any] = field(default_factory=dict)
-    outcome: Outcome | None = None
-
-    def limited_to(self, names: Collection[str]) -> dict[str, Any]:
-        """Return what an attack that asks for these is given, by name, and nothing else."""
-        return {name: getattr(self, name) for name in names}
-
-
-ON_UPDATES = tuple(field.name for field in fields(View))
-ON_DATA = ("images", "labels", "num_classes", "rng")
-
-_TELLS: Mapping[str, Knowledge] = {
-    "outcome": "rule",
-    "honest": "all",
-    "honest_ids": "all",
-    "colluders": "colluders",
-    "colluder_ids": "colluders",
-}
-"""What tells who an attack is played with, the most telling first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +45,7 @@ class Attack:
     function : callable
         What makes the lie.
     takes : tuple of str
-        What it is given: see the module.
+        What it is given: see :mod:`.view`.
     options : mapping of str to Option
         Its other parameters. The first is its knob.
     sweep : tuple
@@ -172,7 +84,7 @@ class Attack:
         ``own`` attacks run on the client, on a SuperNode as in a simulation; the others are played
         by a grid that sees all replies.
         """
-        return next((knows for name, knows in _TELLS.items() if name in self.takes), "own")
+        return next((knows for name, knows in TELLS.items() if name in self.takes), "own")
 
     @property
     def is_local(self) -> bool:
@@ -365,7 +277,7 @@ def _refuse_impossible(name: str, takes: Sequence[str], options: Options) -> Non
                 f"attack {name!r} takes {option.name!r}; {nearest(option.name, known)}; allowed: "
                 f"{', '.join(known)}, and options, which have a default"
             )
-    given, colludes = set(takes), any(tells in takes for tells in _TELLS)
+    given, colludes = set(takes), any(tells in takes for tells in TELLS)
     problem = ""
     if given & set(ON_DATA) and given & set(ON_UPDATES):
         problem = "allowed: those of an attack on the update, or those of one on the data"
@@ -373,8 +285,8 @@ def _refuse_impossible(name: str, takes: Sequence[str], options: Options) -> Non
         problem = "allowed: with update, colluders, honest, images or labels among them"
     elif "past" in given and (colludes or "rounds" not in options):
         problem = "allowed: past with an option 'rounds', and no more than its own update"
-    elif "memory" in given and not colludes:
-        problem = "allowed: memory with colluders or honest; past for one's own updates"
+    elif not colludes and (kept := [name for name in NEEDS_GRID if name in given]):
+        problem = f"allowed: {kept[0]} with colluders or honest; {NEEDS_GRID[kept[0]]}"
     if problem:
         raise ValueError(f"attack {name!r} takes {', '.join(takes) or 'nothing'}; {problem}")
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .attack import Outcome
+from .view import Pipeline
 
 SEARCH_EVERY = 12
-"""Rounds that an attack is played with the strength it has found."""
+"""Rounds that an attack is played with the strength it has found, unless it is told otherwise."""
 
 HORIZON = 6
 """Rounds that each strength is tried for: what enters a memory does its harm later."""
@@ -29,11 +29,12 @@ def searched(
     grid: Sequence[float],
     honest: Tensor,
     memory: dict[str, Any],
-    outcome: Outcome | None,
+    pipeline: Pipeline | None,
+    every: int = SEARCH_EVERY,
     *,
     blind: float | None = None,
 ) -> float:
-    """Return the strength of the grid that harms most, searched every :data:`SEARCH_EVERY` rounds.
+    """Return the strength of the grid that harms most, searched in every ``every``-th round.
 
     Harm is progress lost: what the server would move by in :data:`HORIZON` rounds, along the mean
     of the honest updates. The first of equals wins.
@@ -48,8 +49,10 @@ def searched(
         (h, d): the updates of the honest clients.
     memory : dict
         Where the search keeps what it has found.
-    outcome : callable or None
-        See :class:`.attack.View`.
+    pipeline : Pipeline or None
+        See :class:`.view.View`.
+    every : int
+        Rounds that an attack is played with the strength it has found.
     blind : float, optional
         The strength where there is no rule to be tried.
 
@@ -58,7 +61,7 @@ def searched(
     ValueError
         Where there is no rule to be tried, and no ``blind`` strength.
     """
-    if outcome is None:
+    if pipeline is None:
         if blind is not None:
             return blind
         raise ValueError(
@@ -67,13 +70,13 @@ def searched(
         )
     number = int(memory.get("round", 0))
     memory["round"] = number + 1
-    if number % SEARCH_EVERY == 0:
-        memory["strength"] = min(grid, key=lambda s: _progress(lie(s), honest, outcome))
+    if number % every == 0:
+        memory["strength"] = min(grid, key=lambda s: _progress(lie(s), honest, pipeline))
     return float(memory["strength"])
 
 
-def _progress(lie: Tensor, honest: Tensor, outcome: Outcome) -> float:
+def _progress(lie: Tensor, honest: Tensor, pipeline: Pipeline) -> float:
     """Return how far the server would move along the honest mean, infinite where nobody knows."""
-    moved = outcome(lie, HORIZON).double()
+    moved = pipeline(lie, HORIZON).double()
     progress = float(moved @ honest.mean(0).to(moved))
     return math.inf if math.isnan(progress) else progress

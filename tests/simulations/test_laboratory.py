@@ -32,6 +32,7 @@ from fl_bgmd.attacks import (
     byzantine_clients,
     byzantine_roles,
 )
+from fl_bgmd.attacks.search import SEARCH_EVERY
 from fl_bgmd.data import load
 from fl_bgmd.mods import ByzantineMod
 from fl_bgmd.options import NonNegative
@@ -65,7 +66,7 @@ def make_view(d: int = 50, honest: int = 6, hostile: int = 4, seed: int = 0) -> 
         colluder_ids=tuple(range(honest, honest + hostile)),
         honest_ids=tuple(range(honest)),
         memory={"noted": 3},
-        outcome=lambda lie, rounds: rounds * lie,
+        pipeline=lambda lie, rounds=1: rounds * lie,
     )
 
 
@@ -100,7 +101,8 @@ def test_strengths_of_the_paper_and_of_the_authors_code() -> None:
     assert values["gaussian"] == [10.0]
     assert values["backdoor"] == [8]
     assert values["replace-gaussian"] == [200.0]
-    assert values["alie"] == values["fang"] == [None]
+    assert values["alie"] == [None]
+    assert values["fang"] == [None, SEARCH_EVERY]
     code = {name: attack.authors_code for name, attack in ATTACKS.items() if attack.authors_code}
     assert code == {"bit-flip": {"": 5.0}, "gaussian": {"cifar10": 100.0}, "backdoor": {"": 0}}
     again = plan_experiment(read_experiment("table2-fashion-mnist-authors-code"), epochs=1, seeds=1)
@@ -116,7 +118,7 @@ def test_a_spec_names_an_attack_with_its_options() -> None:
         {"scale": 3.0, "strong": 0.5},
         {"size": 1e31},
         {"scale": 100.0},
-        {"beyond": None},
+        {"beyond": None, "every": SEARCH_EVERY},
         {"rounds": 2},
     ]
     assert "+".join(map(str, bounds)) == (
@@ -148,6 +150,7 @@ def test_what_an_attack_is_given_follows_from_its_parameters() -> None:
         ("update, past", "takes update, past; allowed: past with an option 'rounds'"),
         ("update, honest, past, rounds: int = 3", "no more than its own update"),
         ("update, memory", "takes update, memory; allowed: memory with colluders"),
+        ("update, last_step", "takes update, last_step; allowed: last_step with colluders"),
         ("update, scale: NonNegative = 1.0", "scale is -3.0; allowed: 0 or more"),
     ],
 )
@@ -189,9 +192,9 @@ def test_a_view_shows_no_more_than_was_declared(name: str) -> None:
     if attack.knows == "own":
         assert set(attack.takes) <= {"update", "generator", "past"}
     if attack.knows not in OMNISCIENT:
-        assert not set(attack.takes) & {"honest", "honest_ids", "outcome", "memory"}
+        assert not set(attack.takes) & {"honest", "honest_ids", "pipeline", "memory"}
     if attack.knows != "rule":
-        assert "outcome" not in attack.takes
+        assert "pipeline" not in attack.takes
 
 
 @pytest.mark.parametrize("name", [n for n in UPDATE_ATTACKS if ATTACKS[n].knows not in OMNISCIENT])
@@ -383,11 +386,11 @@ def test_the_strength_that_harms_most_is_found_and_kept_for_twelve_rounds(
     allowed = lie_of(name, replace(make_view(), memory={}), wanted)
     tried: list[int] = []
 
-    def outcome(lie: Tensor, rounds: int) -> Tensor:
+    def pipeline(lie: Tensor, rounds: int = 1) -> Tensor:
         tried.append(rounds)
         return -rounds * honest.mean(0) if torch.equal(lie, allowed) else torch.zeros_like(lie)
 
-    view = replace(make_view(), memory={}, outcome=outcome)
+    view = replace(make_view(), memory={}, pipeline=pipeline)
     for number in range(13):
         # The honest updates stay, so the running mean does up to its rounding.
         view.memory.pop("running-mean", None)
@@ -399,17 +402,17 @@ def test_the_strength_that_harms_most_is_found_and_kept_for_twelve_rounds(
 
 @pytest.mark.parametrize("name", SEARCHED)
 def test_a_fixed_strength_asks_nobody(name: str) -> None:
-    def outcome(lie: Tensor, rounds: int) -> Tensor:
+    def pipeline(lie: Tensor, rounds: int = 1) -> Tensor:
         raise AssertionError
 
-    view = replace(make_view(), memory={}, outcome=outcome)
+    view = replace(make_view(), memory={}, pipeline=pipeline)
     assert torch.equal(
-        lie_of(name, view, 3.0), lie_of(name, replace(view, memory={}, outcome=None), 3.0)
+        lie_of(name, view, 3.0), lie_of(name, replace(view, memory={}, pipeline=None), 3.0)
     )
 
 
 def test_without_the_rule_nothing_is_searched() -> None:
-    view = replace(make_view(), memory={}, outcome=None)
+    view = replace(make_view(), memory={}, pipeline=None)
     assert torch.equal(lie_of("fang", view), lie_of("fang", view, 2.0))
     for name in ("memory-takeover", "memory-consistent"):
         with pytest.raises(ValueError, match=r"strength is None .*allowed: a strength,"):
@@ -417,12 +420,12 @@ def test_without_the_rule_nothing_is_searched() -> None:
 
 
 def test_an_outcome_that_is_no_number_is_not_the_worst() -> None:
-    def outcome(lie: Tensor, rounds: int) -> Tensor:
+    def pipeline(lie: Tensor, rounds: int = 1) -> Tensor:
         tried.append(rounds)
         return lie * (1.0 if len(tried) == 2 else math.nan)
 
     tried: list[int] = []
-    view = replace(make_view(), memory={}, outcome=outcome)
+    view = replace(make_view(), memory={}, pipeline=pipeline)
     lie_of("fang", view)
     assert view.memory["strength"] == SEARCHED["fang"][1]
 
