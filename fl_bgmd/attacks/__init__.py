@@ -47,6 +47,9 @@ from .block_memory import (
 from .directed import directed_deviation, fang
 
 # isort: split
+from .optimal import optimal_alie, optimal_ipm, optimal_min_max
+
+# isort: split
 from .data import backdoor, blur, image_noise, impulse, label_shift, random_labels
 
 __all__ = [
@@ -91,6 +94,9 @@ __all__ = [
     "min_max",
     "min_sum",
     "nan",
+    "optimal_alie",
+    "optimal_ipm",
+    "optimal_min_max",
     "random",
     "random_labels",
     "replace_gaussian",

@@ -9,7 +9,7 @@ the attackers.
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from fl_bgmd.options import Positive
 from .attack import Strength, attack
 
 _FEW_ATTACKERS_Z = 1.5
+
+Perturbation = Literal["std", "unit", "sign"]
 
 
 def alie_deviations(num_clients: int, num_byzantine: int) -> float:
@@ -119,10 +121,10 @@ def mimic_victim(honest: Tensor) -> int:
 
 
 @attack("Shejwalkar and Houmansadr (NDSS 2021), Equation 5", sweep=(1.0, 3.0))
-def min_max(honest: Tensor, scale: Strength = 1.0) -> Tensor:
-    """Return ``mean - gamma * std``, no further from any honest update than they are apart.
+def min_max(honest: Tensor, scale: Strength = 1.0, *, perturbation: Perturbation = "std") -> Tensor:
+    """Return ``mean + gamma * p``, no further from any honest update than they are apart.
 
-    With the paper's "inverse standard deviation" as perturbation. They search for the largest
+    They search for the largest
     gamma; here it is the root of a quadratic.
 
     Parameters
@@ -131,8 +133,11 @@ def min_max(honest: Tensor, scale: Strength = 1.0) -> Tensor:
         (h, d).
     scale : float
         Multiple of the largest gamma.
+    perturbation : {"std", "unit", "sign"}
+        p, inverse in the paper's words: minus the standard deviation of each coordinate, minus the
+        mean at length 1, or minus its signs.
     """
-    mean, direction, offsets = _perturbation(honest)
+    mean, direction, offsets = _perturbed(honest, perturbation)
     squared = float(direction @ direction)
     if squared == 0:
         return honest.mean(0)
@@ -146,8 +151,8 @@ def min_max(honest: Tensor, scale: Strength = 1.0) -> Tensor:
 
 
 @attack("Shejwalkar and Houmansadr (NDSS 2021), Equation 6", sweep=(1.0, 3.0))
-def min_sum(honest: Tensor, scale: Strength = 1.0) -> Tensor:
-    """Return ``mean - gamma * std``, its squared distances summing to no more than theirs do.
+def min_sum(honest: Tensor, scale: Strength = 1.0, *, perturbation: Perturbation = "std") -> Tensor:
+    """Return ``mean + gamma * p``, its squared distances summing to no more than theirs do.
 
     The sum of squared distances to the honest updates is at most the largest such sum of an honest
     one.
@@ -158,8 +163,11 @@ def min_sum(honest: Tensor, scale: Strength = 1.0) -> Tensor:
         (h, d).
     scale : float
         Multiple of the largest gamma.
+    perturbation : {"std", "unit", "sign"}
+        p, inverse in the paper's words: minus the standard deviation of each coordinate, minus the
+        mean at length 1, or minus its signs.
     """
-    mean, direction, offsets = _perturbation(honest)
+    mean, direction, offsets = _perturbed(honest, perturbation)
     squared = float(direction @ direction)
     if squared == 0:
         return honest.mean(0)
@@ -170,12 +178,17 @@ def min_sum(honest: Tensor, scale: Strength = 1.0) -> Tensor:
     return (mean + scale * math.sqrt(gamma) * direction).to(honest.dtype)
 
 
-def _perturbation(honest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mean, minus the standard deviation, and mean minus each row, in float64."""
+def _perturbed(honest: Tensor, perturbation: Perturbation) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mean, the perturbation, and mean minus each row, in float64."""
     rows = honest.to(torch.float64, copy=True)
     mean = rows.mean(0)
     offsets = torch.sub(mean, rows, out=rows)
-    return mean, deviation(offsets).neg_(), offsets
+    if perturbation == "std":
+        return mean, deviation(offsets).neg_(), offsets
+    direction = (
+        -mean.sign() if perturbation == "sign" else -torch.nn.functional.normalize(mean, dim=0)
+    )
+    return mean, direction, offsets
 
 
 def deviation(offsets: Tensor) -> Tensor:

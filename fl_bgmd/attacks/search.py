@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -15,6 +15,9 @@ HORIZON = 6
 """Rounds that each strength is tried for: what enters a memory does its harm later."""
 
 
+S = TypeVar("S")
+
+
 def honest_mean(honest: Tensor, memory: dict[str, Any]) -> Tensor:
     """Return the running mean (d,) of the means of ``honest`` (h, d); keep it in the memory."""
     now = honest.mean(0)
@@ -25,15 +28,15 @@ def honest_mean(honest: Tensor, memory: dict[str, Any]) -> Tensor:
 
 
 def searched(
-    lie: Callable[[float], Tensor],
-    grid: Sequence[float],
+    lie: Callable[[S], Tensor],
+    grid: Sequence[S],
     honest: Tensor,
     memory: dict[str, Any],
     pipeline: Pipeline | None,
     every: int = SEARCH_EVERY,
     *,
-    blind: float | None = None,
-) -> float:
+    blind: S | None = None,
+) -> S:
     """Return the strength of the grid that harms most, searched in every ``every``-th round.
 
     Harm is progress lost: what the server would move by in :data:`HORIZON` rounds, along the mean
@@ -43,8 +46,8 @@ def searched(
     ----------
     lie : callable
         ``strength -> (d,)``.
-    grid : sequence of float
-        Strengths.
+    grid : sequence
+        Strengths: numbers, or tuples of plain values.
     honest : Tensor
         (h, d): the updates of the honest clients.
     memory : dict
@@ -53,7 +56,7 @@ def searched(
         See :class:`.view.View`.
     every : int
         Rounds that an attack is played with the strength it has found.
-    blind : float, optional
+    blind : optional
         The strength where there is no rule to be tried.
 
     Raises
@@ -72,7 +75,8 @@ def searched(
     memory["round"] = number + 1
     if number % every == 0:
         memory["strength"] = min(grid, key=lambda s: _progress(lie(s), honest, pipeline))
-    return float(memory["strength"])
+    strength: S = memory["strength"]
+    return strength
 
 
 def _progress(lie: Tensor, honest: Tensor, pipeline: Pipeline) -> float:

@@ -78,6 +78,7 @@ def test_every_attack_of_the_papers_and_peers_is_there() -> None:
         *("bit-flip", "gaussian", "replace-gaussian", "ascent", "sign-flip", "zero", "random"),
         *("nan", "inf", "huge", "free-rider", "delayed", "block-hijack", "alie", "ipm", "mimic"),
         *("min-max", "min-sum", "memory-poison", "memory-takeover", "memory-consistent", "fang"),
+        *("optimal-alie", "optimal-ipm", "optimal-min-max"),
         *("backdoor", "label-shift", "random-labels", "image-noise", "impulse", "blur"),
     }
 
@@ -840,6 +841,7 @@ def test_the_backdoor_is_measured() -> None:
 BREAKS_AVERAGING = {
     *("bit-flip", "gaussian", "replace-gaussian", "sign-flip", "ascent", "huge"),
     *("block-hijack", "memory-poison", "memory-takeover", "memory-consistent", "fang"),
+    *("optimal-alie", "optimal-ipm", "optimal-min-max"),
     *("backdoor", "label-shift"),
 }
 
