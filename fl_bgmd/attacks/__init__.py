@@ -44,7 +44,7 @@ from .block_memory import (
 )
 
 # isort: split
-from .directed import directed_deviation, fang
+from .directed import directed_deviation, fang, fang_krum, krum_deviation
 
 # isort: split
 from .optimal import optimal_alie, optimal_ipm, optimal_min_max
@@ -78,6 +78,7 @@ __all__ = [
     "delayed",
     "directed_deviation",
     "fang",
+    "fang_krum",
     "free_rider",
     "gaussian",
     "huge",
@@ -85,6 +86,7 @@ __all__ = [
     "impulse",
     "inf",
     "ipm",
+    "krum_deviation",
     "label_shift",
     "memory_consistent",
     "memory_poison",

@@ -78,7 +78,7 @@ def test_every_attack_of_the_papers_and_peers_is_there() -> None:
         *("bit-flip", "gaussian", "replace-gaussian", "ascent", "sign-flip", "zero", "random"),
         *("nan", "inf", "huge", "free-rider", "delayed", "block-hijack", "alie", "ipm", "mimic"),
         *("min-max", "min-sum", "memory-poison", "memory-takeover", "memory-consistent", "fang"),
-        *("optimal-alie", "optimal-ipm", "optimal-min-max"),
+        *("fang-krum", "optimal-alie", "optimal-ipm", "optimal-min-max"),
         *("backdoor", "label-shift", "random-labels", "image-noise", "impulse", "blur"),
     }
 
@@ -367,6 +367,7 @@ SEARCHED = {
     "memory-takeover": (0.5, 1.0, 3.0, 10.0, 30.0, 100.0),
     "memory-consistent": (0.25, 0.5, 1.0, 2.0, 5.0, 20.0),
     "fang": (1.0, 1.25, 2.0, 5.0),
+    "fang-krum": (0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 20.0),
 }
 
 
@@ -841,7 +842,7 @@ def test_the_backdoor_is_measured() -> None:
 BREAKS_AVERAGING = {
     *("bit-flip", "gaussian", "replace-gaussian", "sign-flip", "ascent", "huge"),
     *("block-hijack", "memory-poison", "memory-takeover", "memory-consistent", "fang"),
-    *("optimal-alie", "optimal-ipm", "optimal-min-max"),
+    *("fang-krum", "optimal-alie", "optimal-ipm", "optimal-min-max"),
     *("backdoor", "label-shift"),
 }
 
