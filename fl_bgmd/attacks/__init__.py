@@ -50,6 +50,9 @@ from .directed import directed_deviation, fang, fang_krum, krum_deviation
 from .optimal import optimal_alie, optimal_ipm, optimal_min_max
 
 # isort: split
+from .history import consistent, rop, signs_of
+
+# isort: split
 from .data import backdoor, blur, image_noise, impulse, label_shift, random_labels
 
 __all__ = [
@@ -74,6 +77,7 @@ __all__ = [
     "build_attacks",
     "byzantine_clients",
     "byzantine_roles",
+    "consistent",
     "consistent_lie",
     "delayed",
     "directed_deviation",
@@ -102,7 +106,9 @@ __all__ = [
     "random",
     "random_labels",
     "replace_gaussian",
+    "rop",
     "sign_flip",
+    "signs_of",
     "takeover_lie",
     "zero",
 ]

@@ -66,6 +66,7 @@ def make_view(d: int = 50, honest: int = 6, hostile: int = 4, seed: int = 0) -> 
         colluder_ids=tuple(range(honest, honest + hostile)),
         honest_ids=tuple(range(honest)),
         memory={"noted": 3},
+        last_step=rows[:honest].mean(0) / 2,
         pipeline=lambda lie, rounds=1: rounds * lie,
     )
 
@@ -78,7 +79,7 @@ def test_every_attack_of_the_papers_and_peers_is_there() -> None:
         *("bit-flip", "gaussian", "replace-gaussian", "ascent", "sign-flip", "zero", "random"),
         *("nan", "inf", "huge", "free-rider", "delayed", "block-hijack", "alie", "ipm", "mimic"),
         *("min-max", "min-sum", "memory-poison", "memory-takeover", "memory-consistent", "fang"),
-        *("fang-krum", "optimal-alie", "optimal-ipm", "optimal-min-max"),
+        *("fang-krum", "optimal-alie", "optimal-ipm", "optimal-min-max", "consistent", "rop"),
         *("backdoor", "label-shift", "random-labels", "image-noise", "impulse", "blur"),
     }
 
@@ -193,7 +194,9 @@ def test_a_view_shows_no_more_than_was_declared(name: str) -> None:
     if attack.knows == "own":
         assert set(attack.takes) <= {"update", "generator", "past"}
     if attack.knows not in OMNISCIENT:
-        assert not set(attack.takes) & {"honest", "honest_ids", "pipeline", "memory"}
+        assert not set(attack.takes) & {"honest", "honest_ids", "pipeline"}
+    if attack.knows == "own":
+        assert not set(attack.takes) & {"memory", "last_step"}
     if attack.knows != "rule":
         assert "pipeline" not in attack.takes
 
@@ -837,12 +840,12 @@ def test_the_backdoor_is_measured() -> None:
 
 
 # Attacks that leave plain averaging standing, and why: the mean survives what is a share of the
-# honest update (zero, free-rider, delayed), within its spread (alie, ipm, mimic, min-sum, min-max),
+# honest update (zero, free-rider, delayed), within its spread (alie, ipm, mimic, min-sum, min-max, rop),
 # screened (nan, inf), or only a harder image (image-noise, impulse, blur).
 BREAKS_AVERAGING = {
     *("bit-flip", "gaussian", "replace-gaussian", "sign-flip", "ascent", "huge"),
     *("block-hijack", "memory-poison", "memory-takeover", "memory-consistent", "fang"),
-    *("fang-krum", "optimal-alie", "optimal-ipm", "optimal-min-max"),
+    *("fang-krum", "optimal-alie", "optimal-ipm", "optimal-min-max", "consistent"),
     *("backdoor", "label-shift"),
 }
 
