@@ -14,7 +14,7 @@ from torch import nn
 from fl_bgmd.attacks import AttackPlan, Bound
 from fl_bgmd.data import Dataset, load, partition
 from fl_bgmd.models import build
-from fl_bgmd.mods import ByzantineMod, CompressionMod, role
+from fl_bgmd.mods import ByzantineMod, CompressionMod, MomentumMod, role
 from fl_bgmd.schedules import Schedule, scheduled_learning_rate
 from fl_bgmd.strategies import resolve_device
 from fl_bgmd.wire import EXAMPLES, PARTITION, mark, server_round
@@ -30,8 +30,16 @@ from .training import (
     train,
 )
 
-# Hostile clients adhere to the compression: Option I of Ghosh et al.
-app = ClientApp(mods=[CompressionMod(), ByzantineMod()])
+# Hostile clients adhere to the compression: Option I of Ghosh et al. Momentum is that of honest
+# updates, or of lies too: one of the two is at work, as client-momentum-of-lies says.
+app = ClientApp(
+    mods=[
+        CompressionMod(),
+        MomentumMod(lies=True),
+        ByzantineMod(),
+        MomentumMod(lies=False),
+    ]
+)
 
 
 _prepared: dict[tuple[int, int], tuple[Job, Bound | None, Trained]] = {}

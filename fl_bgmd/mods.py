@@ -14,8 +14,10 @@ from torch import Tensor
 
 from fl_bgmd.attacks import ATTACKS, AttackPlan, Bound, View, build_attacks
 from fl_bgmd.attacks.plan import refuse_former
+from fl_bgmd.client_state import keep, kept
 from fl_bgmd.compression import build_compressor, build_received
 from fl_bgmd.layout import ModelLayout
+from fl_bgmd.momentum import MomentumMod
 from fl_bgmd.wire import (
     PARTITION,
     Terms,
@@ -26,6 +28,8 @@ from fl_bgmd.wire import (
     server_round,
     unpack_model,
 )
+
+__all__ = ["ByzantineMod", "CompressionMod", "MomentumMod", "role"]
 
 _PAST = "fl-bgmd.past-update"
 _ERROR = "fl-bgmd.compression-error"
@@ -193,12 +197,10 @@ class CompressionMod:
         # What is no contraction would make the memory grow for ever.
         feedback = feedback and compressor.delta(len(update)) > 0
         if feedback:
-            update = update + _error_memory(context, update)
+            update = update + kept(context, _ERROR, update)
         data = compressor.encode(update, _generator(terms, context))
         if feedback:
-            lost = update - compressor.decode(data, len(update))
-            if bool(torch.isfinite(lost).all()):  # an update that is not finite leaves nothing
-                context.state[_ERROR] = ArrayRecord({"error": Array(lost.numpy())})
+            keep(context, _ERROR, update - compressor.decode(data, len(update)))
         norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
         trained.pack(data, compressor, norm)
         return reply
@@ -216,14 +218,6 @@ def _generator(terms: Terms, context: Context) -> torch.Generator | None:
         return None
     draw = np.random.SeedSequence([terms.seed, int(context.node_config[PARTITION])])
     return torch.Generator().manual_seed(int(draw.generate_state(1)[0]))
-
-
-def _error_memory(context: Context, update: Tensor) -> Tensor:
-    """Return what earlier rounds' compression lost, zeros where nothing fits the model."""
-    record = context.state.array_records.get(_ERROR)
-    if record is None or tuple(record["error"].shape) != tuple(update.shape):
-        return torch.zeros_like(update)
-    return torch.from_numpy(record["error"].numpy().copy())
 
 
 def role(plan: AttackPlan, message: Message, context: Context) -> Bound | None:

@@ -840,8 +840,8 @@ def test_the_backdoor_is_measured() -> None:
 
 
 # Attacks that leave plain averaging standing, and why: the mean survives what is a share of the
-# honest update (zero, free-rider, delayed), within its spread (alie, ipm, mimic, min-sum, min-max, rop),
-# screened (nan, inf), or only a harder image (image-noise, impulse, blur).
+# honest update (zero, free-rider, delayed), within its spread (alie, ipm, mimic, min-sum, min-max,
+# rop), screened (nan, inf), or only a harder image (image-noise, impulse, blur).
 BREAKS_AVERAGING = {
     *("bit-flip", "gaussian", "replace-gaussian", "sign-flip", "ascent", "huge"),
     *("block-hijack", "memory-poison", "memory-takeover", "memory-consistent", "fang"),
