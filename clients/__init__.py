@@ -2,9 +2,10 @@
 
 from .client_app import app, partitions, prepare_together
 from .together import gradients_together
-from .training import evaluate, threads
+from .training import Evaluation, evaluate, threads
 
 __all__ = [
+    "Evaluation",
     "app",
     "evaluate",
     "gradients_together",

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fl_bgmd.attacks import AttackPlan, Bound
-from fl_bgmd.data import Dataset, load, partition
+from fl_bgmd.data import Dataset, load, normalize, partition
 from fl_bgmd.models import build
 from fl_bgmd.mods import ByzantineMod, CompressionMod, MomentumMod, role
 from fl_bgmd.schedules import Schedule, scheduled_learning_rate
@@ -150,8 +150,15 @@ def _data_attack(
         return None, None
     partition_id = int(context.node_config[PARTITION])
     rng = np.random.default_rng(plan.client_seed(server_round(message), partition_id))
-    classes = dataset.num_classes
-    return bound, lambda images, labels: bound.corrupt(images, labels, classes, rng)
+    number, count = server_round(message), int(context.node_config["num-partitions"])
+    player = plan.player(count, number, partition_id)
+
+    def corrupt(images: NDArray[Any], labels: NDArray[np.int64]) -> Any:
+        if bound.is_normalized:
+            images = normalize(images, dataset).numpy()
+        return bound.corrupt(images, labels, dataset.num_classes, rng, player)
+
+    return bound, corrupt
 
 
 def partitions(dataset: Dataset, config: Mapping[str, Any], count: int) -> list[NDArray[np.int64]]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,8 @@ from torch import Tensor, nn
 
 from fl_bgmd.data import Dataset, normalize
 
-Corrupt = Callable[
-    [NDArray[np.uint8], NDArray[np.int64]], tuple[NDArray[np.uint8], NDArray[np.int64]]
-]
+Corrupt = Callable[[NDArray[Any], NDArray[np.int64]], tuple[NDArray[Any], NDArray[np.int64]]]
+"""Takes and returns stored images and labels; images that it returns as floats are normalized."""
 
 State = dict[str, Tensor]
 """A model's ``state_dict``."""
@@ -151,9 +151,10 @@ class Evaluation:
         totals = self.confusion.sum(axis=1)
         return [float(v) for v in np.diagonal(self.confusion) / np.maximum(totals, 1)]
 
-    def backdoor_success(self, target: int) -> float:
-        """Share of the examples of other classes that were taken for ``target``."""
-        others = np.delete(self.confusion, target, axis=0)
+    def backdoor_success(self, target: int, victim: int | None = None) -> float:
+        """Share of the examples of another class, by default of all, that were taken for one."""
+        classes = range(len(self.confusion)) if victim is None else (victim,)
+        others = self.confusion[[c for c in classes if c != target]]
         return float(others[:, target].sum()) / max(1, int(others.sum()))
 
 
@@ -163,8 +164,12 @@ def evaluate(
     indices: NDArray[np.int64] | None,
     device: torch.device,
     batch_size: int = 200,
+    stamp: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
 ) -> Evaluation:
-    """Evaluate ``model`` on the test examples at ``indices``, all for None."""
+    """Evaluate ``model`` on the test examples at ``indices``, all for None.
+
+    ``stamp`` changes the images before anything else is done to them: a backdoor's trigger.
+    """
     model.to(device).eval()
     chosen = np.arange(len(dataset.test_labels)) if indices is None else indices
     classes = dataset.num_classes
@@ -172,7 +177,9 @@ def evaluate(
     with torch.inference_mode():
         for start in range(0, len(chosen), batch_size):
             batch = chosen[start : start + batch_size]
-            images = to_input(normalize(dataset.test_images[batch], dataset), device)
+            raw = dataset.test_images[batch]
+            images = normalize(raw if stamp is None else stamp(raw), dataset)
+            images = to_input(images, device)
             labels = torch.from_numpy(dataset.test_labels[batch]).to(device)
             outputs = model(images)
             loss += float(nn.functional.cross_entropy(outputs, labels, reduction="sum"))
@@ -226,5 +233,6 @@ def _load(job: Job, batch: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
     raw, targets = job.dataset.train_images[batch], job.dataset.train_labels[batch]
     if job.corrupt is not None:
         raw, targets = job.corrupt(raw, targets)
-    images = to_input(normalize(raw, job.dataset), job.device)
+    done = raw.dtype != np.uint8
+    images = to_input(torch.from_numpy(raw) if done else normalize(raw, job.dataset), job.device)
     return images, torch.from_numpy(targets).to(job.device)

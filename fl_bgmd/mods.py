@@ -88,10 +88,14 @@ class ByzantineMod:
         if not plan.attacks or not is_train or not reply.has_content():
             return reply
         bound = role(plan, message, context)
+        # One on the data was played in training: what is left of it is to inflate the update.
+        boosting = None
         if bound is not None and not bound.attack.is_local:
+            if bound.attack.boost and marked(reply.content) == str(bound):
+                boosting = bound
             bound = None  # played in training or by the grid
         past = _past_updates(context) if plan.num_past else ()
-        if bound is None and not plan.num_past:
+        if bound is None and boosting is None and not plan.num_past:
             return reply
         [sent] = message.content.array_records.values()
         named = packed_with(reply.content)
@@ -100,6 +104,10 @@ class ByzantineMod:
         update = trained.update
         if plan.num_past:
             _remember(context, (*past, update)[-plan.num_past :])
+        num_clients = int(context.node_config["num-partitions"])
+        num_byzantine = len(plan.roles(num_clients, server_round(message)))
+        if boosting is not None:
+            trained.replace(boosting.boosted(update, num_clients, num_byzantine))
         if bound is None or (bound.num_past and not past):
             return reply  # with nothing stale to send yet
         view = View(
@@ -107,10 +115,8 @@ class ByzantineMod:
             generator=torch.Generator().manual_seed(
                 plan.client_seed(server_round(message), int(context.node_config["partition-id"]))
             ),
-            num_clients=int(context.node_config["num-partitions"]),
-            num_byzantine=len(
-                plan.roles(int(context.node_config["num-partitions"]), server_round(message))
-            ),
+            num_clients=num_clients,
+            num_byzantine=num_byzantine,
             past=past,
         )
         if bound.attack.untrained:

@@ -55,6 +55,9 @@ from .history import consistent, rop, signs_of
 # isort: split
 from .data import backdoor, blur, image_noise, impulse, label_shift, random_labels
 
+# isort: split
+from .backdoors import badnets, bars, dba, label_flip, model_replacement, patch
+
 __all__ = [
     "ATTACKS",
     "OMNISCIENT",
@@ -70,6 +73,8 @@ __all__ = [
     "ascent",
     "attack",
     "backdoor",
+    "badnets",
+    "bars",
     "base_name",
     "bit_flip",
     "block_hijack",
@@ -79,6 +84,7 @@ __all__ = [
     "byzantine_roles",
     "consistent",
     "consistent_lie",
+    "dba",
     "delayed",
     "directed_deviation",
     "fang",
@@ -91,6 +97,7 @@ __all__ = [
     "inf",
     "ipm",
     "krum_deviation",
+    "label_flip",
     "label_shift",
     "memory_consistent",
     "memory_poison",
@@ -99,10 +106,12 @@ __all__ = [
     "mimic_victim",
     "min_max",
     "min_sum",
+    "model_replacement",
     "nan",
     "optimal_alie",
     "optimal_ipm",
     "optimal_min_max",
+    "patch",
     "random",
     "random_labels",
     "replace_gaussian",

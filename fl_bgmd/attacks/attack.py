@@ -57,6 +57,13 @@ class Attack:
         How many hostile clients it takes.
     target : str
         The option that holds the label a model is to see in every image, which a run then measures.
+    victim : str
+        The option that holds the label whose images it is to see that in, where not in all others'.
+    trigger : callable, optional
+        ``(images, **options) -> images``: what test images are stamped with to measure it, given
+        those of the attack's options that it names. Without, they are taken as they are.
+    boost : str
+        The option that holds what the update is multiplied by after training, None for n / f.
     untrained : bool
         Whether the model goes back as it came, byte for byte, statistics of its layers included.
     """
@@ -70,6 +77,9 @@ class Attack:
     authors_code: Mapping[str, Any] = field(default_factory=dict)
     players: int = 1
     target: str = ""
+    victim: str = ""
+    trigger: Callable[..., Images] | None = None
+    boost: str = ""
     untrained: bool = False
 
     @property
@@ -102,7 +112,12 @@ class Attack:
         ``name`` is what it goes by, where that is not its own: the path of somebody else's.
         """
         values = {option.parameter: option.default for option in self.options.values()}
-        return Bound(self, values | check_all(self.name, given or {}, self.options), name)
+        values |= check_all(self.name, given or {}, self.options)
+        if self.victim and values[self.victim] == values[self.target]:
+            raise OptionError(
+                f"{self.victim} is {values[self.victim]} and {self.target} too; allowed: two labels"
+            )
+        return Bound(self, values, name)
 
     def swept(self, name: str = "") -> "list[Bound]":
         """Return the attack with each value of its sweep, as it is without a knob."""
@@ -143,29 +158,61 @@ class Bound:
         """The label that a model is to see in every image, None where there is no such aim."""
         return self.values[self.attack.target] if self.attack.target else None
 
+    @property
+    def victim(self) -> int | None:
+        """The label whose images it is to see that in, None for all others."""
+        return self.values[self.attack.victim] if self.attack.victim else None
+
+    @property
+    def is_normalized(self) -> bool:
+        """Whether images come to it as the model sees them."""
+        return bool(self.values.get("normalized", False))
+
+    def stamp(self, images: Images) -> Images:
+        """Return test images with the trigger, as they are where there is none."""
+        trigger = self.attack.trigger
+        if trigger is None:
+            return images
+        named = inspect.signature(trigger).parameters
+        return trigger(images, **{k: value for k, value in self.values.items() if k in named})
+
+    def boosted(self, update: Tensor, num_clients: int, num_byzantine: int) -> Tensor:
+        """Return what is sent of an update (d,) that was trained on the attack's examples."""
+        factor = self.values[self.attack.boost] if self.attack.boost else 1.0
+        return update * (num_clients / num_byzantine if factor is None else factor)
+
     def lie(self, view: View) -> Tensor:
         """Return what is sent instead of the update (d,), for attacks on the update."""
         lie: Tensor = self.attack.function(**view.limited_to(self.attack.takes), **self.values)
         return lie
 
     def corrupt(
-        self, images: Images, labels: Labels, num_classes: int, rng: np.random.Generator
+        self,
+        images: Images,
+        labels: Labels,
+        num_classes: int,
+        rng: np.random.Generator,
+        player: int = 0,
     ) -> tuple[Images, Labels]:
         """Return what the client trains on, for attacks on the data, which leave theirs alone.
 
         Parameters
         ----------
         images : ndarray
-            (B, H, W) or (B, H, W, C) uint8, before normalisation.
+            (B, H, W) or (B, H, W, C) uint8, before normalisation; (B, C, H, W) float32 after it
+            for an attack that :attr:`is_normalized`.
         labels : ndarray
             (B,) int64.
         num_classes : int
             How many labels there are.
         rng : numpy.random.Generator
             The client's own randomness.
+        player : int
+            Which of the clients who play the attack in this round it is, from 0.
         """
         takes = self.attack.takes
-        inputs = {"images": images, "labels": labels, "num_classes": num_classes, "rng": rng}
+        inputs: dict[str, Any] = {"images": images, "labels": labels, "num_classes": num_classes}
+        inputs |= {"rng": rng, "player": player}
         changed = self.attack.function(**{name: inputs[name] for name in takes}, **self.values)
         if "images" in takes and "labels" in takes:
             images, labels = changed
@@ -209,6 +256,9 @@ def attack(
     authors_code: Mapping[str, Any] | None = None,
     players: int = 1,
     target: str = "",
+    victim: str = "",
+    trigger: Callable[..., Images] | None = None,
+    boost: str = "",
     untrained: bool = False,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declare a function as an attack: see the module, and :class:`Attack` for the arguments.
@@ -242,6 +292,9 @@ def attack(
             authors_code or {},
             players,
             target,
+            victim,
+            trigger,
+            boost,
             untrained,
         )
         found.swept()  # refuses values that are not allowed

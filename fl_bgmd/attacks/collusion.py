@@ -134,8 +134,8 @@ def min_max(honest: Tensor, scale: Strength = 1.0, *, perturbation: Perturbation
     scale : float
         Multiple of the largest gamma.
     perturbation : {"std", "unit", "sign"}
-        p, inverse in the paper's words: minus the standard deviation of each coordinate, minus the
-        mean at length 1, or minus its signs.
+        Direction p of the deviation: minus the standard deviation of each coordinate, minus the
+        mean at length 1, or minus its signs ("inverse" each, in the paper).
     """
     mean, direction, offsets = _perturbed(honest, perturbation)
     squared = float(direction @ direction)
@@ -164,8 +164,8 @@ def min_sum(honest: Tensor, scale: Strength = 1.0, *, perturbation: Perturbation
     scale : float
         Multiple of the largest gamma.
     perturbation : {"std", "unit", "sign"}
-        p, inverse in the paper's words: minus the standard deviation of each coordinate, minus the
-        mean at length 1, or minus its signs.
+        Direction p of the deviation: minus the standard deviation of each coordinate, minus the
+        mean at length 1, or minus its signs ("inverse" each, in the paper).
     """
     mean, direction, offsets = _perturbed(honest, perturbation)
     squared = float(direction @ direction)
