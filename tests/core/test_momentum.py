@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fl_bgmd.strategies.legacy import GMD
 from flower_messages import (
     batch_norm_model,
     regression_app,
@@ -19,6 +20,7 @@ from flower_messages import (
 )
 from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
+from test_legacy import error_of, options, serve
 
 from fl_bgmd.attacks import byzantine_clients
 from fl_bgmd.compression import build_compressor
@@ -313,3 +315,12 @@ def test_hostile_clients_play_with_it_or_without() -> None:
     for result in results:
         assert result.status == "finished"
         assert result.played == {"sign-flip": 8, "label-shift": 4, "ipm": 4}
+
+
+def test_it_works_in_apps_of_the_older_api() -> None:
+    plain, moved = (
+        serve(GMD(**options()), mods, rounds=25)[1] for mods in ([], [MomentumMod(0.5)])
+    )
+    assert error_of(plain) < 0.5
+    assert error_of(moved) < 0.5
+    assert error_of(moved) != error_of(plain)
