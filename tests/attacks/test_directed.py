@@ -56,7 +56,8 @@ def test_rows_too_close_for_any_lie_leave_the_least_that_is_tried() -> None:
 
 def test_what_it_does_to_krum_and_to_averaging() -> None:
     """Krum is turned round by a lie that averaging survives."""
-    honest = 0.15 * honest_rows() + 0.1
+    honest = honest_rows()
+    honest = honest - 0.7 * honest.mean(0)  # clients that differ more than they agree
     lie = lie_of("fang-krum", view_of(honest))
     assert torch.equal(deployed("krum", honest)(lie), lie)
     assert float(lie @ honest.mean(0)) < 0
