@@ -84,11 +84,6 @@ def _signs(direction: Tensor, honest: Tensor, strength: float) -> Tensor:
     return huge(direction, strength * length / direction.numel() ** 0.5)
 
 
-def _fang_krum(honest: Tensor, strength: float) -> Tensor:
-    """Fang et al. (USENIX Security 2020), Section 4.2: all signs turned, one size."""
-    return _signs(honest.mean(0), honest, strength)
-
-
 def _consistent(honest: Tensor, strength: float) -> Tensor:
     """Xie et al. (PoisonedFL, CVPR 2025): one direction of signs, the same in all rounds."""
     fixed = torch.Generator().manual_seed(99)
@@ -97,14 +92,13 @@ def _consistent(honest: Tensor, strength: float) -> Tensor:
 
 _LENGTHS = (0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 20.0)
 SEARCHED: dict[str, tuple[Callable[[Tensor, float], Tensor], Sequence[float]]] = {
-    "fang-krum": (_fang_krum, _LENGTHS),
     "ipm": (ipm, (0.1, 0.5, 1.0, 2.0, 5.0, 20.0)),
     "alie": (_alie, (0.25, 0.5, 1.0, 1.5, 2.5, 5.0)),
     "consistent": (_consistent, _LENGTHS),
 }
 """Lies of the honest updates and a strength, and the strengths to be tried. ``memory-takeover``,
-``memory-consistent`` and ``fang`` of the laboratory search by themselves; its other attacks of
-colluders are played as strongly as their papers say."""
+``memory-consistent``, ``fang``, ``fang-krum`` and ``optimal-...`` of the laboratory search by
+themselves; its other attacks of colluders are played as strongly as their papers say."""
 
 
 def lie(attack: str, view: View) -> Tensor:
@@ -113,7 +107,7 @@ def lie(attack: str, view: View) -> Tensor:
         make, grid = SEARCHED[attack]
         assert view.honest is not None
         of_strength = partial(make, view.honest)
-        strength = searched(of_strength, grid, view.honest, view.memory, view.outcome)
+        strength = searched(of_strength, grid, view.honest, view.memory, view.pipeline)
         return of_strength(strength)
     [bound] = build_attacks(attack)
     return bound.lie(view)
@@ -254,14 +248,17 @@ def measure(cell: Cell, federation: Federation | None = None) -> Outcome:
     model, strengths = network.start.clone(), []
     momentum = torch.zeros(CLIENTS, len(model))
     notes: dict[str, Any] = {}
+    step: Tensor | None = None
     for _ in range(cell.steps):
         gradients = network.gradients(model, *federation.batch(batches))
         momentum = cell.momentum * momentum + (1 - cell.momentum) * gradients
         updates = momentum.clone()
         if cell.attack != "none":
-            updates[:HOSTILE] = lie(cell.attack, _view(momentum, rule, liars, notes))
+            view = _view(momentum, rule, liars, notes, step)
+            updates[:HOSTILE] = lie(cell.attack, view)
             strengths.append(notes.get("strength"))
-        model = model - cell.learning_rate * rule(updates)
+        step = rule(updates)
+        model = model - cell.learning_rate * step
         if not model.abs().max() < LOST:
             break
     accuracy = network.accuracy(model, federation.test_images, federation.test_labels)
@@ -269,10 +266,12 @@ def measure(cell: Cell, federation: Federation | None = None) -> Outcome:
     return Outcome(round(accuracy, 2), found, round(time.perf_counter() - started, 1))
 
 
-def _view(updates: Tensor, rule: Deployed, generator: torch.Generator, notes: Any) -> View:
-    """Return all that there is to see in a round."""
+def _view(
+    updates: Tensor, rule: Deployed, generator: torch.Generator, notes: Any, step: Tensor | None
+) -> View:
+    """Return all that there is to see in a round, and the server's step in the round before."""
 
-    def outcome(candidate: Tensor, rounds: int) -> Tensor:
+    def pipeline(candidate: Tensor, rounds: int = 1) -> Tensor:
         sent = updates.clone()
         sent[:HOSTILE] = candidate
         return rule.preview(sent, rounds)
@@ -287,5 +286,6 @@ def _view(updates: Tensor, rule: Deployed, generator: torch.Generator, notes: An
         colluder_ids=tuple(range(HOSTILE)),
         honest_ids=tuple(range(HOSTILE, CLIENTS)),
         memory=notes,
-        outcome=outcome,
+        last_step=step,
+        pipeline=pipeline,
     )

@@ -2,28 +2,37 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
 from torch import nn
 
 from fl_bgmd.attacks import AttackPlan, Bound
-from fl_bgmd.data import Dataset, load, partitions
+from fl_bgmd.data import Dataset, load, normalize, partitions
 from fl_bgmd.devices import resolve_device, threads
 from fl_bgmd.evaluation import evaluate
 from fl_bgmd.models import build
-from fl_bgmd.mods import ByzantineMod, CompressionMod, role
+from fl_bgmd.mods import ByzantineMod, CompressionMod, MomentumMod, role
 from fl_bgmd.schedules import Schedule, scheduled_learning_rate
 from fl_bgmd.wire import EXAMPLES, PARTITION, mark, server_round
 
 from .together import train_together
 from .training import Corrupt, Job, LocalTraining, Trained, train
 
-# Hostile clients adhere to the compression: Option I of Ghosh et al.
-app = ClientApp(mods=[CompressionMod(), ByzantineMod()])
+# Hostile clients adhere to the compression: Option I of Ghosh et al. Momentum is that of honest
+# updates, or of lies too: one of the two is at work, as client-momentum-of-lies says.
+app = ClientApp(
+    mods=[
+        CompressionMod(),
+        MomentumMod(lies=True),
+        ByzantineMod(),
+        MomentumMod(lies=False),
+    ]
+)
 
 
 _prepared: dict[tuple[int, int], tuple[Job, Bound | None, Trained]] = {}
@@ -139,8 +148,15 @@ def _data_attack(
         return None, None
     partition_id = int(context.node_config[PARTITION])
     rng = np.random.default_rng(plan.client_seed(server_round(message), partition_id))
-    classes = dataset.num_classes
-    return bound, lambda images, labels: bound.corrupt(images, labels, classes, rng)
+    number, count = server_round(message), int(context.node_config["num-partitions"])
+    player = plan.player(count, number, partition_id)
+
+    def corrupt(images: NDArray[Any], labels: NDArray[np.int64]) -> Any:
+        if bound.is_normalized:
+            images = normalize(images, dataset).numpy()
+        return bound.corrupt(images, labels, dataset.num_classes, rng, player)
+
+    return bound, corrupt
 
 
 @lru_cache(maxsize=4)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,8 @@ from torch import Tensor, nn
 from fl_bgmd.data import Dataset, normalize
 from fl_bgmd.devices import to_input
 
-Corrupt = Callable[
-    [NDArray[np.uint8], NDArray[np.int64]], tuple[NDArray[np.uint8], NDArray[np.int64]]
-]
+Corrupt = Callable[[NDArray[Any], NDArray[np.int64]], tuple[NDArray[Any], NDArray[np.int64]]]
+"""Takes and returns stored images and labels; images that it returns as floats are normalized."""
 
 State = dict[str, Tensor]
 """A model's ``state_dict``."""
@@ -148,5 +148,6 @@ def _load(job: Job, batch: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
     raw, targets = job.dataset.train_images[batch], job.dataset.train_labels[batch]
     if job.corrupt is not None:
         raw, targets = job.corrupt(raw, targets)
-    images = to_input(normalize(raw, job.dataset), job.device)
+    done = raw.dtype != np.uint8
+    images = to_input(torch.from_numpy(raw) if done else normalize(raw, job.dataset), job.device)
     return images, torch.from_numpy(targets).to(job.device)

@@ -1,5 +1,6 @@
 """What a model makes of the test examples: for clients on their shares, for a server on all."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,9 +43,10 @@ class Evaluation:
         totals = self.confusion.sum(axis=1)
         return [float(v) for v in np.diagonal(self.confusion) / np.maximum(totals, 1)]
 
-    def backdoor_success(self, target: int) -> float:
-        """Share of the examples of other classes that were taken for ``target``."""
-        others = np.delete(self.confusion, target, axis=0)
+    def backdoor_success(self, target: int, victim: int | None = None) -> float:
+        """Share of the examples of another class, by default of all, that were taken for one."""
+        classes = range(len(self.confusion)) if victim is None else (victim,)
+        others = self.confusion[[c for c in classes if c != target]]
         return float(others[:, target].sum()) / max(1, int(others.sum()))
 
 
@@ -54,8 +56,12 @@ def evaluate(
     indices: NDArray[np.int64] | None,
     device: torch.device,
     batch_size: int = 200,
+    stamp: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
 ) -> Evaluation:
-    """Evaluate ``model`` on the test examples at ``indices``, all for None."""
+    """Evaluate ``model`` on the test examples at ``indices``, all for None.
+
+    ``stamp`` changes the images before anything else is done to them: a backdoor's trigger.
+    """
     model.to(device).eval()
     chosen = np.arange(len(dataset.test_labels)) if indices is None else indices
     classes = dataset.num_classes
@@ -63,7 +69,9 @@ def evaluate(
     with torch.inference_mode():
         for start in range(0, len(chosen), batch_size):
             batch = chosen[start : start + batch_size]
-            images = to_input(normalize(dataset.test_images[batch], dataset), device)
+            raw = dataset.test_images[batch]
+            images = normalize(raw if stamp is None else stamp(raw), dataset)
+            images = to_input(images, device)
             labels = torch.from_numpy(dataset.test_labels[batch]).to(device)
             outputs = model(images)
             loss += float(nn.functional.cross_entropy(outputs, labels, reduction="sum"))

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from fl_bgmd.attacks import ATTACKS, AttackPlan, Bound, View, build_attacks
 from fl_bgmd.attacks.plan import refuse_former
+from fl_bgmd.client_state import keep, kept
 from fl_bgmd.compression import build_compressor, build_received
 from fl_bgmd.layout import ModelLayout
+from fl_bgmd.momentum import MomentumMod
 from fl_bgmd.wire import (
     PARTITION,
     Terms,
@@ -26,6 +28,8 @@ from fl_bgmd.wire import (
     server_round,
     unpack_model,
 )
+
+__all__ = ["ByzantineMod", "CompressionMod", "MomentumMod", "role"]
 
 _PAST = "fl-bgmd.past-update"
 _ERROR = "fl-bgmd.compression-error"
@@ -84,10 +88,14 @@ class ByzantineMod:
         if not plan.attacks or not is_train or not reply.has_content():
             return reply
         bound = role(plan, message, context)
+        # One on the data was played in training: what is left of it is to inflate the update.
+        boosting = None
         if bound is not None and not bound.attack.is_local:
+            if bound.attack.boost and marked(reply.content) == str(bound):
+                boosting = bound
             bound = None  # played in training or by the grid
         past = _past_updates(context) if plan.num_past else ()
-        if bound is None and not plan.num_past:
+        if bound is None and boosting is None and not plan.num_past:
             return reply
         [sent] = message.content.array_records.values()
         named = packed_with(reply.content)
@@ -96,6 +104,10 @@ class ByzantineMod:
         update = trained.update
         if plan.num_past:
             _remember(context, (*past, update)[-plan.num_past :])
+        num_clients = int(context.node_config["num-partitions"])
+        num_byzantine = len(plan.roles(num_clients, server_round(message)))
+        if boosting is not None:
+            trained.replace(boosting.boosted(update, num_clients, num_byzantine))
         if bound is None or (bound.num_past and not past):
             return reply  # with nothing stale to send yet
         view = View(
@@ -103,10 +115,8 @@ class ByzantineMod:
             generator=torch.Generator().manual_seed(
                 plan.client_seed(server_round(message), int(context.node_config["partition-id"]))
             ),
-            num_clients=int(context.node_config["num-partitions"]),
-            num_byzantine=len(
-                plan.roles(int(context.node_config["num-partitions"]), server_round(message))
-            ),
+            num_clients=num_clients,
+            num_byzantine=num_byzantine,
             past=past,
         )
         if bound.attack.untrained:
@@ -193,12 +203,10 @@ class CompressionMod:
         # What is no contraction would make the memory grow for ever.
         feedback = feedback and compressor.delta(len(update)) > 0
         if feedback:
-            update = update + _error_memory(context, update)
+            update = update + kept(context, _ERROR, update)
         data = compressor.encode(update, _generator(terms, context))
         if feedback:
-            lost = update - compressor.decode(data, len(update))
-            if bool(torch.isfinite(lost).all()):  # an update that is not finite leaves nothing
-                context.state[_ERROR] = ArrayRecord({"error": Array(lost.numpy())})
+            keep(context, _ERROR, update - compressor.decode(data, len(update)))
         norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
         trained.pack(data, compressor, norm)
         return reply
@@ -216,14 +224,6 @@ def _generator(terms: Terms, context: Context) -> torch.Generator | None:
         return None
     draw = np.random.SeedSequence([terms.seed, int(context.node_config[PARTITION])])
     return torch.Generator().manual_seed(int(draw.generate_state(1)[0]))
-
-
-def _error_memory(context: Context, update: Tensor) -> Tensor:
-    """Return what earlier rounds' compression lost, zeros where nothing fits the model."""
-    record = context.state.array_records.get(_ERROR)
-    if record is None or tuple(record["error"].shape) != tuple(update.shape):
-        return torch.zeros_like(update)
-    return torch.from_numpy(record["error"].numpy().copy())
 
 
 def role(plan: AttackPlan, message: Message, context: Context) -> Bound | None:

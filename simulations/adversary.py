@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_bgmd.attacks import OMNISCIENT, AttackPlan, View
+from fl_bgmd.attacks import OMNISCIENT, AttackPlan, Pipeline, View
 from fl_bgmd.compression import Compressor
 from fl_bgmd.flower import Run
 from fl_bgmd.layout import BUFFER_DTYPE, ModelLayout
@@ -61,6 +62,8 @@ class AdversarialGrid(Grid):
         self._num_clients = num_clients
         self.played: Counter[str] = Counter()
         self._memory: dict[str, dict[str, Any]] = {}
+        self._model: NDArray[Any] | None = None
+        """The trained values that the server sent last, where an attack looks at its steps."""
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -93,6 +96,7 @@ class AdversarialGrid(Grid):
         """Replace the updates of the clients whose attack needs more than their own."""
         roles = self._plan.roles(self._num_clients, number)
         playing = {p: bound for p, bound in roles.items() if bound.attack.knows != "own"}
+        last_step = self._last_step(layout)
         if not playing:
             return
         by_partition = {partition_id(reply): reply for reply in replies}
@@ -127,6 +131,7 @@ class AdversarialGrid(Grid):
             honest=torch.stack([updates[p] for p in honest]) if honest else None,
             colluder_ids=tuple(colluding),
             honest_ids=tuple(honest),
+            last_step=last_step,
         )
         nodes = {p: by_partition[p].metadata.src_node_id for p in updates}
         # Those who play the same attack send the same vector.
@@ -137,7 +142,7 @@ class AdversarialGrid(Grid):
             view = replace(
                 everything,
                 memory=self._memory.setdefault(str(bound), {}),
-                outcome=self._outcome(updates, nodes, examples, players),
+                pipeline=self._pipeline(updates, nodes, examples, players),
             )
             vector = bound.lie(view)
             for partition in players:
@@ -146,35 +151,48 @@ class AdversarialGrid(Grid):
                 mark(reply, str(bound))
                 updates[partition] = vector
 
-    def _outcome(
+    def _last_step(self, layout: ModelLayout) -> Tensor | None:
+        """Return how far the server has moved since the round before; note where it is now."""
+        if not any("last_step" in bound.attack.takes for bound in self._plan.attacks):
+            return None
+        before, self._model = self._model, layout.values.copy()
+        return None if before is None else torch.from_numpy(before - layout.values)
+
+    def _pipeline(
         self,
         updates: Mapping[int, Tensor],
         nodes: Mapping[int, int],
         examples: Mapping[int, float],
         players: list[int],
-    ) -> Callable[[Tensor, int], Tensor] | None:
-        """Return what tells the players where a lie of theirs would take the server."""
+    ) -> Pipeline | None:
+        """Return what tells the players where lies of theirs would take the server."""
         preview = self._preview
         if preview is None:
             return None
 
-        def outcome(lie: Tensor, rounds: int) -> Tensor:
+        places = [place for place, partition in enumerate(updates) if partition in players]
+
+        def pipeline(lies: Tensor, rounds: int = 1) -> Tensor:
             # By partitions, as the server sorts them: whose reply came first does not matter.
-            rows = torch.stack([lie if p in players else updates[p] for p in updates])
+            rows = torch.stack(list(updates.values()))
+            rows[places] = lies
             return preview(rows, list(nodes.values()), list(examples.values()), rounds)
 
-        return outcome
+        return pipeline
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the rounds to come depend on, the inner grid's included."""
         inner = self._inner.state_dict() if isinstance(self._inner, InProcessGrid) else None
         memory = copy.deepcopy(self._memory)
-        return {"played": dict(self.played), "memory": memory, "inner": inner}
+        model = None if self._model is None else torch.from_numpy(self._model.copy())
+        return {"played": dict(self.played), "memory": memory, "model": model, "inner": inner}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned."""
         self.played = Counter(state["played"])
         self._memory = copy.deepcopy(state["memory"])
+        model = state.get("model")  # older checkpoints have none
+        self._model = None if model is None else model.numpy().copy()
         if isinstance(self._inner, InProcessGrid) and state["inner"] is not None:
             self._inner.load_state_dict(state["inner"])
 

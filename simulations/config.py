@@ -161,6 +161,10 @@ class RunSettings:
         Momentum of the clients' SGD, within a round.
     weight_decay : float
         Weight decay of the clients' SGD.
+    client_momentum : float
+        Share of a client's last update in what it sends, round for round; 0: none.
+    client_momentum_of_lies : bool
+        Whether what hostile clients send by themselves goes through it too.
     lr_schedule : str
         Schedule of the clients' learning rate over the rounds.
     server_lr_schedule : str
@@ -219,6 +223,8 @@ class RunSettings:
     learning_rate: Positive = 0.05
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     weight_decay: NonNegative = 0.0
+    client_momentum: Annotated[float, Ge(0), Lt(1)] = 0.0
+    client_momentum_of_lies: bool = False
     lr_schedule: Schedule = "constant"
     server_lr_schedule: Schedule = "constant"
     lr_period: Count = 1

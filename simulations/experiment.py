@@ -17,11 +17,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from fl_bgmd import __version__
-from fl_bgmd.attacks import AttackPlan
+from fl_bgmd.attacks import AttackPlan, Bound
 from fl_bgmd.checkpoints import Checkpoints
 from fl_bgmd.data import load, partitions
 from fl_bgmd.devices import resolve_device
-from fl_bgmd.evaluation import evaluate
+from fl_bgmd.evaluation import Evaluation, evaluate
 from fl_bgmd.models import build
 from fl_bgmd.schedules import scheduled_learning_rate
 from fl_bgmd.shares import floor_share
@@ -188,9 +188,17 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
         metrics["accuracy"] = found.accuracy
         metrics["loss"] = found.loss
         metrics["class-accuracies"] = found.class_accuracies
-        if plan.targets:
-            metrics["backdoor-success"] = max(map(found.backdoor_success, plan.targets))
+        if plan.targeted:
+            metrics["backdoor-success"] = max(success(bound, found) for bound in plan.targeted)
         return metrics
+
+    def success(bound: Bound, plain: Evaluation) -> float:
+        target = bound.target
+        assert target is not None
+        if bound.attack.trigger is not None:
+            others = np.flatnonzero(dataset.test_labels != target)
+            plain = evaluate(model, dataset, others, device, stamp=bound.stamp)
+        return plain.backdoor_success(target, bound.victim)
 
     def evaluate_model(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         nonlocal clock

@@ -2,17 +2,16 @@
 
 from .attack import (
     ATTACKS,
-    OMNISCIENT,
     Attack,
     Bound,
     Strength,
-    View,
     attack,
     base_name,
     build_attacks,
 )
 from .plan import AttackPlan
 from .roles import SELECTIONS, byzantine_clients, byzantine_roles
+from .view import OMNISCIENT, Pipeline, View
 
 # isort: split
 # In the order in which they are listed.
@@ -33,25 +32,31 @@ from .updates import (
 )
 
 # isort: split
-from .collusion import (
-    alie,
-    alie_deviations,
+from .collusion import alie, alie_deviations, ipm, mimic, mimic_victim, min_max, min_sum
+
+# isort: split
+from .block_memory import (
     consistent_lie,
-    directed_deviation,
-    fang,
-    ipm,
     memory_consistent,
     memory_poison,
     memory_takeover,
-    mimic,
-    mimic_victim,
-    min_max,
-    min_sum,
     takeover_lie,
 )
 
 # isort: split
+from .directed import directed_deviation, fang, fang_krum, krum_deviation
+
+# isort: split
+from .optimal import optimal_alie, optimal_ipm, optimal_min_max
+
+# isort: split
+from .history import consistent, rop, signs_of
+
+# isort: split
 from .data import backdoor, blur, image_noise, impulse, label_shift, random_labels
+
+# isort: split
+from .backdoors import badnets, bars, dba, label_flip, model_replacement, patch
 
 __all__ = [
     "ATTACKS",
@@ -60,6 +65,7 @@ __all__ = [
     "Attack",
     "AttackPlan",
     "Bound",
+    "Pipeline",
     "Strength",
     "View",
     "alie",
@@ -67,6 +73,8 @@ __all__ = [
     "ascent",
     "attack",
     "backdoor",
+    "badnets",
+    "bars",
     "base_name",
     "bit_flip",
     "block_hijack",
@@ -74,10 +82,13 @@ __all__ = [
     "build_attacks",
     "byzantine_clients",
     "byzantine_roles",
+    "consistent",
     "consistent_lie",
+    "dba",
     "delayed",
     "directed_deviation",
     "fang",
+    "fang_krum",
     "free_rider",
     "gaussian",
     "huge",
@@ -85,6 +96,8 @@ __all__ = [
     "impulse",
     "inf",
     "ipm",
+    "krum_deviation",
+    "label_flip",
     "label_shift",
     "memory_consistent",
     "memory_poison",
@@ -93,11 +106,18 @@ __all__ = [
     "mimic_victim",
     "min_max",
     "min_sum",
+    "model_replacement",
     "nan",
+    "optimal_alie",
+    "optimal_ipm",
+    "optimal_min_max",
+    "patch",
     "random",
     "random_labels",
     "replace_gaussian",
+    "rop",
     "sign_flip",
+    "signs_of",
     "takeover_lie",
     "zero",
 ]

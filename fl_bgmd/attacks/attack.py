@@ -1,123 +1,35 @@
 """Attacks by name: what declares one, and what a text such as ``alie+bit-flip:5`` builds.
 
 An attack is a function under :func:`attack`, which is all there is to adding one. What it is given,
-what it knows and where it is played follow from the names of its parameters:
-
-=================== ========== ====================================================================
-``update``          own        (d,): the update that the client trained honestly
-``generator``       own        its own randomness
-``num_clients``     own        n, which is public
-``num_byzantine``   own        f, which is public
-``past``            own        its own updates of earlier rounds, at most as many as its option
-                               ``rounds`` says, oldest first
-``colluders``       colluders  (m, d): the updates of the hostile clients that collude
-``colluder_ids``    colluders  their partition ids
-``honest``          all        (h, d): the updates of the honest clients
-``honest_ids``      all        their partition ids
-``memory``          colluders  a dictionary that it finds in the next round as it left it
-``outcome``         rule       ``(lie, rounds) -> (d,)``: what the server would make of a lie
-``images``          data       (B, H, W) or (B, H, W, C) uint8: the images that the client trains on
-``labels``          data       (B,) int64: their labels
-``num_classes``     data       how many labels there are
-``rng``             data       its own randomness
-=================== ========== ====================================================================
-
-An attack on the update returns what is sent instead of it, (d,). An attack on the data returns what
-it takes of ``images`` and ``labels``, changed: one of them, or both as a pair. All other parameters
-are options; the first is the attack's knob: ``bit-flip:5``.
+what it knows and where it is played follow from the names of its parameters: the table at the top
+of :mod:`.view`. All other parameters are options; the first is the attack's knob: ``bit-flip:5``.
 """
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Generator, Tensor
+from torch import Tensor
 
 from fl_bgmd.options import NonNegative, OptionError, Options, check_all, declared, nearest
 from fl_bgmd.registry import Registry, declared_under, parse_spec, split_specs
 
+from .view import NEEDS_GRID, ON_DATA, ON_UPDATES, TELLS, Knowledge, View
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
-Knowledge = Literal["own", "colluders", "all", "rule"]
 Place = Literal["update", "data"]
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
-Outcome = Callable[[Tensor, int], Tensor]
-
-OMNISCIENT: tuple[Knowledge, ...] = ("all", "rule")
-"""Who sees the honest clients' updates."""
 
 Strength = NonNegative
 """What scales a lie."""
-
-
-@dataclass(frozen=True)
-class View:
-    """What there is to see when a hostile client decides what to send.
-
-    An attack is given what it asks for and no more: see :meth:`limited_to`.
-
-    Attributes
-    ----------
-    update : Tensor
-        (d,): the update it trained honestly. Clients that collude send the same lie: here it is the
-        first one's.
-    generator : torch.Generator
-        Its own randomness.
-    num_clients, num_byzantine : int
-        n and f, which are public.
-    past : tuple of Tensor
-        Its own true updates of earlier rounds, oldest first.
-    colluders : Tensor or None
-        (m, d): the true updates of the hostile clients whose attack is played with more than their
-        own, in the order of their partitions.
-    honest : Tensor or None
-        (h, d): the updates of the honest clients.
-    colluder_ids, honest_ids : tuple of int
-        The partition ids of the rows of ``colluders`` and ``honest``.
-    memory : dict
-        What the attack has noted in earlier rounds, for it to change: names to plain values and
-        tensors, which a checkpoint can hold.
-    outcome : callable or None
-        ``(lie, rounds) -> (d,)``: by what the server would move in this number of rounds, each as
-        this one, if all who play the attack sent ``lie`` (d,) and all others what they send now.
-        None where there is no rule to be tried.
-    """
-
-    update: Tensor
-    generator: Generator
-    num_clients: int
-    num_byzantine: int
-    past: tuple[Tensor, ...] = ()
-    colluders: Tensor | None = None
-    honest: Tensor | None = None
-    colluder_ids: tuple[int, ...] = ()
-    honest_ids: tuple[int, ...] = ()
-    memory: dict[str, Any] = field(default_factory=dict)
-    outcome: Outcome | None = None
-
-    def limited_to(self, names: Collection[str]) -> dict[str, Any]:
-        """Return what an attack that asks for these is given, by name, and nothing else."""
-        return {name: getattr(self, name) for name in names}
-
-
-ON_UPDATES = tuple(field.name for field in fields(View))
-ON_DATA = ("images", "labels", "num_classes", "rng")
-
-_TELLS: Mapping[str, Knowledge] = {
-    "outcome": "rule",
-    "honest": "all",
-    "honest_ids": "all",
-    "colluders": "colluders",
-    "colluder_ids": "colluders",
-}
-"""What tells who an attack is played with, the most telling first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +45,7 @@ class Attack:
     function : callable
         What makes the lie.
     takes : tuple of str
-        What it is given: see the module.
+        What it is given: see :mod:`.view`.
     options : mapping of str to Option
         Its other parameters. The first is its knob.
     sweep : tuple
@@ -145,6 +57,13 @@ class Attack:
         How many hostile clients it takes.
     target : str
         The option that holds the label a model is to see in every image, which a run then measures.
+    victim : str
+        The option that holds the label whose images it is to see that in, where not in all others'.
+    trigger : callable, optional
+        ``(images, **options) -> images``: what test images are stamped with to measure it, given
+        those of the attack's options that it names. Without, they are taken as they are.
+    boost : str
+        The option that holds what the update is multiplied by after training, None for n / f.
     untrained : bool
         Whether the model goes back as it came, byte for byte, statistics of its layers included.
     """
@@ -158,6 +77,9 @@ class Attack:
     authors_code: Mapping[str, Any] = field(default_factory=dict)
     players: int = 1
     target: str = ""
+    victim: str = ""
+    trigger: Callable[..., Images] | None = None
+    boost: str = ""
     untrained: bool = False
 
     @property
@@ -172,7 +94,7 @@ class Attack:
         ``own`` attacks run on the client, on a SuperNode as in a simulation; the others are played
         by a grid that sees all replies.
         """
-        return next((knows for name, knows in _TELLS.items() if name in self.takes), "own")
+        return next((knows for name, knows in TELLS.items() if name in self.takes), "own")
 
     @property
     def is_local(self) -> bool:
@@ -190,7 +112,12 @@ class Attack:
         ``name`` is what it goes by, where that is not its own: the path of somebody else's.
         """
         values = {option.parameter: option.default for option in self.options.values()}
-        return Bound(self, values | check_all(self.name, given or {}, self.options), name)
+        values |= check_all(self.name, given or {}, self.options)
+        if self.victim and values[self.victim] == values[self.target]:
+            raise OptionError(
+                f"{self.victim} is {values[self.victim]} and {self.target} too; allowed: two labels"
+            )
+        return Bound(self, values, name)
 
     def swept(self, name: str = "") -> "list[Bound]":
         """Return the attack with each value of its sweep, as it is without a knob."""
@@ -231,29 +158,61 @@ class Bound:
         """The label that a model is to see in every image, None where there is no such aim."""
         return self.values[self.attack.target] if self.attack.target else None
 
+    @property
+    def victim(self) -> int | None:
+        """The label whose images it is to see that in, None for all others."""
+        return self.values[self.attack.victim] if self.attack.victim else None
+
+    @property
+    def is_normalized(self) -> bool:
+        """Whether images come to it as the model sees them."""
+        return bool(self.values.get("normalized", False))
+
+    def stamp(self, images: Images) -> Images:
+        """Return test images with the trigger, as they are where there is none."""
+        trigger = self.attack.trigger
+        if trigger is None:
+            return images
+        named = inspect.signature(trigger).parameters
+        return trigger(images, **{k: value for k, value in self.values.items() if k in named})
+
+    def boosted(self, update: Tensor, num_clients: int, num_byzantine: int) -> Tensor:
+        """Return what is sent of an update (d,) that was trained on the attack's examples."""
+        factor = self.values[self.attack.boost] if self.attack.boost else 1.0
+        return update * (num_clients / num_byzantine if factor is None else factor)
+
     def lie(self, view: View) -> Tensor:
         """Return what is sent instead of the update (d,), for attacks on the update."""
         lie: Tensor = self.attack.function(**view.limited_to(self.attack.takes), **self.values)
         return lie
 
     def corrupt(
-        self, images: Images, labels: Labels, num_classes: int, rng: np.random.Generator
+        self,
+        images: Images,
+        labels: Labels,
+        num_classes: int,
+        rng: np.random.Generator,
+        player: int = 0,
     ) -> tuple[Images, Labels]:
         """Return what the client trains on, for attacks on the data, which leave theirs alone.
 
         Parameters
         ----------
         images : ndarray
-            (B, H, W) or (B, H, W, C) uint8, before normalisation.
+            (B, H, W) or (B, H, W, C) uint8, before normalisation; (B, C, H, W) float32 after it
+            for an attack that :attr:`is_normalized`.
         labels : ndarray
             (B,) int64.
         num_classes : int
             How many labels there are.
         rng : numpy.random.Generator
             The client's own randomness.
+        player : int
+            Which of the clients who play the attack in this round it is, from 0.
         """
         takes = self.attack.takes
-        inputs = {"images": images, "labels": labels, "num_classes": num_classes, "rng": rng}
+        inputs: dict[str, Any] = {"images": images, "labels": labels, "num_classes": num_classes}
+        inputs |= {"rng": rng, "player": player}
         changed = self.attack.function(**{name: inputs[name] for name in takes}, **self.values)
         if "images" in takes and "labels" in takes:
             images, labels = changed
@@ -297,6 +256,9 @@ def attack(
     authors_code: Mapping[str, Any] | None = None,
     players: int = 1,
     target: str = "",
+    victim: str = "",
+    trigger: Callable[..., Images] | None = None,
+    boost: str = "",
     untrained: bool = False,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declare a function as an attack: see the module, and :class:`Attack` for the arguments.
@@ -330,6 +292,9 @@ def attack(
             authors_code or {},
             players,
             target,
+            victim,
+            trigger,
+            boost,
             untrained,
         )
         found.swept()  # refuses values that are not allowed
@@ -365,7 +330,7 @@ def _refuse_impossible(name: str, takes: Sequence[str], options: Options) -> Non
                 f"attack {name!r} takes {option.name!r}; {nearest(option.name, known)}; allowed: "
                 f"{', '.join(known)}, and options, which have a default"
             )
-    given, colludes = set(takes), any(tells in takes for tells in _TELLS)
+    given, colludes = set(takes), any(tells in takes for tells in TELLS)
     problem = ""
     if given & set(ON_DATA) and given & set(ON_UPDATES):
         problem = "allowed: those of an attack on the update, or those of one on the data"
@@ -373,8 +338,8 @@ def _refuse_impossible(name: str, takes: Sequence[str], options: Options) -> Non
         problem = "allowed: with update, colluders, honest, images or labels among them"
     elif "past" in given and (colludes or "rounds" not in options):
         problem = "allowed: past with an option 'rounds', and no more than its own update"
-    elif "memory" in given and not colludes:
-        problem = "allowed: memory with colluders or honest; past for one's own updates"
+    elif not colludes and (kept := [name for name in NEEDS_GRID if name in given]):
+        problem = f"allowed: {kept[0]} with colluders or honest; {NEEDS_GRID[kept[0]]}"
     if problem:
         raise ValueError(f"attack {name!r} takes {', '.join(takes) or 'nothing'}; {problem}")
 

@@ -6,25 +6,21 @@ clients send the same vector. A grid that sees all replies plays them in simulat
 the attackers.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
-from typing import Annotated, Any
+from typing import Any, Literal
 
 import torch
-from annotated_types import Ge
-from pydantic import AllowInfNan
 from torch import Tensor
 
-from fl_bgmd.aggregators import geometric_median
-from fl_bgmd.options import Fraction, Positive
+from fl_bgmd.options import Positive
 
-from .attack import Outcome, Strength, attack
-from .search import honest_mean, searched
+from .attack import Strength, attack
 
 _FEW_ATTACKERS_Z = 1.5
-_MEDIAN_TOL = 1e-4  # a lie need not be certified to the last digit
+
+Perturbation = Literal["std", "unit", "sign"]
 
 
 def alie_deviations(num_clients: int, num_byzantine: int) -> float:
@@ -71,7 +67,7 @@ def alie(
     hostile = len(colluders) if num_byzantine is None else num_byzantine
     z = z or alie_deviations(num_clients, hostile) or _FEW_ATTACKERS_Z
     mean = colluders.mean(0)
-    return mean - z * _deviation(colluders - mean)
+    return mean - z * deviation(colluders - mean)
 
 
 @attack("Xie et al. (UAI 2019), Equation 1", sweep=(0.1, 0.5, 10.0))
@@ -125,10 +121,10 @@ def mimic_victim(honest: Tensor) -> int:
 
 
 @attack("Shejwalkar and Houmansadr (NDSS 2021), Equation 5", sweep=(1.0, 3.0))
-def min_max(honest: Tensor, scale: Strength = 1.0) -> Tensor:
-    """Return ``mean - gamma * std``, no further from any honest update than they are apart.
+def min_max(honest: Tensor, scale: Strength = 1.0, *, perturbation: Perturbation = "std") -> Tensor:
+    """Return ``mean + gamma * p``, no further from any honest update than they are apart.
 
-    With the paper's "inverse standard deviation" as perturbation. They search for the largest
+    They search for the largest
     gamma; here it is the root of a quadratic.
 
     Parameters
@@ -137,13 +133,16 @@ def min_max(honest: Tensor, scale: Strength = 1.0) -> Tensor:
         (h, d).
     scale : float
         Multiple of the largest gamma.
+    perturbation : {"std", "unit", "sign"}
+        Direction p of the deviation: minus the standard deviation of each coordinate, minus the
+        mean at length 1, or minus its signs ("inverse" each, in the paper).
     """
-    mean, direction, offsets = _perturbation(honest)
+    mean, direction, offsets = _perturbed(honest, perturbation)
     squared = float(direction @ direction)
     if squared == 0:
         return honest.mean(0)
     gram = offsets @ offsets.T
-    limit = float(_squared_distances(gram).max())
+    limit = float(squared_distances(gram).max())
     along = offsets @ direction
     slack = gram.diagonal() - limit
     # |mean - x_i + gamma p|^2 = limit, solved for gamma, for every i.
@@ -152,8 +151,8 @@ def min_max(honest: Tensor, scale: Strength = 1.0) -> Tensor:
 
 
 @attack("Shejwalkar and Houmansadr (NDSS 2021), Equation 6", sweep=(1.0, 3.0))
-def min_sum(honest: Tensor, scale: Strength = 1.0) -> Tensor:
-    """Return ``mean - gamma * std``, its squared distances summing to no more than theirs do.
+def min_sum(honest: Tensor, scale: Strength = 1.0, *, perturbation: Perturbation = "std") -> Tensor:
+    """Return ``mean + gamma * p``, its squared distances summing to no more than theirs do.
 
     The sum of squared distances to the honest updates is at most the largest such sum of an honest
     one.
@@ -164,189 +163,40 @@ def min_sum(honest: Tensor, scale: Strength = 1.0) -> Tensor:
         (h, d).
     scale : float
         Multiple of the largest gamma.
+    perturbation : {"std", "unit", "sign"}
+        Direction p of the deviation: minus the standard deviation of each coordinate, minus the
+        mean at length 1, or minus its signs ("inverse" each, in the paper).
     """
-    mean, direction, offsets = _perturbation(honest)
+    mean, direction, offsets = _perturbed(honest, perturbation)
     squared = float(direction @ direction)
     if squared == 0:
         return honest.mean(0)
     gram = offsets @ offsets.T
-    limit = float(_squared_distances(gram).sum(1).max())
+    limit = float(squared_distances(gram).sum(1).max())
     # The offsets sum to zero, so the mixed term does too.
     gamma = max(0.0, limit - float(gram.trace())) / (len(honest) * squared)
     return (mean + scale * math.sqrt(gamma) * direction).to(honest.dtype)
 
 
-@attack("this project", sweep=(1.0, 10.0, 100.0))
-def memory_poison(honest: Tensor, scale: Strength = 100.0, strong: Fraction = 0.2) -> Tensor:
-    """Return the honest mean on the strong coordinates and ``-scale`` times it on the others.
-
-    Against the memory of BGMD, this project's own: the row is plausible where a block of large
-    coordinates looks, and dumps everything into the residual that the memory keeps.
-
-    Parameters
-    ----------
-    honest : Tensor
-        (h, d).
-    scale : float
-        Factor.
-    strong : float
-        Share of the coordinates, those with the largest squares, that counts as strong.
-    """
-    mean = honest.mean(0)
-    kept = _strongest(honest, strong)
-    poisoned = -scale * mean
-    poisoned[kept] = mean[kept]
-    return poisoned
-
-
-@attack("this project", sweep=(None, 10.0))
-def memory_takeover(
-    honest: Tensor,
-    memory: dict[str, Any],
-    outcome: Outcome | None,
-    scale: Strength | None = None,
-    strong: Fraction = 0.3,
-) -> Tensor:
-    """Return :func:`takeover_lie` (d,), by default of the scale that harms most.
-
-    Parameters
-    ----------
-    honest : Tensor
-        (h, d).
-    memory : dict
-        Its own, from round to round.
-    outcome : callable or None
-        See :class:`.attack.View`.
-    scale : float, optional
-        Factor, searched by default.
-    strong : float
-        Share of the coordinates, those with the largest squares, that counts as strong.
-    """
-    lie = functools.partial(takeover_lie, honest, honest_mean(honest, memory), strong=strong)
-    if scale is None:
-        scale = searched(lie, (0.5, 1.0, 3.0, 10.0, 30.0, 100.0), honest, memory, outcome)
-    return lie(scale)
-
-
-def takeover_lie(
-    honest: Tensor, running: Tensor, scale: float = 10.0, *, strong: float = 0.3
-) -> Tensor:
-    """Return the honest geometric median on the strong coordinates, ``-scale * running`` elsewhere.
-
-    Against the memory of BGMD, this project's own: where the block is likely to be, equal rows in
-    the middle of the honest ones own its median, and with it what the memory replays; elsewhere
-    they push against ``running`` (d,), the running mean of the honest means.
-    """
-    lie = -scale * running
-    kept = _strongest(honest, strong)
-    lie[kept] = geometric_median(honest[:, kept], tol=_MEDIAN_TOL).vector.to(lie.dtype)
-    return lie
-
-
-@attack("this project", sweep=(None, 1.0))
-def memory_consistent(
-    honest: Tensor,
-    memory: dict[str, Any],
-    outcome: Outcome | None,
-    scale: Strength | None = None,
-    strong: Fraction = 0.2,
-) -> Tensor:
-    """Return :func:`consistent_lie` (d,), by default of the scale that harms most.
-
-    Parameters
-    ----------
-    honest : Tensor
-        (h, d).
-    memory : dict
-        Its own, from round to round.
-    outcome : callable or None
-        See :class:`.attack.View`.
-    scale : float, optional
-        Length relative to the median update, searched by default.
-    strong : float
-        Share of the coordinates, those with the largest squares, that counts as strong.
-    """
-    lie = functools.partial(consistent_lie, honest, honest_mean(honest, memory), strong=strong)
-    if scale is None:
-        scale = searched(lie, (0.25, 0.5, 1.0, 2.0, 5.0, 20.0), honest, memory, outcome)
-    return lie(scale)
-
-
-def consistent_lie(
-    honest: Tensor, running: Tensor, scale: float = 1.0, *, strong: float = 0.2
-) -> Tensor:
-    """Return the honest mean on the strong coordinates, elsewhere a push against ``running``.
-
-    Against the memory of BGMD, this project's own: the push is minus the direction of ``running``
-    (d,), the running mean of the honest means, times ``scale`` and the median honest norm. It
-    hardly changes from round to round, as honest updates do not.
-    """
-    norms = torch.linalg.vector_norm(honest, dim=1)
-    length = float(torch.linalg.vector_norm(running))
-    lie = running * (-scale * float(norms.median()) / length if length > 0 else 0.0)
-    kept = _strongest(honest, strong)
-    lie[kept] = honest[:, kept].mean(0)
-    return lie
-
-
-@attack("Fang et al. (USENIX Security 2020), Section 4.2", sweep=(None, 2.0))
-def fang(
-    honest: Tensor,
-    memory: dict[str, Any],
-    outcome: Outcome | None,
-    beyond: Annotated[float, Ge(1), AllowInfNan(False)] | None = None,
-) -> Tensor:
-    """Return :func:`directed_deviation` (d,), by default as far out as harms most.
-
-    Parameters
-    ----------
-    honest : Tensor
-        (h, d).
-    memory : dict
-        Its own, from round to round.
-    outcome : callable or None
-        See :class:`.attack.View`.
-    beyond : float, optional
-        Multiple of the honest extreme, searched by default (2 without the rule).
-    """
-    lie = functools.partial(directed_deviation, honest)
-    if beyond is None:
-        beyond = searched(lie, (1.0, 1.25, 2.0, 5.0), honest, memory, outcome, blind=2.0)
-    return lie(beyond)
-
-
-def directed_deviation(honest: Tensor, beyond: float = 2.0) -> Tensor:
-    """Return, against the sign of each coordinate's mean, what lies beyond the honest extreme.
-
-    Fang et al. (USENIX Security 2020), Section 4.2, their attack on the trimmed mean with full
-    knowledge: below the least value ``low`` where the mean is above 0, by ``(beyond - 1) |low|``,
-    above the largest where it is below. They draw from an interval up to there (its end is
-    ``low / b`` for a ``low`` above 0), so that no two lies are alike; these are its far end.
-    """
-    mean, low, high = honest.mean(0), honest.amin(0), honest.amax(0)
-    against = torch.where(mean < 0, high + (beyond - 1) * high.abs(), mean)
-    return torch.where(mean > 0, low - (beyond - 1) * low.abs(), against)
-
-
-def _strongest(honest: Tensor, share: float) -> Tensor:
-    """Return the indices of the share of the coordinates with the largest sums of squares."""
-    return torch.topk(honest.square().sum(0), max(1, int(share * honest.shape[1]))).indices
-
-
-def _perturbation(honest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mean, minus the standard deviation, and mean minus each row, in float64."""
+def _perturbed(honest: Tensor, perturbation: Perturbation) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mean, the perturbation, and mean minus each row, in float64."""
     rows = honest.to(torch.float64, copy=True)
     mean = rows.mean(0)
     offsets = torch.sub(mean, rows, out=rows)
-    return mean, _deviation(offsets).neg_(), offsets
+    if perturbation == "std":
+        return mean, deviation(offsets).neg_(), offsets
+    direction = (
+        -mean.sign() if perturbation == "sign" else -torch.nn.functional.normalize(mean, dim=0)
+    )
+    return mean, direction, offsets
 
 
-def _deviation(offsets: Tensor) -> Tensor:
+def deviation(offsets: Tensor) -> Tensor:
     """Return the standard deviation of rows of mean 0 (torch's own is many times slower)."""
     return offsets.square().mean(0).sqrt_()
 
 
-def _squared_distances(gram: Tensor) -> Tensor:
+def squared_distances(gram: Tensor) -> Tensor:
     """Return all squared distances between rows, (m, m), from their inner products."""
     squares = gram.diagonal()
     return (squares[:, None] + squares[None, :] - 2 * gram).clamp_min(0)

@@ -2,7 +2,8 @@
 
 Functions of uint8 images, (B, H, W) or (B, H, W, C), and int64 labels (B,); they return new arrays
 and leave theirs alone. The BGMD authors' code applied the image attacks after normalisation, where
-a standard deviation of 10 buries the image; here 10 is 10 of 255 grey levels.
+a standard deviation of 10 buries the image; here 10 is 10 of 255 grey levels unless an option
+``normalized`` says otherwise.
 """
 
 from typing import Annotated
@@ -10,11 +11,14 @@ from typing import Annotated
 import numpy as np
 import torch
 from annotated_types import Ge, Le
+from pydantic import AllowInfNan
 
 from fl_bgmd.extras import require
-from fl_bgmd.options import Fraction, Positive
+from fl_bgmd.options import Allowed, Fraction, Positive
 
 from .attack import Images, Labels, Strength, attack
+
+Finite = Annotated[float, AllowInfNan(False), Allowed("a finite number")]
 
 _BGMD = "Acharya et al. (BGMD), Section 7"
 
@@ -47,23 +51,36 @@ def random_labels(labels: Labels, num_classes: int, rng: np.random.Generator) ->
 
 @attack(_BGMD, sweep=(10.0, 100.0))
 def image_noise(
-    images: Images, std: Strength = 10.0, rng: np.random.Generator | None = None
+    images: Images,
+    std: Strength = 10.0,
+    rng: np.random.Generator | None = None,
+    *,
+    mean: Finite = 0.0,
+    normalized: bool = False,
 ) -> Images:
-    """Return the images plus N(0, std^2) on the 0..255 scale, rounded and clipped to it.
+    """Return the images plus N(mean, std^2) in every value.
 
-    Acharya et al. (BGMD), Section 7: N(0, 100), a standard deviation of 10.
+    Acharya et al. (BGMD), Section 7: N(0, 100) on the 0..255 scale, a standard deviation of 10;
+    rounded and clipped to that scale. Their code adds it after normalisation, their slides say
+    N(100, 1): ``image-noise:10,normalized=on`` and ``image-noise:1,mean=100,normalized=on``.
 
     Parameters
     ----------
     images : ndarray
-        (B, H, W) or (B, H, W, C) uint8.
+        (B, H, W) or (B, H, W, C) uint8; normalized (B, C, H, W) float32.
     std : float
-        Standard deviation, of 255 grey levels.
+        Standard deviation.
     rng : numpy.random.Generator, optional
         What the noise is drawn from; one of its own by default.
+    mean : float
+        Mean of the noise.
+    normalized : bool
+        Whether it is added to what the model sees, in its units, and not to 255 grey levels.
     """
     rng = rng or np.random.default_rng()
-    noisy = images + rng.normal(0.0, std, size=images.shape)
+    noisy = images + rng.normal(mean, std, size=images.shape)
+    if normalized:
+        return noisy.astype(images.dtype)
     return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
 
 

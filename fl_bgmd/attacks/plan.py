@@ -65,6 +65,11 @@ class AttackPlan:
             self.attacks, num_clients, self.fraction, server_round, self.seed, self.selection
         )
 
+    def player(self, num_clients: int, server_round: int, partition: int) -> int:
+        """Return which of those who play its attack in a round a hostile client is, from 0."""
+        roles = self.roles(num_clients, server_round)
+        return sum(roles[other] == roles[partition] for other in roles if other < partition)
+
     def client_seed(self, server_round: int, partition: int) -> int:
         """Return the seed of a hostile client's own randomness in a round."""
         sequence = np.random.SeedSequence([self.seed, server_round, partition])
@@ -76,9 +81,9 @@ class AttackPlan:
         return max((bound.num_past for bound in self.attacks), default=0)
 
     @property
-    def targets(self) -> tuple[int, ...]:
-        """The labels that a model is to see in every image."""
-        return tuple(bound.target for bound in self.attacks if bound.target is not None)
+    def targeted(self) -> tuple[Bound, ...]:
+        """The attacks that have a label for a model to see in images."""
+        return tuple(bound for bound in self.attacks if bound.target is not None)
 
 
 FORMER: Mapping[str, Any] = {"attack.scale": 0.0, "attack.preset": "paper"}

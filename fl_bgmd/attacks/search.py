@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from .attack import Outcome
+from .view import Pipeline
 
 SEARCH_EVERY = 12
-"""Rounds that an attack is played with the strength it has found."""
+"""Rounds that an attack is played with the strength it has found, unless it is told otherwise."""
 
 HORIZON = 6
 """Rounds that each strength is tried for: what enters a memory does its harm later."""
+
+
+S = TypeVar("S")
 
 
 def honest_mean(honest: Tensor, memory: dict[str, Any]) -> Tensor:
@@ -25,15 +28,16 @@ def honest_mean(honest: Tensor, memory: dict[str, Any]) -> Tensor:
 
 
 def searched(
-    lie: Callable[[float], Tensor],
-    grid: Sequence[float],
+    lie: Callable[[S], Tensor],
+    grid: Sequence[S],
     honest: Tensor,
     memory: dict[str, Any],
-    outcome: Outcome | None,
+    pipeline: Pipeline | None,
+    every: int = SEARCH_EVERY,
     *,
-    blind: float | None = None,
-) -> float:
-    """Return the strength of the grid that harms most, searched every :data:`SEARCH_EVERY` rounds.
+    blind: S | None = None,
+) -> S:
+    """Return the strength of the grid that harms most, searched in every ``every``-th round.
 
     Harm is progress lost: what the server would move by in :data:`HORIZON` rounds, along the mean
     of the honest updates. The first of equals wins.
@@ -42,15 +46,17 @@ def searched(
     ----------
     lie : callable
         ``strength -> (d,)``.
-    grid : sequence of float
-        Strengths.
+    grid : sequence
+        Strengths: numbers, or tuples of plain values.
     honest : Tensor
         (h, d): the updates of the honest clients.
     memory : dict
         Where the search keeps what it has found.
-    outcome : callable or None
-        See :class:`.attack.View`.
-    blind : float, optional
+    pipeline : Pipeline or None
+        See :class:`.view.View`.
+    every : int
+        Rounds that an attack is played with the strength it has found.
+    blind : optional
         The strength where there is no rule to be tried.
 
     Raises
@@ -58,7 +64,7 @@ def searched(
     ValueError
         Where there is no rule to be tried, and no ``blind`` strength.
     """
-    if outcome is None:
+    if pipeline is None:
         if blind is not None:
             return blind
         raise ValueError(
@@ -67,13 +73,14 @@ def searched(
         )
     number = int(memory.get("round", 0))
     memory["round"] = number + 1
-    if number % SEARCH_EVERY == 0:
-        memory["strength"] = min(grid, key=lambda s: _progress(lie(s), honest, outcome))
-    return float(memory["strength"])
+    if number % every == 0:
+        memory["strength"] = min(grid, key=lambda s: _progress(lie(s), honest, pipeline))
+    strength: S = memory["strength"]
+    return strength
 
 
-def _progress(lie: Tensor, honest: Tensor, outcome: Outcome) -> float:
+def _progress(lie: Tensor, honest: Tensor, pipeline: Pipeline) -> float:
     """Return how far the server would move along the honest mean, infinite where nobody knows."""
-    moved = outcome(lie, HORIZON).double()
+    moved = pipeline(lie, HORIZON).double()
     progress = float(moved @ honest.mean(0).to(moved))
     return math.inf if math.isnan(progress) else progress

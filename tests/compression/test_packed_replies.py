@@ -154,7 +154,7 @@ def test_error_feedback_keeps_what_was_lost() -> None:
         [plain] = honest.send_and_receive([train_message(model, 1, {"server-round": 1}, "train")])
         true += read(plain, model, "top-k:0.2")[1]
     [context] = grid._contexts.values()
-    memory = context.state["fl-bgmd.compression-error"]["error"].numpy()
+    [memory] = to_numpy(context.state["fl-bgmd.compression-error"]).values()
     np.testing.assert_allclose(sent + memory, true, rtol=1e-4, atol=1e-6)
     assert np.abs(memory).max() > 0
 

@@ -145,7 +145,7 @@ def test_the_lie_is_sent_by_the_hostile_only(
     [
         ({"rule": "gmdd"}, r"rule is 'gmdd'; did you mean"),
         ({"rule": "gmd+nothing"}, r"mixing is 'nothing'; allowed"),
-        ({"attack": "bit-flip"}, r"attack is 'bit-flip'; allowed: none, fang-krum"),
+        ({"attack": "bit-flip"}, r"attack is 'bit-flip'; allowed: none, ipm"),
         ({"momentum": 1.0}, r"momentum is 1.0; allowed: 0 to below 1"),
         ({"learning_rate": 0.0}, r"learning_rate is 0.0; allowed: above 0"),
         ({"steps": 0}, r"steps is 0; allowed: 1 or more"),
@@ -249,4 +249,4 @@ def test_the_command_line_asks_for_all_combinations_and_names_what_it_refuses(
     assert json.loads(path.read_text().splitlines()[0])["attack"] == "fang"
     with pytest.raises(SystemExit):
         collusion.main(["--attacks", "fangs", "--output", str(path)])
-    assert "attack is 'fangs'; allowed: none, fang-krum" in capsys.readouterr().err
+    assert "attack is 'fangs'; allowed: none, ipm" in capsys.readouterr().err

@@ -43,6 +43,8 @@ BAD: dict[str, list[Any]] = {
     "lr-decay": [0.0, 1.1, NAN],
     "server-learning-rate": [0.0, -1.0, NAN, INF],
     "server-optimizer": ["", "lamb", "adam:beta1=1", "adam:betas=0.9", "sgd:0.9", "math:floor"],
+    "client-momentum": [-0.1, 1.0, NAN],
+    "client-momentum-of-lies": ["maybe", "", 1, 0.0],
     "server-momentum": [-0.1, 1.0, NAN],
     "server-nesterov": ["maybe", "", 1, 0.0],
     "dataset": ["imagenet", "", "CIFAR10"],
@@ -329,8 +331,8 @@ def test_an_attack_needs_hostile_clients(attack: str) -> None:
         message = refusal(given)
         assert message.startswith(f"attack is '{attack}' with byzantine-fraction {fraction}: ")
         assert message.endswith("allowed: byzantine-fraction of 0.1 or more")
-    # alie takes the spread of the hostile clients' own updates: one alone has none.
-    enough = 0.2 if attack == "alie" else 0.1
+    # alie takes the spread of the hostile clients' own updates, dba shares out its trigger.
+    enough = ATTACKS[attack].players / 10
     assert validate({"attack": attack, "byzantine-fraction": enough, "num-clients": 10})
 
 

@@ -32,6 +32,7 @@ from fl_bgmd.attacks import (
     byzantine_clients,
     byzantine_roles,
 )
+from fl_bgmd.attacks.search import SEARCH_EVERY
 from fl_bgmd.data import load
 from fl_bgmd.mods import ByzantineMod
 from fl_bgmd.options import NonNegative
@@ -62,7 +63,8 @@ def make_view(d: int = 50, honest: int = 6, hostile: int = 4, seed: int = 0) -> 
         colluder_ids=tuple(range(honest, honest + hostile)),
         honest_ids=tuple(range(honest)),
         memory={"noted": 3},
-        outcome=lambda lie, rounds: rounds * lie,
+        last_step=rows[:honest].mean(0) / 2,
+        pipeline=lambda lie, rounds=1: rounds * lie,
     )
 
 
@@ -74,7 +76,9 @@ def test_every_attack_of_the_papers_and_peers_is_there() -> None:
         *("bit-flip", "gaussian", "replace-gaussian", "ascent", "sign-flip", "zero", "random"),
         *("nan", "inf", "huge", "free-rider", "delayed", "block-hijack", "alie", "ipm", "mimic"),
         *("min-max", "min-sum", "memory-poison", "memory-takeover", "memory-consistent", "fang"),
+        *("fang-krum", "optimal-alie", "optimal-ipm", "optimal-min-max", "consistent", "rop"),
         *("backdoor", "label-shift", "random-labels", "image-noise", "impulse", "blur"),
+        *("badnets", "model-replacement", "dba", "label-flip"),
     }
 
 
@@ -97,7 +101,8 @@ def test_strengths_of_the_paper_and_of_the_authors_code() -> None:
     assert values["gaussian"] == [10.0]
     assert values["backdoor"] == [8]
     assert values["replace-gaussian"] == [200.0]
-    assert values["alie"] == values["fang"] == [None]
+    assert values["alie"] == [None]
+    assert values["fang"] == [None, SEARCH_EVERY]
     code = {name: attack.authors_code for name, attack in ATTACKS.items() if attack.authors_code}
     assert code == {"bit-flip": {"": 5.0}, "gaussian": {"cifar10": 100.0}, "backdoor": {"": 0}}
     again = read_study(PAPERS / "table2-fashion-mnist-authors-code.toml")
@@ -113,7 +118,7 @@ def test_a_spec_names_an_attack_with_its_options() -> None:
         {"scale": 3.0, "strong": 0.5},
         {"size": 1e31},
         {"scale": 100.0},
-        {"beyond": None},
+        {"beyond": None, "every": SEARCH_EVERY},
         {"rounds": 2},
     ]
     assert "+".join(map(str, bounds)) == (
@@ -145,6 +150,7 @@ def test_what_an_attack_is_given_follows_from_its_parameters() -> None:
         ("update, past", "takes update, past; allowed: past with an option 'rounds'"),
         ("update, honest, past, rounds: int = 3", "no more than its own update"),
         ("update, memory", "takes update, memory; allowed: memory with colluders"),
+        ("update, last_step", "takes update, last_step; allowed: last_step with colluders"),
         ("update, scale: NonNegative = 1.0", "scale is -3.0; allowed: 0 or more"),
     ],
 )
@@ -186,9 +192,11 @@ def test_a_view_shows_no_more_than_was_declared(name: str) -> None:
     if attack.knows == "own":
         assert set(attack.takes) <= {"update", "generator", "past"}
     if attack.knows not in OMNISCIENT:
-        assert not set(attack.takes) & {"honest", "honest_ids", "outcome", "memory"}
+        assert not set(attack.takes) & {"honest", "honest_ids", "pipeline"}
+    if attack.knows == "own":
+        assert not set(attack.takes) & {"memory", "last_step"}
     if attack.knows != "rule":
-        assert "outcome" not in attack.takes
+        assert "pipeline" not in attack.takes
 
 
 @pytest.mark.parametrize("name", [n for n in UPDATE_ATTACKS if ATTACKS[n].knows not in OMNISCIENT])
@@ -360,6 +368,7 @@ SEARCHED = {
     "memory-takeover": (0.5, 1.0, 3.0, 10.0, 30.0, 100.0),
     "memory-consistent": (0.25, 0.5, 1.0, 2.0, 5.0, 20.0),
     "fang": (1.0, 1.25, 2.0, 5.0),
+    "fang-krum": (0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 20.0),
 }
 
 
@@ -380,11 +389,11 @@ def test_the_strength_that_harms_most_is_found_and_kept_for_twelve_rounds(
     allowed = lie_of(name, replace(make_view(), memory={}), wanted)
     tried: list[int] = []
 
-    def outcome(lie: Tensor, rounds: int) -> Tensor:
+    def pipeline(lie: Tensor, rounds: int = 1) -> Tensor:
         tried.append(rounds)
         return -rounds * honest.mean(0) if torch.equal(lie, allowed) else torch.zeros_like(lie)
 
-    view = replace(make_view(), memory={}, outcome=outcome)
+    view = replace(make_view(), memory={}, pipeline=pipeline)
     for number in range(13):
         # The honest updates stay, so the running mean does up to its rounding.
         view.memory.pop("running-mean", None)
@@ -396,17 +405,17 @@ def test_the_strength_that_harms_most_is_found_and_kept_for_twelve_rounds(
 
 @pytest.mark.parametrize("name", SEARCHED)
 def test_a_fixed_strength_asks_nobody(name: str) -> None:
-    def outcome(lie: Tensor, rounds: int) -> Tensor:
+    def pipeline(lie: Tensor, rounds: int = 1) -> Tensor:
         raise AssertionError
 
-    view = replace(make_view(), memory={}, outcome=outcome)
+    view = replace(make_view(), memory={}, pipeline=pipeline)
     assert torch.equal(
-        lie_of(name, view, 3.0), lie_of(name, replace(view, memory={}, outcome=None), 3.0)
+        lie_of(name, view, 3.0), lie_of(name, replace(view, memory={}, pipeline=None), 3.0)
     )
 
 
 def test_without_the_rule_nothing_is_searched() -> None:
-    view = replace(make_view(), memory={}, outcome=None)
+    view = replace(make_view(), memory={}, pipeline=None)
     assert torch.equal(lie_of("fang", view), lie_of("fang", view, 2.0))
     for name in ("memory-takeover", "memory-consistent"):
         with pytest.raises(ValueError, match=r"strength is None .*allowed: a strength,"):
@@ -414,12 +423,12 @@ def test_without_the_rule_nothing_is_searched() -> None:
 
 
 def test_an_outcome_that_is_no_number_is_not_the_worst() -> None:
-    def outcome(lie: Tensor, rounds: int) -> Tensor:
+    def pipeline(lie: Tensor, rounds: int = 1) -> Tensor:
         tried.append(rounds)
         return lie * (1.0 if len(tried) == 2 else math.nan)
 
     tried: list[int] = []
-    view = replace(make_view(), memory={}, outcome=outcome)
+    view = replace(make_view(), memory={}, pipeline=pipeline)
     lie_of("fang", view)
     assert view.memory["strength"] == SEARCHED["fang"][1]
 
@@ -453,7 +462,11 @@ def test_a_data_attack_keeps_shapes_and_leaves_its_input_alone(
     changed, wrong = ATTACKS[name].bound().corrupt(raw, labels, 10, rng)
     assert (changed.shape, changed.dtype) == (shape, np.uint8)
     assert (wrong.shape, wrong.dtype) == ((7,), np.int64)
-    assert (changed != raw).any() != (wrong != labels).any()
+    takes = {"images", "labels"} & set(ATTACKS[name].takes)
+    assert ((changed != raw).any(), (wrong != labels).any()) == (
+        "images" in takes,
+        "labels" in takes,
+    )
 
 
 def test_label_attacks_by_hand() -> None:
@@ -829,12 +842,14 @@ def test_the_backdoor_is_measured() -> None:
 
 
 # Attacks that leave plain averaging standing, and why: the mean survives what is a share of the
-# honest update (zero, free-rider, delayed), within its spread (alie, ipm, mimic, min-sum, min-max),
-# screened (nan, inf), or only a harder image (image-noise, impulse, blur).
+# honest update (zero, free-rider, delayed), within its spread (alie, ipm, mimic, min-sum, min-max,
+# rop), screened (nan, inf), only a harder image (image-noise, impulse, blur), or wrong about few
+# images (badnets, model-replacement, label-flip).
 BREAKS_AVERAGING = {
     *("bit-flip", "gaussian", "replace-gaussian", "sign-flip", "ascent", "huge"),
     *("block-hijack", "memory-poison", "memory-takeover", "memory-consistent", "fang"),
-    *("backdoor", "label-shift"),
+    *("fang-krum", "optimal-alie", "optimal-ipm", "optimal-min-max", "consistent"),
+    *("backdoor", "label-shift", "dba"),
 }
 
 
