@@ -167,7 +167,7 @@ def test_a_comparison_sweeps_it(tmp_path: Path) -> None:
     arguments = ["compare", *SMALL, "--strategies", "gmd", "--attack=none,tmp_mod:my_attack"]
     assert main([*arguments, f"--results-dir={tmp_path / 'out'}"]) == 0
     [cells] = (tmp_path / "out").glob("*/cells.jsonl")
-    assert [json.loads(line)["attack"] for line in cells.read_text().splitlines()] == [
+    assert [json.loads(line)["column"] for line in cells.read_text().splitlines()] == [
         *("none", "tmp_mod:my_attack", "tmp_mod:my_attack:3")
     ]
     table = (cells.parent / "table.md").read_text().splitlines()
