@@ -233,10 +233,13 @@ def with_parameters(text: str, options: Iterable[Option], others: str = "") -> s
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint at the nearest known name, or at all of them."""
     known = list(known)
+    return near(name, known) or f"it has: {', '.join(sorted(known)) or 'none'}"
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Return a hint at the nearest known name, empty where none is near."""
     close = difflib.get_close_matches(name, known, n=1)
-    return (
-        f"did you mean {close[0]!r}?" if close else f"it has: {', '.join(sorted(known)) or 'none'}"
-    )
+    return f"did you mean {close[0]!r}?" if close else ""
 
 
 def check_all(owner: str, given: Mapping[str, Any], options: Options) -> dict[str, Any]:

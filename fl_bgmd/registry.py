@@ -4,14 +4,13 @@
 ``package.module:NAME`` is one of somebody's own, with options after a second colon.
 """
 
-import difflib
 import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
-from .options import Option, OptionError, Options, nearest
+from .options import Option, OptionError, Options, near, nearest
 
 T = TypeVar("T")
 
@@ -119,12 +118,9 @@ class Registry(Mapping[str, T], Generic[T]):
         if name in self._things:
             return self._things[name]
         if not _PATH.fullmatch(name):
-            close = difflib.get_close_matches(name, self._things, n=1)
-            hint = f"did you mean {close[0]!r}?; " if close else ""
-            raise OptionError(
-                f"{self.kind} is {name!r}; {hint}allowed: {', '.join(self._things)}, or "
-                "package.module:NAME"
-            )
+            allowed = f"allowed: {', '.join(self._things)}, or package.module:NAME"
+            hints = filter(None, (near(name, self._things), allowed))
+            raise OptionError(f"{self.kind} is {name!r}; {'; '.join(hints)}")
         try:
             return self._accept(load_object(name))
         except ValueError as error:

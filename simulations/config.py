@@ -5,7 +5,6 @@ Keys are declared here (:class:`RunSettings`) and with the strategies' options; 
 run`` and ``fl-bgmd`` share the keys and pass through :func:`validate` before anything starts.
 """
 
-import difflib
 import json
 import math
 import re
@@ -32,6 +31,7 @@ from fl_bgmd.options import (
     OptionError,
     Positive,
     declared,
+    near,
 )
 from fl_bgmd.registry import is_path, load_object, parse_spec, split_specs
 from fl_bgmd.schedules import Schedule
@@ -402,10 +402,8 @@ def _check_key(key: str, value: Any) -> None:
         now = _GONE[key].format(value).replace("+none", "")
         raise ConfigError(f"{key} is {value!r}, and is no more; allowed: {now}")
     if key not in SETTINGS:
-        close = difflib.get_close_matches(key, SETTINGS, n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        allowed = ", ".join(SETTINGS)
-        raise ConfigError(f"unknown key {key!r} (value {value!r}){hint}; allowed: {allowed}")
+        hints = filter(None, (near(key, SETTINGS), f"allowed: {', '.join(SETTINGS)}"))
+        raise ConfigError(f"unknown key {key!r} (value {value!r}); {'; '.join(hints)}")
 
 
 def strategy_for(config: Config, **options: Any) -> RobustStrategy:

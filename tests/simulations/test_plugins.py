@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fl_bgmd.attacks import ATTACKS, build_attacks
-from fl_bgmd.plugins import is_path
+from fl_bgmd.registry import is_path
 from fl_bgmd.strategies import FedBGMD, Round
 from simulations.cli import main
 from simulations.config import ConfigError, validate

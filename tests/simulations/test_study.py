@@ -334,7 +334,7 @@ def test_compare_from_python_keeps_rounds_and_table(tmp_path: Path) -> None:
     assert float(frame["accuracy"].iloc[-1]) == result.frame["final-accuracy"][1]
     again = compare(["gmd", "mean"], ["none", "zero"], folder=tmp_path, **keys)
     assert again.lines == json.loads(json.dumps(result.lines))
-    with pytest.raises(ConfigError, match=r"bath-size.*did you mean batch-size"):
+    with pytest.raises(ConfigError, match=r"bath-size.*did you mean 'batch-size'"):
         compare(["gmd"], bath_size=3)
 
 
