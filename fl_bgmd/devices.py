@@ -27,7 +27,7 @@ def resolve_device(device: str) -> torch.device:
 
 def to_input(images: Tensor, device: torch.device) -> Tensor:
     """Move images to the device, channels last: convolutions are a third faster that way."""
-    # Not .contiguous(), which leaves the strides of grey images: both layouts are the same bytes.
+    # Not .contiguous(), which leaves the strides of gray images: both layouts are the same bytes.
     return images.to(device).to(memory_format=torch.channels_last)
 
 

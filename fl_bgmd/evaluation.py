@@ -34,12 +34,12 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """Share of the examples that were recognised."""
+        """Share of the examples that were recognized."""
         return float(np.trace(self.confusion)) / self.count
 
     @property
     def class_accuracies(self) -> list[float]:
-        """Share of each class that was recognised; 0 for a class without examples."""
+        """Share of each class that was recognized; 0 for a class without examples."""
         totals = self.confusion.sum(axis=1)
         return [float(v) for v in np.diagonal(self.confusion) / np.maximum(totals, 1)]
 

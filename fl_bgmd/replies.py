@@ -470,7 +470,7 @@ def view_array(array: Array, spec: ArraySpec) -> NDArray[np.generic]:
         )
     if array.stype != _NPY:
         raise InvalidReplyError(
-            Rejection.ENCODING, f"array {spec.key!r} is serialised as {array.stype[:80]!r}"
+            Rejection.ENCODING, f"array {spec.key!r} is serialized as {array.stype[:80]!r}"
         )
     shape, fortran_order, dtype, start = _read_npy_header(array.data, spec.key)
     if shape != spec.shape:

@@ -59,7 +59,7 @@ class LegacyStrategy(FedAvg):
     parameter_names : sequence of str, optional
         Names of the model's arrays in the order in which clients send them, for example
         ``list(model.state_dict())``. The older API sends none, and without them the statistics of
-        batch normalisation (``running_mean``, ``running_var``) are aggregated like weights.
+        batch normalization (``running_mean``, ``running_var``) are aggregated like weights.
     **options
         All of :class:`flwr.server.strategy.FedAvg`'s (``inplace`` means nothing here) and the
         rule's own. ``fit_metrics_aggregation_fn`` and ``evaluate_metrics_aggregation_fn`` see

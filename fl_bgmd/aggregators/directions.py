@@ -87,7 +87,7 @@ def errors_along_top(gram: Array, weights: Array) -> Array:
     """Return ``<x_i - m, v>^2`` of few rows, (n,): see :class:`Spread`.
 
     Data and Diggavi's tau_i of Equation 93 with the weighted mean as every row's reconstruction:
-    the maximiser Y* of Equation 91 is then the projector on v.
+    the maximizer Y* of Equation 91 is then the projector on v.
 
     Parameters
     ----------

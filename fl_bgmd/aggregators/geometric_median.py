@@ -20,7 +20,7 @@ from torch import Tensor
 from fl_bgmd.options import Count, Positive
 
 from .certificate import HullPoint, better, weiszfeld_weights
-from .newton import minimise_in_space
+from .newton import minimize_in_space
 from .results import GeometricMedian
 from .rows import (
     blas_on_one_thread,
@@ -66,7 +66,7 @@ def geometric_median(
         (n, d), float16, bfloat16, float32 or float64, on any device. Rows may differ in size by
         any factor.
     weights : Tensor, optional
-        (n,), finite, not negative, not all zero: ``sum_i weights_i ||y - x_i||`` is minimised.
+        (n,), finite, not negative, not all zero: ``sum_i weights_i ||y - x_i||`` is minimized.
         All ones by default.
     solver : {"gram", "newton", "weiszfeld"}
         ``gram`` iterates on the n x n Gram matrix: two passes over the data in all. Its steps cost
@@ -104,7 +104,7 @@ def geometric_median(
     dtype = result_dtype(updates)
     rows, scales = in_range(updates)
     if solver == "newton" or (solver == "gram" and not has_cheap_gram(n, updates.shape[1])):
-        point, y, iterations = minimise_in_space(rows, row_weights, tol, max_iter)
+        point, y, iterations = minimize_in_space(rows, row_weights, tol, max_iter)
         vector = torch.from_numpy(y).to(updates.device, dtype)
     else:
         solve = _in_gram_space if solver == "gram" else _classical
@@ -131,12 +131,12 @@ def _in_gram_space(
 ) -> tuple[HullPoint, int]:
     """Minimise on the rows' Gram matrix, the bulk of the rows at the origin."""
     gram = center(rows, gram_matrix(rows), row_weights)
-    point, iterations = minimise_in_hull(gram, row_weights, tol, max_iter)
+    point, iterations = minimize_in_hull(gram, row_weights, tol, max_iter)
     if point.gap > tol and point.slack > 0:
         # Rows coincide with y up to rounding: seen from one of them, equal rows are equal.
         origin = int(np.argmin(point.distances))
         gram = gram_matrix(rows, -rows[origin].double())
-        again, more = minimise_in_hull(gram, row_weights, tol, max_iter)
+        again, more = minimize_in_hull(gram, row_weights, tol, max_iter)
         iterations += more
         if better(again, point):
             point = again
@@ -144,12 +144,12 @@ def _in_gram_space(
 
 
 @blas_on_one_thread()
-def minimise_in_hull(
+def minimize_in_hull(
     gram: Array, row_weights: Array, tol: float = 1e-6, max_iter: int = 1000
 ) -> tuple[HullPoint, int]:
     """Minimise ``sum_i row_weights[i] ||y - x_i||`` given only the rows' Gram matrix.
 
-    Rows are tried first: a geometric median that coincides with a row is recognised exactly
+    Rows are tried first: a geometric median that coincides with a row is recognized exactly
     (there Weiszfeld's iteration crawls). Otherwise each step is Weiszfeld's, taken from a Newton
     step of the same objective when that is lower. Returns the best point and the steps taken.
     """

@@ -26,7 +26,7 @@ def mean(updates: Tensor, *, weights: Tensor | None = None) -> Aggregate:
     updates : Tensor
         (n, d), floating point.
     weights : Tensor, optional
-        (n,), finite, not negative, not all zero; normalised to sum to one.
+        (n,), finite, not negative, not all zero; normalized to sum to one.
 
     Raises
     ------

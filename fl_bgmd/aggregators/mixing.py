@@ -12,7 +12,7 @@ from fl_bgmd.shares import floor_share, largest_bucket
 
 from .chain import Points
 from .coordinates import coordinate_median
-from .geometric_median import geometric_median, minimise_in_hull
+from .geometric_median import geometric_median, minimize_in_hull
 from .means import Buckets, Dense, Mixing, Neighbors, Recentered, Scaled, Towards
 from .norms import clip_factors, euclidean_norms
 from .rows import (
@@ -226,7 +226,7 @@ def median_clipping(updates: Tensor | Points, *, factor: Positive = 1.0) -> Mixi
         Multiple of that distance.
     """
     if isinstance(updates, Points):
-        point, _ = minimise_in_hull(updates.gram(), np.ones(len(updates)))
+        point, _ = minimize_in_hull(updates.gram(), np.ones(len(updates)))
         factors = clip_factors(point.distances, factor * lower_median(point.distances))
         return Towards(factors, point.hull_weights)
     updates = check_updates(updates)

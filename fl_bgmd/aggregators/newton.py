@@ -53,7 +53,7 @@ class _View:
     along: Array
 
 
-def minimise_in_space(
+def minimize_in_space(
     rows: Tensor, row_weights: Array, tol: float = 1e-6, max_iter: int = 1000
 ) -> tuple[HullPoint, Array, int]:
     """Minimise ``sum_i row_weights[i] ||y - x_i||`` by passes over the rows.
@@ -83,7 +83,7 @@ def minimise_in_space(
 
     Notes
     -----
-    A geometric median that coincides with a row is recognised by trying the row that is nearest
+    A geometric median that coincides with a row is recognized by trying the row that is nearest
     to y, which takes one pass; steps alone would creep towards it.
     """
     start = _look(rows, row_weights, coordinate_median(rows).vector.cpu().double().numpy())
@@ -230,7 +230,7 @@ def _hessian_product(rows: Tensor, view: _View, vector: Array) -> tuple[Array, A
 
 
 def _line_search(row_weights: Array, distances: Array, along: Array, squared: float) -> float:
-    """Return the t > 0 that minimises ``sum_i o_i ||x_i - y - t p||``, ``squared = ||p||^2``.
+    """Return the t > 0 that minimizes ``sum_i o_i ||x_i - y - t p||``, ``squared = ||p||^2``.
 
     The distances are ``(r_i^2 - 2 t <p, x_i - y> + t^2 ||p||^2)^(1/2)``. Their sum is convex: the
     zero of its slope is bracketed and halved, down to the kink that a row on the line makes.

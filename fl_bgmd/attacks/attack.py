@@ -199,7 +199,7 @@ class Bound:
         Parameters
         ----------
         images : ndarray
-            (B, H, W) or (B, H, W, C) uint8, before normalisation; (B, C, H, W) float32 after it
+            (B, H, W) or (B, H, W, C) uint8, before normalization; (B, C, H, W) float32 after it
             for an attack that :attr:`is_normalized`.
         labels : ndarray
             (B,) int64.

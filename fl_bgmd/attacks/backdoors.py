@@ -192,7 +192,7 @@ def label_flip(labels: Labels, source: Label = 5, target: Label = 3) -> Labels:
     labels : ndarray
         (B,) int64.
     source : int
-        The label of the images that the model is not to recognise.
+        The label of the images that the model is not to recognize.
     target : int
         The label that it is to see in them.
     """

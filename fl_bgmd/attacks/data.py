@@ -1,8 +1,8 @@
-"""Attacks on the examples a hostile client trains on: raw images and labels, before normalisation.
+"""Attacks on the examples a hostile client trains on: raw images and labels, before normalization.
 
 Functions of uint8 images, (B, H, W) or (B, H, W, C), and int64 labels (B,); they return new arrays
-and leave theirs alone. The BGMD authors' code applied the image attacks after normalisation, where
-a standard deviation of 10 buries the image; here 10 is 10 of 255 grey levels unless an option
+and leave theirs alone. The BGMD authors' code applied the image attacks after normalization, where
+a standard deviation of 10 buries the image; here 10 is 10 of 255 gray levels unless an option
 ``normalized`` says otherwise.
 """
 
@@ -61,7 +61,7 @@ def image_noise(
     """Return the images plus N(mean, std^2) in every value.
 
     Acharya et al. (BGMD), Section 7: N(0, 100) on the 0..255 scale, a standard deviation of 10;
-    rounded and clipped to that scale. Their code adds it after normalisation, their slides say
+    rounded and clipped to that scale. Their code adds it after normalization, their slides say
     N(100, 1): ``image-noise:10,normalized=on`` and ``image-noise:1,mean=100,normalized=on``.
 
     Parameters
@@ -75,7 +75,7 @@ def image_noise(
     mean : float
         Mean of the noise.
     normalized : bool
-        Whether it is added to what the model sees, in its units, and not to 255 grey levels.
+        Whether it is added to what the model sees, in its units, and not to 255 gray levels.
     """
     rng = rng or np.random.default_rng()
     noisy = images + rng.normal(mean, std, size=images.shape)

@@ -64,7 +64,7 @@ class Dataset:
     name
         Name of the data set.
     train_images, test_images
-        uint8, (N, H, W, C) in colour or (N, H, W) in grey.
+        uint8, (N, H, W, C) in color or (N, H, W) in gray.
     train_labels, test_labels
         int64, (N,), from 0 to ``num_classes - 1``.
     num_classes
@@ -98,14 +98,14 @@ class Dataset:
     def _moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         if self.name in _MOMENTS:
             return _MOMENTS[self.name]
-        # A data set that somebody built themselves has no constants here: count its grey levels.
+        # A data set that somebody built themselves has no constants here: count its gray levels.
         pixels = self.train_images.reshape(-1, self.input_shape[0])
         counts = np.stack([np.bincount(column, minlength=256) for column in pixels.T])
         shares = counts / len(pixels)
         levels = np.arange(256) / 255
         means = shares @ levels
         deviations = np.sqrt(np.maximum(shares @ levels**2 - means**2, 0.0))
-        # An image of one grey level must not become a division by zero.
+        # An image of one gray level must not become a division by zero.
         deviations[deviations < 1e-6] = 1.0
         return tuple(map(float, means)), tuple(map(float, deviations))
 

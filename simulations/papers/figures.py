@@ -29,7 +29,7 @@ from ..config import Value, validate
 from ..report.drawing import Done, panels, save
 from ..report.tables import write_markdown
 
-CENTRES: dict[str, Callable[[Tensor], Tensor]] = {
+CENTERS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda rows: mean(rows).vector,
     "CM": lambda rows: coordinate_median(rows).vector,
     "GM": lambda rows: geometric_median(rows).vector,
@@ -43,7 +43,7 @@ def draw_toy(folder: Path, *, seeds: int, done: Done, count: int = 100) -> Path:
     """Mean, coordinate-wise and geometric median of 2-D points of which a part is corrupt.
 
     As Figure 5 of Acharya et al., whose corrupt points carry additive Gaussian noise: N(0, 100) as
-    elsewhere in the paper. The table adds what such noise, around the true centre, cannot show:
+    elsewhere in the paper. The table adds what such noise, around the true center, cannot show:
     the same points moved together to one side. Writes ``toy.png`` and ``table.md``; returns it.
     """
     fractions = (0.0, 0.1, 0.3, 0.45)
@@ -51,11 +51,11 @@ def draw_toy(folder: Path, *, seeds: int, done: Done, count: int = 100) -> Path:
     for row, kind in zip(grid, ("noise", "shifted"), strict=True):
         for panel, fraction in zip(row, fractions, strict=True):
             points, hostile = toy_points(fraction, kind, 0, count)
-            panel.scatter(*points[~hostile].T, s=6, c="lightgrey", label="honest")
+            panel.scatter(*points[~hostile].T, s=6, c="lightgray", label="honest")
             panel.scatter(*points[hostile].T, s=6, c="tab:red", alpha=0.4, label="corrupt")
             panel.scatter(0, 0, marker="+", s=150, c="black", label="true mean")
-            for (name, centre), mark in zip(CENTRES.items(), "xsD", strict=True):
-                panel.scatter(*centre(points), marker=mark, s=28, label=name, zorder=3)
+            for (name, center), mark in zip(CENTERS.items(), "xsD", strict=True):
+                panel.scatter(*center(points), marker=mark, s=28, label=name, zorder=3)
             panel.set(title=f"{kind}, {fraction:.0%} corrupt", xlim=(-4, 8), ylim=(-4, 8))
             panel.set_aspect("equal")
     grid[0][0].legend(fontsize=6)
@@ -65,8 +65,8 @@ def draw_toy(folder: Path, *, seeds: int, done: Done, count: int = 100) -> Path:
         for fraction in fractions:
             line = {"corrupt points": kind, "fraction": f"{fraction:.0%}"}
             draws = [toy_points(fraction, kind, seed, count)[0] for seed in range(seeds)]
-            for name, centre in CENTRES.items():
-                errors = [float(centre(points).norm()) for points in draws]
+            for name, center in CENTERS.items():
+                errors = [float(center(points).norm()) for points in draws]
                 line[name] = f"{statistics.mean(errors):.3f}"
             lines.append(line)
             done(f"{kind}, {fraction:.0%}")

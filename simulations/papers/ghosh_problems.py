@@ -1,4 +1,4 @@
-"""What the workers of Ghosh et al., Section 8, minimise: a regression and a network on MNIST."""
+"""What the workers of Ghosh et al., Section 8, minimize: a regression and a network on MNIST."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Nearest-neighbour mixing and bucketing."""
+"""Nearest-neighbor mixing and bucketing."""
 
 import math
 
@@ -20,7 +20,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# --- Nearest-neighbour mixing -------------------------------------------------------------------
+# --- Nearest-neighbor mixing -------------------------------------------------------------------
 
 
 @given(update_matrices(kinds=UNAMBIGUOUS), st.sampled_from((0.0, 0.1, 0.25, 0.3, 0.4, 0.49)))

@@ -64,7 +64,7 @@ def test_krum_of_float32_rows_far_from_the_origin(offset: float) -> None:
 
 
 def test_krum_by_hand() -> None:
-    """With n = 5 and f = 1 two neighbours count: 1 + 9, 1 + 4, 2.25 + 4, 2.25 + 12.25, ..."""
+    """With n = 5 and f = 1 two neighbors count: 1 + 9, 1 + 4, 2.25 + 4, 2.25 + 12.25, ..."""
     updates = torch.tensor([[0.0], [1.0], [3.0], [4.5], [100.0]])
     result = krum(updates, byzantine_fraction=0.2)
     assert result.kept.tolist() == [False, True, False, False, False]

@@ -245,7 +245,7 @@ def test_the_update_is_inflated_after_training(spec: str, factor: float) -> None
         np.testing.assert_array_equal(sent, true)
 
 
-# ---------------------------------------------------------------- noise after normalisation
+# ---------------------------------------------------------------- noise after normalization
 
 
 def test_noise_after_normalisation_has_its_mean_and_deviation_in_the_models_units() -> None:

@@ -342,7 +342,7 @@ HOSTILE: dict[str, tuple[Callable[[], FitRes], Rejection]] = {
     "truncated": (replaced(HONEST[:-4]), Rejection.ENCODING),
     "trailing bytes": (replaced(HONEST + b"more"), Rejection.ENCODING),
     "header of code": (replaced(npy_of_shape("().__class__", bytes(48))), Rejection.ENCODING),
-    "serialised otherwise": (serialised_otherwise, Rejection.ENCODING),
+    "serialized otherwise": (serialised_otherwise, Rejection.ENCODING),
     "NaN": (replaced(np.full(WEIGHT, np.nan, F4)), Rejection.NON_FINITE),
     "infinity": (replaced(np.full(WEIGHT, -np.inf, F4)), Rejection.NON_FINITE),
     "beyond float32": (replaced(np.full(WEIGHT, 1e300)), Rejection.NON_FINITE),

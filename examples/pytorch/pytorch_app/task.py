@@ -11,7 +11,7 @@ Example = tuple[Tensor, ...]
 
 
 class Net(nn.Module):
-    """A small convolutional network for 28 x 28 grey images."""
+    """A small convolutional network for 28 x 28 gray images."""
 
     def __init__(self) -> None:
         super().__init__()
