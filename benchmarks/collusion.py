@@ -60,7 +60,7 @@ def write(path: Path, cell: Cell, outcome: Outcome) -> None:
 
 
 def run(wanted: Iterable[Cell], path: Path, jobs: int) -> None:
-    """Measure the cells that the file lacks, in so many processes, and add each as it ends."""
+    """Measure the cells that the file lacks, ``jobs`` at a time, and add each as it ends."""
     done = read(path) if path.exists() else {}
     missing = [cell for cell in wanted if cell not in done]
     print(f"{len(missing)} cells to measure, results in {path}", file=sys.stderr)

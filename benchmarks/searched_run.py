@@ -34,7 +34,7 @@ LOST = 1e9
 
 @dataclass
 class Deployed:
-    """A rule as a server has it: its memory and its generator go on from round to round."""
+    """A rule as a server has it: its memory and its generator carry over from round to round."""
 
     rule: Callable[[Tensor, Any], Aggregate]
     generator: torch.Generator

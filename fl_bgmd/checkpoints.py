@@ -63,7 +63,7 @@ class Checkpoints:
     keep : int
         How many checkpoints stay, 1 or more.
     every : int
-        A checkpoint after each so many rounds (and after the last), 1 or more.
+        Rounds between checkpoints (the last round always has one), 1 or more.
     identity : dict
         What the run is: JSON values by name. A checkpoint that was written under another identity
         is refused.
@@ -116,7 +116,7 @@ class Checkpoints:
                     old.unlink()
         except OSError as error:
             LOG.warning(
-                "the checkpoint of round %s is not complete in %s (%s): the run goes on",
+                "the checkpoint of round %s is not complete in %s (%s): the run continues without it",
                 number,
                 self.folder,
                 error.strerror or error,

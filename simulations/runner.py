@@ -48,7 +48,7 @@ def run_cells(
     """Run all cells, ``jobs`` at a time, and write each into its folder and ``cells.jsonl``.
 
     Cells that ``folder`` holds, finished with the same configuration, are not run again: an
-    interrupted study goes on. Lines of other cells stay in ``cells.jsonl``. ``on_done`` is called
+    interrupted study resumes. Lines of other cells stay in ``cells.jsonl``. ``on_done`` is called
     after each cell that was run. More than one job runs in processes of their own, with the cores
     shared out among them. Lines come in the order of ``cells``.
 
@@ -162,7 +162,7 @@ def _run_in_worker(config: Config, backend: str, name: str) -> RunResult:
 
 
 def _end_with_parent() -> None:
-    """End this worker when the study's process is killed: it would go on computing for nobody."""
+    """End this worker when the study's process is killed: it would compute for nobody."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -62,7 +62,7 @@ class DeclaredStrategy(FedAvg):
     """Whether the rule makes use of weights; likewise, by default False."""
 
     weights_tell: bool
-    """Whether a weight near zero speaks against a client: not where honest ones are left out;
+    """Whether a weight near zero is evidence against a client: not where honest ones are left out;
     likewise, by default False."""
 
     can_share_coordinates: bool

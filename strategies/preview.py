@@ -23,7 +23,7 @@ def preview(
     examples: list[float],
     rounds: int,
 ) -> Tensor:
-    """Return what a rule would move the model by if so many rounds brought these updates.
+    """Return what a rule would move the model by if ``rounds`` rounds brought these updates.
 
     Mixing and the rule, without the server's optimizer; arrays are tied where they were before the
     round. A round in which the rule fails moves nothing.

@@ -73,7 +73,7 @@ class RobustStrategy(DeclaredStrategy):
     ) -> Result:
         """Run the rounds, as :meth:`flwr.serverapp.strategy.Strategy.start`.
 
-        With ``checkpoints`` the run goes on from the newest one, ``initial_arrays`` then only says
+        With ``checkpoints`` the run resumes from the newest one; ``initial_arrays`` then only says
         what the model looks like. A second run of the same strategy starts like the first, and with
         a ``seed`` goes like it. ``should_stop`` is called after each round with its number and the
         results so far; the run ends, regularly, once it returns True. (Flower's own strategies
@@ -264,7 +264,7 @@ class RobustStrategy(DeclaredStrategy):
     def preview(
         self, updates: Tensor, nodes: list[int], examples: list[float], rounds: int
     ) -> Tensor:
-        """Return what the server would move by if so many rounds brought these updates.
+        """Return what the server would move by if ``rounds`` rounds brought these updates.
 
         For simulated attackers that know the server, what it draws and remembers included; the
         strategy stays as it is. See :func:`.preview.preview`. Raises ``RuntimeError`` before

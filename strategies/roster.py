@@ -150,7 +150,7 @@ class Roster:
                     raise MissingNodesError(
                         f"{found} (min_available_nodes, node_wait_timeout, too_few_nodes)"
                     )
-                LOG.warning("%s: the round goes on with those", found)
+                LOG.warning("%s: the round starts with those", found)
                 break
             LOG.info("waiting for nodes: %s connected, %s needed", len(nodes), needed)
             time.sleep(min(1.0, left))

@@ -65,7 +65,7 @@ def minimize_in_space(
     row_weights : (n,)
         0 or more, not all 0.
     tol, max_iter
-        Stop at this certified gap, or after so many steps.
+        Stop at this certified gap, or after this many steps.
 
     Returns
     -------

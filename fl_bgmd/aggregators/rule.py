@@ -74,7 +74,7 @@ class Kind:
     robust : bool
         Whether it holds up against a hostile minority.
     weights_tell : bool
-        Whether a weight near zero speaks against a client. Not of rules that leave out honest
+        Whether a weight near zero is evidence against a client. Not for rules that leave out honest
         clients, too.
     uses : callable
         Options by parameter to what it makes use of under them, of what it takes; raises

@@ -40,7 +40,7 @@ Array = NDArray[np.float64]
 
 PROVEN_FRACTION = 0.25
 EXACT_ROWS = 300
-"""Up to so many rows sigma_0 is estimated one dropped row at a time, by whole eigenproblems."""
+"""Up to this many rows sigma_0 is estimated one dropped row at a time, by whole eigenproblems."""
 
 _BATCHES = 16
 _LATER_STEPS = 10  # of a search that starts where the last one ended

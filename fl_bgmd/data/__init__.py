@@ -1,4 +1,4 @@
-"""Data sets, found wherever they can be had, checked, and shared by all clients of a process.
+"""Data sets, found where the network allows, checked, and shared by all clients of a process.
 
 :func:`load` gives the whole data set, :func:`partition` tells which training examples belong to
 which client, and :func:`normalize` turns a batch of stored images into what a model takes.

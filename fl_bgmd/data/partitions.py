@@ -59,7 +59,7 @@ class Bound:
     values: Mapping[str, Any] = field(hash=False)
 
     def check(self, num_examples: int, num_partitions: int) -> None:
-        """Raise :class:`OptionError` where so many examples cannot be split over the clients."""
+        """Raise :class:`OptionError` where the examples cannot be split over the clients."""
         if not 1 <= num_partitions <= num_examples:
             raise OptionError(
                 f"num_partitions is {num_partitions}; allowed: 1 to {num_examples}, the examples"

@@ -177,7 +177,7 @@ def _first_working(name: str, directory: Path, workspace: Path, progress: Progre
         _tell(progress, name, f"found in {label}, checksums match")
         return arrays
     raise DataUnavailableError(
-        f"data set {name!r} is not to be had. Tried:\n"
+        f"data set {name!r} could not be obtained. Tried:\n"
         + "".join(f"  - {failure}\n" for failure in failures)
         + f"To put it there by hand, place one of these in {directory} or in {directory / name}: "
         f"{', '.join(_WANTED[name])}. FL_BGMD_DATA or data_dir names another directory."

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 def panels(high: int, wide: int, width: float, height: float, **settings: Any) -> tuple[Any, Any]:
-    """Return a figure and its ``high`` x ``wide`` panels, each so many inches in size."""
+    """Return a figure and its ``high`` x ``wide`` panels, each ``width`` x ``height`` inches."""
     import matplotlib as mpl
 
     mpl.use("Agg")  # draws into files, also where there is no screen

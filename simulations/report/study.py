@@ -104,5 +104,5 @@ def heading(study: Study, full: Study, lines: Sequence[Line]) -> str:
 
 
 def counted_mean(seeds: str) -> str:
-    """Return what an entry is, over so many seeds."""
+    """Return what an entry stands on."""
     return seeds if seeds == "1 seed" else f"mean ± standard deviation of {seeds}"
