@@ -83,7 +83,7 @@ def own_rules(memory: BlockMemory | None) -> dict[str, Rule]:
         "norm clipping": norm_clip,
         "centered clipping": centered_clipping,
         "nearest-neighbor mixing": nearest_neighbor_mixing,
-        "chain of four: clip, median clip, neighbors": build_rule(
+        "mean of clip + median clip + neighbors": build_rule(
             "mean+clipping+median-clipping+nearest-neighbor"
         ),
         "mean": mean,

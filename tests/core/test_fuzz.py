@@ -198,19 +198,7 @@ FAMILIES = [
     "krum",
     "multi-krum",
     "centered-clipping",
-    *(
-        "meamed",
-        "bulyan",
-        "mda",
-        "smea",
-        "monna",
-        "caf",
-        "dnc",
-        "sign-guard",
-        "fools-gold",
-        "flame",
-    ),
-    "norm-clip",
+    *("bulyan", "norm-clip", "dnc", "sign-guard", "fools-gold", "flame"),
 ]
 MOST = 10_000_000
 """Bytes: the replies hold kilobytes, and declare up to exabytes."""
