@@ -91,6 +91,7 @@ def _training_job(message: Message, context: Context, model: nn.Module) -> tuple
         int(context.node_config["num-partitions"]),
         scheme=str(config["partition"]),
         seed=int(config["seed"]),
+        validation=float(config["validation-fraction"]),
     )
     settings = LocalTraining(
         steps=int(config["local-steps"]),

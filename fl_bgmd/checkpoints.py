@@ -116,7 +116,7 @@ class Checkpoints:
                     old.unlink()
         except OSError as error:
             LOG.warning(
-                "the checkpoint of round %s is not complete in %s (%s): the run continues without it",
+                "the checkpoint of round %s is not complete in %s (%s): the run continues",
                 number,
                 self.folder,
                 error.strerror or error,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -57,22 +58,24 @@ def evaluate(
     device: torch.device,
     batch_size: int = 200,
     stamp: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
+    part: Literal["test", "train"] = "test",
 ) -> Evaluation:
-    """Evaluate ``model`` on the test examples at ``indices``, all for None.
+    """Evaluate ``model`` on the examples of a part at ``indices``, all for None.
 
     ``stamp`` changes the images before anything else is done to them: a backdoor's trigger.
     """
     model.to(device).eval()
-    chosen = np.arange(len(dataset.test_labels)) if indices is None else indices
+    all_images, all_labels = dataset.part(part)
+    chosen = np.arange(len(all_labels)) if indices is None else indices
     classes = dataset.num_classes
     loss, confusion = 0.0, np.zeros(classes * classes, dtype=np.int64)
     with torch.inference_mode():
         for start in range(0, len(chosen), batch_size):
             batch = chosen[start : start + batch_size]
-            raw = dataset.test_images[batch]
+            raw = all_images[batch]
             images = normalize(raw if stamp is None else stamp(raw), dataset)
             images = to_input(images, device)
-            labels = torch.from_numpy(dataset.test_labels[batch]).to(device)
+            labels = torch.from_numpy(all_labels[batch]).to(device)
             outputs = model(images)
             loss += float(nn.functional.cross_entropy(outputs, labels, reduction="sum"))
             pairs = labels * classes + outputs.argmax(dim=1)

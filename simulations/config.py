@@ -181,6 +181,9 @@ class RunSettings:
         Model to be trained.
     partition : str
         How the training examples are spread over the clients.
+    validation_fraction : float
+        Share of the training examples that no client gets: the server measures on them what a
+        study may choose settings by.
     strategy : str
         The server's rule and its mixings: rule:option=value+mixing+mixing.
     min_available_clients : int
@@ -245,6 +248,7 @@ class RunSettings:
             f"({', '.join(MIXINGS)}) behind it: bgmd:block-fraction=0.3+nearest-neighbor"
         ),
     ] = "bgmd+nearest-neighbor"
+    validation_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
     min_available_clients: Annotated[int, Ge(0), Operation()] = 0
     attack: Annotated[
         str,
@@ -440,7 +444,8 @@ def _check_combinations(config: Config) -> None:
             f"{config['dataset']}"
         )
     try:
-        build_partition(config["partition"]).check(examples, clients)
+        withheld = int(config["validation-fraction"] * examples)
+        build_partition(config["partition"]).check(examples - withheld, clients)
     except OptionError as error:
         raise ConfigError(f"partition is {config['partition']!r}: {error}") from None
     if bool(config["local-steps"]) == bool(config["local-epochs"]):

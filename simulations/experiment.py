@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Result
 from fl_bgmd import __version__
 from fl_bgmd.attacks import AttackPlan, Bound
 from fl_bgmd.checkpoints import Checkpoints
-from fl_bgmd.data import load, partitions
+from fl_bgmd.data import held_out, load, partitions
 from fl_bgmd.devices import resolve_device
 from fl_bgmd.evaluation import Evaluation, evaluate
 from fl_bgmd.models import build
@@ -174,7 +174,9 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
     strategy = build_strategy(config)
     scheme, seed = str(config["partition"]), int(config["seed"])
     # Shares that cannot be are refused before anything starts.
-    partitions(dataset, int(config["num-clients"]), scheme=scheme, seed=seed)
+    validation = float(config["validation-fraction"])
+    partitions(dataset, int(config["num-clients"]), scheme=scheme, seed=seed, validation=validation)
+    withheld = held_out(dataset, validation)
     device = resolve_device(str(config["device"]))
     num_rounds, every = int(config["num-server-rounds"]), int(config["evaluate-every"])
     plan = AttackPlan.from_config(config)
@@ -188,6 +190,10 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
         metrics["accuracy"] = found.accuracy
         metrics["loss"] = found.loss
         metrics["class-accuracies"] = found.class_accuracies
+        if len(withheld):
+            metrics["validation-accuracy"] = evaluate(
+                model, dataset, withheld, device, part="train"
+            ).accuracy
         if plan.targeted:
             metrics["backdoor-success"] = max(success(bound, found) for bound in plan.targeted)
         return metrics

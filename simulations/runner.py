@@ -24,7 +24,7 @@ from fl_bgmd.attacks.plan import FORMER
 from .backends import ClientResources, run_validated
 from .config import SETTINGS, STRATEGY_KEYS, Config, ConfigError, Environment, defaults
 from .experiment import OnRound, RunResult
-from .study import Cell, cell_name
+from .study import Cell, cell_name, told
 
 Line = dict[str, Any]
 """What ``cells.jsonl`` says of a run."""
@@ -65,7 +65,7 @@ def run_cells(
     waiting = [cell for cell in cells if cell.name not in written]
     planned = {cell.name for cell in cells}
     file = folder / "cells.jsonl"
-    others = [line for line in _lines_of(file) if _name_of(line) not in planned]
+    others = [line for line in _lines_of(file) if name_of(line) not in planned]
     tell = on_progress or (lambda *_: None)
     with file.open("w", encoding="utf-8") as lines:
         for line in (*others, *written.values()):
@@ -216,6 +216,7 @@ def line_of(cell: Cell, result: RunResult) -> Line:
         "error": result.error,
         "final-accuracy": result.final_accuracy,
         "best-accuracy": result.best_accuracy,
+        "validation-accuracy": result.last("validation-accuracy", None),
         "backdoor-success": result.last("backdoor-success", None),
         "class-accuracies": result.last("class-accuracies", None),
         "accepted": result.total("accepted"),
@@ -225,6 +226,7 @@ def line_of(cell: Cell, result: RunResult) -> Line:
         "played": result.played,
         "seconds": result.seconds,
         "seconds-per-round": result.seconds_per_round,
+        "choice": dict(cell.choice),
         "varies": list(cell.varies),
         "setting": {key: value for key, value in cell.config.items() if key not in _PLACES},
     }
@@ -263,7 +265,7 @@ def _lines_of(file: Path) -> list[Line]:
     for number, line in enumerate(complete.splitlines(), 1):
         try:
             found.append(json.loads(line))
-            _name_of(found[-1])
+            name_of(found[-1])
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"results holds {str(file)!r}, whose line {number} describes no run; allowed: what "
@@ -272,9 +274,10 @@ def _lines_of(file: Path) -> list[Line]:
     return found
 
 
-def _name_of(line: Line) -> str:
+def name_of(line: Line) -> str:
     """Return the name of the cell that a line of ``cells.jsonl`` describes."""
-    return cell_name(*(line[key] for key in ("row", "column", "seed")))
+    row, column, seed = (line[key] for key in ("row", "column", "seed"))
+    return cell_name(row, column, seed, line.get("choice", {}))
 
 
 _OF_ROWS = {"strategy", *STRATEGY_KEYS.values()} - {"assumed-byzantine-fraction"}
@@ -291,7 +294,7 @@ def _refuse_mixtures(lines: Sequence[Line]) -> None:
                 continue
             of = ""
             if key in free:
-                of = f"{line['row']} under {line['column']}"
+                of = " ".join([line["row"], *told(line.get("choice", {})), "under", line["column"]])
             elif key in _OF_ROWS:
                 of = line["row"]
             if (known := settings.setdefault((of, key), value)) != value:
@@ -299,7 +302,6 @@ def _refuse_mixtures(lines: Sequence[Line]) -> None:
                     f"results hold runs {of and f'of {of} '}with {key} {known!r} and {value!r}; "
                     "allowed: those of one setting"
                 )
-        run_of = (line["row"], line["column"], line["seed"])
-        if run_of in runs:
-            raise ConfigError(f"results hold the run {run_of} twice; allowed: once")
-        runs.add(run_of)
+        if (name := name_of(line)) in runs:
+            raise ConfigError(f"results hold the run {name} twice; allowed: once")
+        runs.add(name)

@@ -11,6 +11,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,6 +42,8 @@ class Cell:
         The complete configuration.
     varies : tuple of str
         The keys that the study's rows and columns set.
+    choice : dict
+        What this variant of the row has for the keys that are chosen on validation data.
     """
 
     row: str
@@ -48,11 +51,12 @@ class Cell:
     seed: int
     config: Config
     varies: tuple[str, ...] = ("strategy", "attack", "byzantine-fraction")
+    choice: Keys = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """Folder of the run within that of its study."""
-        return cell_name(self.row, self.column, self.seed)
+        return cell_name(self.row, self.column, self.seed, self.choice)
 
     @property
     def group(self) -> str:
@@ -61,9 +65,14 @@ class Cell:
         return base_name(attack) if self.column == attack else self.column
 
 
-def cell_name(row: str, column: str, seed: int) -> str:
+def cell_name(row: str, column: str, seed: int, choice: Keys) -> str:
     """Return the folder of a run within that of its study."""
-    return f"{row}/{column}/seed-{seed}"
+    return "/".join([row, *told(choice), column, f"seed-{seed}"])
+
+
+def told(choice: Keys) -> list[str]:
+    """Return what a variant of a row is called: ``["learning-rate=0.1"]``, nothing without any."""
+    return [",".join(f"{key}={value}" for key, value in choice.items())] if choice else []
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,9 @@ class Study:
         Figures of the rounds to draw beside the accuracy.
     published : mapping
         Column to row to the paper's entry, as printed there.
+    select : mapping
+        Keys to values that are tried in every row: the table shows, of each row, the values with
+        the best worst accuracy on the validation data (``validation-fraction``), over its columns.
     """
 
     rows: Mapping[str, Keys]
@@ -105,6 +117,7 @@ class Study:
     lr_period_epochs: float = 0
     curves: tuple[str, ...] = ()
     published: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    select: Mapping[str, Sequence[Value]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check what no single run would show."""
@@ -115,6 +128,14 @@ class Study:
         for name in ("rows", "columns"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; allowed: one or more")
+        for key, values in self.select.items():
+            if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+                raise ConfigError(f"select.{key} is {values!r}; allowed: a list of values")
+        if self.select and not self.config.get("validation-fraction"):
+            raise ConfigError(
+                "validation-fraction is 0 with select; allowed: the share of the training examples "
+                "to choose by, such as 0.1"
+            )
         for column, entries in self.published.items():
             for row in entries:
                 if column not in self.columns or row not in self.rows:
@@ -148,11 +169,15 @@ class Study:
         """
         first = int(self.config.get("seed", 0))
         own = [keys for names in (self.rows, self.columns) for keys in names.values()]
-        varies = tuple(sorted({key for keys in own for key in keys}))
+        varies = tuple(sorted({key for keys in own for key in keys} | self.select.keys()))
+        choices = [
+            dict(zip(self.select, values, strict=True)) for values in product(*self.select.values())
+        ]
         cells = [
-            Cell(row, column, seed, self._configure(row, column, seed), varies)
+            Cell(row, column, seed, self._configure(row, column, seed, choice), varies, choice)
             for seed in range(first, first + self.seeds)
             for row in self.rows
+            for choice in choices
             for column in self.columns
         ]
         if len(cells) > 1:
@@ -161,8 +186,8 @@ class Study:
                     cell.config["checkpoint-dir"] = str(Path(folder) / cell.name)
         return cells
 
-    def _configure(self, row: str, column: str, seed: int) -> Config:
-        keys: dict[str, Value] = {**self.config, **self.columns[column], **self.rows[row]}
+    def _configure(self, row: str, column: str, seed: int, choice: Keys) -> Config:
+        keys: dict[str, Value] = {**self.config, **self.columns[column], **self.rows[row], **choice}
         keys["seed"] = seed
         if self.epochs is None:
             return validate(keys)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -83,6 +84,12 @@ class Dataset:
         """(channels, height, width) of one example as a model sees it."""
         height, width = self.train_images.shape[1:3]
         return (self.train_images.shape[3] if self.train_images.ndim == 4 else 1, height, width)
+
+    def part(self, name: Literal["train", "test"]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Return the images and labels of a part."""
+        if name == "train":
+            return self.train_images, self.train_labels
+        return self.test_images, self.test_labels
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -185,12 +192,26 @@ def load(
 
 
 @lru_cache(maxsize=4)
-def partitions(dataset: Dataset, count: int, *, scheme: str, seed: int) -> list[NDArray[np.int64]]:
+def partitions(
+    dataset: Dataset, count: int, *, scheme: str, seed: int, validation: float = 0.0
+) -> list[NDArray[np.int64]]:
     """Return the training examples of each of ``count`` clients: see :func:`partition`.
 
-    Drawn once per process, not in each round of each client.
+    Drawn once per process, not in each round of each client. The share ``validation`` of the
+    examples is nobody's: see :func:`held_out`.
     """
-    return partition(dataset.train_labels, count, scheme=scheme, seed=seed)
+    rest = np.setdiff1d(np.arange(len(dataset.train_labels)), held_out(dataset, validation))
+    shares = partition(dataset.train_labels[rest], count, scheme=scheme, seed=seed)
+    return [rest[share] for share in shares]
+
+
+def held_out(dataset: Dataset, share: float) -> NDArray[np.int64]:
+    """Return the training examples, (m,), ascending, to choose settings by: alike in all runs."""
+    order = np.random.default_rng(_HELD_OUT_SEED).permutation(len(dataset.train_labels))
+    return np.sort(order[: int(share * len(order))])
+
+
+_HELD_OUT_SEED = 20260131
 
 
 def normalize(images: NDArray[np.uint8] | torch.Tensor, dataset: Dataset) -> torch.Tensor:

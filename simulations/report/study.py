@@ -6,10 +6,19 @@ from pathlib import Path
 import pandas as pd
 
 from ..experiment import RunResult
-from ..runner import Line
-from ..study import Cell, Study, rounds_per_epoch
+from ..runner import Line, name_of
+from ..study import Study, rounds_per_epoch
 from .plots import AXES, MOST_PANELS, Runs, plot_curves, plot_heat_map
-from .tables import accuracies, accuracy_means, counted, details, with_published, write_markdown
+from .tables import (
+    accuracies,
+    accuracy_means,
+    chosen,
+    counted,
+    details,
+    row_of,
+    with_published,
+    write_markdown,
+)
 
 
 def write_report(
@@ -31,6 +40,7 @@ def write_report(
         For ``table.md`` and the PNG figures.
     """
     output.mkdir(parents=True, exist_ok=True)
+    lines = chosen(lines)
     title = study.title or title_of(lines)
     paths = [write_markdown(output, heading(study, full, lines), table_of(study, lines))]
     if len({line["column"] for line in lines}) > 1:
@@ -44,6 +54,7 @@ def write_report(
 
 def table_of(study: Study, lines: Sequence[Line]) -> pd.DataFrame:
     """Return the table of a study: details of one column, accuracies of several."""
+    lines = chosen(lines)
     if len({line["column"] for line in lines}) == 1 and not study.published:
         return details(lines)
     published = {column: dict(entries) for column, entries in study.published.items()}
@@ -54,9 +65,10 @@ def runs_of(lines: Sequence[Line], folder: Path) -> Runs:
     """Return the runs of lines that are in a study's folder."""
     runs: dict[tuple[str, str], list[RunResult]] = {}
     for line in lines:
-        cell = Cell(line["row"], line["column"], line["seed"], {})
-        if (folder / cell.name / "run.json").is_file():
-            runs.setdefault((cell.row, cell.column), []).append(RunResult.read(folder / cell.name))
+        home = folder / name_of(line)
+        if (home / "run.json").is_file():
+            place = row_of(line), line["column"]
+            runs.setdefault(place, []).append(RunResult.read(home))
     return runs
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from fl_bgmd.attacks import ATTACKS
 
 from ..runner import Line
+from ..study import told
 
 FAILED = "failed"
 WORST = "worst"
@@ -55,6 +56,34 @@ def is_text(column: "pd.Series[Any]") -> bool:
 # ------------------------------------------------------------------------- results of a study
 
 
+def chosen(lines: Sequence[Line]) -> list[Line]:
+    """Return, of each row, the lines of the variant that validation data choose.
+
+    That with the best worst mean validation accuracy over the columns. Studies that choose nothing
+    have one variant of each row.
+    """
+    variants: dict[str, dict[str, list[Line]]] = {}
+    for line in lines:
+        variants.setdefault(line["row"], {}).setdefault(row_of(line), []).append(line)
+    found: list[Line] = []
+    for of_row in variants.values():
+        found += max(of_row.values(), key=_worst_validation)
+    return found
+
+
+def row_of(line: Line) -> str:
+    """Return a row's name with the values that were chosen for it."""
+    return " ".join([line["row"], *(f"({text})" for text in told(line.get("choice", {})))])
+
+
+def _worst_validation(lines: Iterable[Line]) -> float:
+    lines = list(lines)
+    if not lines[0].get("choice"):
+        return 0.0
+    means = over_seeds(lines, lambda line: line.get("validation-accuracy"))["mean"]
+    return -1.0 if means.isna().any() else float(means.min())
+
+
 def over_seeds(lines: Sequence[Line], value: Callable[[Line], float | None]) -> pd.DataFrame:
     """Return a value's mean and standard deviation over seeds.
 
@@ -64,7 +93,7 @@ def over_seeds(lines: Sequence[Line], value: Callable[[Line], float | None]) -> 
     found: dict[tuple[str, str, str, int], float] = {}
     for line in lines:
         result = None if line["status"] == FAILED else value(line)
-        key = (line["row"], _group(line), line["column"], line["seed"])
+        key = (row_of(line), _group(line), line["column"], line["seed"])
         found[key] = math.nan if result is None else float(result)
     runs = pd.Series(found, dtype="float64")
     runs.index.names = ["row", "group", "column", "seed"]
@@ -143,7 +172,7 @@ def details(lines: Sequence[Line]) -> pd.DataFrame:
     Accuracies and times are means over seeds, counts and bytes are those of the first run.
     ``backdoor`` is the share of the other classes' examples that are taken for its target.
     """
-    frame = pd.DataFrame(list(lines))
+    frame = pd.DataFrame([{**line, "row": row_of(line)} for line in lines])
     shown = []
     for row, runs in frame.groupby("row", sort=False):
         values, first = 100 * runs["final-accuracy"], runs.iloc[0]
@@ -211,7 +240,7 @@ def _with_worst(table: pd.DataFrame, lines: Sequence[Line]) -> pd.DataFrame:
     groups = list(dict.fromkeys(map(_group, lines)))
     known = [name for name in ("none", *ATTACKS) if name in groups]
     groups = known + [name for name in groups if name not in known]
-    table = table.loc[list(dict.fromkeys(line["row"] for line in lines)), groups]
+    table = table.loc[list(dict.fromkeys(map(row_of, lines))), groups]
     return table.assign(**{WORST: table.min(axis=1, skipna=False)})
 
 
@@ -219,7 +248,7 @@ def _diverged(lines: Sequence[Line]) -> dict[tuple[str, str], str]:
     """Return what is to be said of groups in which runs diverged."""
     found: dict[tuple[str, str], list[bool]] = {}
     for line in lines:
-        key = (line["row"], _group(line))
+        key = (row_of(line), _group(line))
         found.setdefault(key, []).append(line["status"] == "diverged")
     return {
         key: " (diverged)" if all(runs) else f" ({sum(runs)} diverged)"

@@ -5,13 +5,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fl_bgmd.attacks import ATTACKS
+from fl_bgmd.data import held_out, load, partitions
+from simulations.backends import run
 from simulations.cli import main
 from simulations.config import ConfigError
 from simulations.experiment import RunResult
-from simulations.report.tables import WORST, accuracies, accuracy_means
+from simulations.report.study import table_of
+from simulations.report.tables import WORST, accuracies, accuracy_means, chosen
 from simulations.runner import line_of
 from simulations.study import Study, attack_columns, read_study, split_attacks, strategy_rows
 
@@ -88,6 +92,45 @@ def test_a_file_may_list_strategies_and_attacks(tmp_path: Path) -> None:
     assert [cell.name for cell in chosen.cells()] == ["gmd/zero/seed-7"]
     with pytest.raises(ConfigError, match=r"rows is 'cmd'; allowed: gmd, bgmd:0\.3"):
         study.changed(rows=["cmd"])
+
+
+def test_settings_are_chosen_on_validation_data_by_the_worst_case(tmp_path: Path) -> None:
+    rows, columns = strategy_rows(["gmd"]), attack_columns(["none", "zero"])
+    given = SMALL | {"validation-fraction": 0.1}
+    study = Study(rows, columns, given, select={"learning-rate": [0.05, 0.2], "momentum": [0.0]})
+    cells = study.cells()
+    assert [cell.name for cell in cells] == [
+        f"gmd/learning-rate={rate},momentum=0.0/{column}/seed-0"
+        for rate in (0.05, 0.2)
+        for column in ("none", "zero")
+    ]
+    assert [cell.config["learning-rate"] for cell in cells] == [0.05, 0.05, 0.2, 0.2]
+    accuracies_of = [(0.9, 0.3, 0.8), (0.8, 0.5, 0.1), (0.9, 0.4, 0.9), (0.7, 0.4, 0.9)]
+    lines = []
+    for cell, (validation, other, test) in zip(cells, accuracies_of, strict=True):
+        entry = {"round": 3, "accuracy": test, "validation-accuracy": validation, "loss": other}
+        lines.append(line_of(cell, RunResult(cell.config, [entry])))
+    # 0.05 has the worst validation accuracy 0.8, 0.2 has 0.7, whatever they do on test examples.
+    assert accuracies(chosen(lines))[""].tolist() == ["gmd (learning-rate=0.05,momentum=0.0)"]
+    assert table_of(study, lines)["worst"].tolist() == ["10.0"]
+    lines[0]["validation-accuracy"] = None  # it failed before it was measured
+    assert table_of(study, lines)["worst"].tolist() == ["90.0"]
+    with pytest.raises(ConfigError, match="validation-fraction is 0 with select; allowed: the sh"):
+        Study(rows, columns, select={"learning-rate": [0.1]})
+    with pytest.raises(ConfigError, match=r"select\.momentum is 0\.1; allowed: a list of values"):
+        Study(rows, columns, given, select={"momentum": 0.1})  # type: ignore[dict-item]
+
+
+def test_held_out_examples_are_nobodys() -> None:
+    dataset = load("mnist")
+    withheld = held_out(dataset, 0.1)
+    assert len(withheld) == 6000
+    shares = partitions(dataset, 10, scheme="iid", seed=3, validation=0.1)
+    everything = np.sort(np.concatenate([withheld, *shares]))
+    assert np.array_equal(everything, np.arange(60000))
+    result = run(SMALL, strategy="gmd", attack="zero", validation_fraction=0.1)
+    assert 0 <= result.rounds[-1]["validation-accuracy"] <= 1
+    assert "validation-accuracy" not in run(SMALL, strategy="gmd", attack="zero").rounds[-1]
 
 
 @pytest.mark.parametrize(
@@ -339,8 +382,6 @@ def test_compare_from_python_keeps_rounds_and_table(tmp_path: Path) -> None:
 
 
 def test_run_from_python_takes_keys_by_name() -> None:
-    from fl_bgmd.simulations import run
-
     told: list[int] = []
     result = run(
         SMALL,
