@@ -32,6 +32,7 @@ from fl_bgmd.aggregators.rows import vector_norm
 from fl_bgmd.aggregators.rule import INJECTED, Bound, Kind, build_mixings
 from fl_bgmd.checkpoints import Checkpoints
 from fl_bgmd.compression import build_compressor, build_downlink, names_of
+from fl_bgmd.held import num_bytes
 from fl_bgmd.layout import ModelLayout
 from fl_bgmd.options import OptionError, check_all
 from fl_bgmd.replies import median_metrics
@@ -695,7 +696,7 @@ class RobustStrategy(FedAvg):
 
 
 def _num_bytes(arrays: ArrayRecord) -> int:
-    return sum(len(array.data) for array in arrays.values())
+    return sum(map(num_bytes, arrays.values()))
 
 
 def _uses_nothing(_: Mapping[str, Any]) -> tuple[str, ...]:

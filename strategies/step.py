@@ -9,6 +9,7 @@ import torch
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.optim.sgd import sgd
 
 from fl_bgmd.aggregators import Aggregate, Rule
 from fl_bgmd.compression import Compressor
@@ -231,12 +232,20 @@ def descend(
 ) -> tuple[NDArray[Any], Tensor | None]:
     """Return a model (d,) after a step of torch's SGD along an update, and the next momentum."""
     parameter = torch.from_numpy(values.copy())
-    parameter.grad = update.cpu().to(parameter.dtype)
-    sgd = torch.optim.SGD([parameter], learning_rate, momentum, nesterov=nesterov)
-    if velocity is not None:
-        sgd.state[parameter]["momentum_buffer"] = velocity.cpu().to(parameter.dtype, copy=True)
-    sgd.step()
-    return parameter.numpy(), sgd.state[parameter].get("momentum_buffer")
+    momenta = [None if velocity is None else velocity.cpu().to(parameter.dtype, copy=True)]
+    # Not through torch.optim.SGD, whose constructor loads torch's compiler: four seconds.
+    sgd(
+        [parameter],
+        [update.cpu().to(parameter.dtype)],
+        momenta,
+        lr=learning_rate,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=0.0,
+        dampening=0.0,
+        maximize=False,
+    )
+    return parameter.numpy(), momenta[0]
 
 
 def middle_of(layout: ModelLayout, buffers: NDArray[Any]) -> NDArray[Any]:

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +165,9 @@ def load(
     """
     if name not in DATASETS:
         raise ValueError(f"name must be one of {', '.join(DATASETS)}, got {name!r}")
-    key = (name, data_directory(data_dir))
+    known = [os.environ.get(variable) for variable in ("FL_BGMD_DATA", "HOME")]
+    given = None if data_dir is None else os.fspath(data_dir)
+    key = (name, _resolved(given, *known, os.getcwd()))
     with _loading:
         if key not in _loaded:
             arrays = obtain(name, key[1], progress or (lambda line: None))
@@ -181,6 +183,12 @@ def load(
                 num_classes=_NUM_CLASSES[name],
             )
         return _loaded[key]
+
+
+@lru_cache(maxsize=64)
+def _resolved(data_dir: str | None, *_: str | None) -> Path:
+    """Return the directory, found once for all that it depends on: every client of a round asks."""
+    return data_directory(data_dir)
 
 
 def normalize(images: NDArray[np.uint8] | torch.Tensor, dataset: Dataset) -> torch.Tensor:
