@@ -1,6 +1,7 @@
 """The ClientApp: load the partition, train, evaluate; lie when the attack says so."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
@@ -9,12 +10,13 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from fl_bgmd.attacks import AttackPlan, Bound
 from fl_bgmd.data import Dataset, load, normalize, partitions
 from fl_bgmd.devices import resolve_device, threads
 from fl_bgmd.evaluation import evaluate
+from fl_bgmd.held import answer, tensors_of
 from fl_bgmd.models import build
 from fl_bgmd.mods import ByzantineMod, CompressionMod, MomentumMod, role
 from fl_bgmd.schedules import Schedule, scheduled_learning_rate
@@ -44,7 +46,9 @@ def handle_train(message: Message, context: Context) -> Message:
     """Train the received model on this client's partition."""
     prepared = _prepared.pop(_key(message, context), None)
     if prepared is None:
-        job, attack = _training_job(message, context, _received(message, context))
+        dataset = _dataset(context)
+        model = _received(message, context, dataset)
+        job, attack = _training_job(message, context, model, dataset)
         with threads(int(context.run_config["client-threads"])):
             trained = train(job)
     else:
@@ -54,7 +58,10 @@ def handle_train(message: Message, context: Context) -> Message:
         "train-loss": trained.loss,
         PARTITION: int(context.node_config[PARTITION]),
     }
-    content = RecordDict({"arrays": ArrayRecord(trained.state), "metrics": MetricRecord(metrics)})
+    received = message.content["arrays"]
+    assert isinstance(received, ArrayRecord)
+    arrays = answer(received, trained.state)
+    content = RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
     reply = Message(content, reply_to=message)
     if attack is not None:
         mark(reply, str(attack))
@@ -62,7 +69,7 @@ def handle_train(message: Message, context: Context) -> Message:
 
 
 def prepare_together(messages: Sequence[tuple[Message, Context]]) -> None:
-    """Train the clients of a one-step round at once, ahead of :func:`handle_train`.
+    """Train the clients of a round together, ahead of :func:`handle_train`.
 
     Messages that carry another model than the first are left to it.
     """
@@ -72,18 +79,20 @@ def prepare_together(messages: Sequence[tuple[Message, Context]]) -> None:
         return
     first, config = asked[0][0].content["arrays"], asked[0][1].run_config
     asked = [pair for pair in asked if pair[0].content["arrays"] is first]
-    model = _received(*asked[0])
-    work = [_training_job(*pair, model) for pair in asked]
+    dataset = _dataset(asked[0][1])
+    model = _received(*asked[0], dataset)
+    work = [_training_job(*pair, model, dataset) for pair in asked]
     with threads(int(config["client-threads"])):
         results = train_together(model, [job for job, _ in work])
     for pair, (job, attack), trained in zip(asked, work, results, strict=True):
         _prepared[_key(*pair)] = (job, attack, trained)
 
 
-def _training_job(message: Message, context: Context, model: nn.Module) -> tuple[Job, Bound | None]:
+def _training_job(
+    message: Message, context: Context, model: nn.Module, dataset: Dataset
+) -> tuple[Job, Bound | None]:
     """Return what this client is to do with the model, and the data attack it plays at it."""
     config = context.run_config
-    dataset = _dataset(context)
     number, partition_id = _key(message, context)
     seed = np.random.SeedSequence([int(config["seed"]), number, partition_id, 1])
     shares = partitions(
@@ -122,7 +131,8 @@ def _key(message: Message, context: Context) -> tuple[int, int]:
 @app.evaluate()
 def handle_evaluate(message: Message, context: Context) -> Message:
     """Evaluate the received model on this client's even share of the test examples."""
-    dataset, model = _dataset(context), _received(message, context)
+    dataset = _dataset(context)
+    model = _received(message, context, dataset)
     device = resolve_device(str(context.run_config["device"]))
     partition_id = int(context.node_config[PARTITION])
     shares = np.array_split(
@@ -160,11 +170,45 @@ def _data_attack(
     return bound, corrupt
 
 
+@dataclass(frozen=True, eq=False)
+class _Skeleton:
+    """A model whose weights every message brings: built once per process.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The one that all clients of the process work with, one after the other.
+    tensors : dict of Tensor
+        Its parameters and buffers, by their keys in a ``state_dict``.
+    """
+
+    model: nn.Module
+    tensors: dict[str, Tensor]
+
+    def load(self, state: dict[str, Tensor]) -> nn.Module:
+        """Return the model with these weights, not copied, and copies of these buffers."""
+        fits = state.keys() == self.tensors.keys() and all(
+            value.shape == self.tensors[key].shape and value.dtype == self.tensors[key].dtype
+            for key, value in state.items()
+        )
+        if not fits:  # torch says what does not, or takes another dtype
+            self.model.load_state_dict(state, assign=True)
+            self.tensors.update(self.model.state_dict(keep_vars=True))
+        for key, value in state.items():
+            target = self.tensors[key]
+            target.grad = None
+            # Layers write into their statistics.
+            target.data = value if isinstance(target, nn.Parameter) else value.clone()
+        return self.model
+
+
 @lru_cache(maxsize=4)
-def _skeleton(name: str, dataset: Dataset) -> nn.Module:
-    """Build a model without weights, once per process: every message brings all of them."""
+def _skeleton(name: str, dataset: Dataset) -> _Skeleton:
+    """Build a model without weights."""
     with torch.device("meta"):
-        return build(name, input_shape=dataset.input_shape, num_classes=dataset.num_classes)
+        model = build(name, input_shape=dataset.input_shape, num_classes=dataset.num_classes)
+    model = model.to_empty(device="cpu")
+    return _Skeleton(model, model.state_dict(keep_vars=True))
 
 
 def _dataset(context: Context) -> Dataset:
@@ -173,10 +217,8 @@ def _dataset(context: Context) -> Dataset:
     return load(str(config["dataset"]), str(config["data-dir"]) or None)
 
 
-def _received(message: Message, context: Context) -> nn.Module:
+def _received(message: Message, context: Context, dataset: Dataset) -> nn.Module:
     """Return the model that a message carries."""
-    model = _skeleton(str(context.run_config["model"]), _dataset(context))
     arrays = message.content["arrays"]
     assert isinstance(arrays, ArrayRecord)
-    model.load_state_dict(arrays.to_torch_state_dict(), assign=True)
-    return model
+    return _skeleton(str(context.run_config["model"]), dataset).load(tensors_of(arrays))

@@ -1,11 +1,15 @@
 """How the arrays of a model are laid out in flat rows, and how rows become arrays again."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
+
+from fl_bgmd.held import hold, is_held, values_of
 
 BUFFER_DTYPE = np.dtype(np.longdouble)
 """Holds every float64 and, where it has 64 bits of mantissa, every 64-bit integer."""
@@ -44,6 +48,9 @@ class ModelLayout:
         their differences.
     dtype : numpy dtype
         Of the update matrix: float64 if any direction is, float32 otherwise.
+    held : bool
+        Whether the model's arrays are still values (:mod:`fl_bgmd.held`), as :meth:`to_arrays`
+        then makes them.
 
     Raises
     ------
@@ -52,11 +59,12 @@ class ModelLayout:
         trained.
     """
 
-    def __init__(self, arrays: ArrayRecord) -> None:
-        self.keys = list(arrays.keys())
+    def __init__(self, arrays: Mapping[str, Array]) -> None:
+        self.keys = list(arrays)
+        self.held = is_held(arrays)
         self.directions: list[ArraySpec] = []
         self.buffers: list[ArraySpec] = []
-        values = {key: array.numpy() for key, array in arrays.items()}
+        values = {key: values_of(array) for key, array in arrays.items()}
         for key, value in values.items():
             dtype = value.dtype
             if dtype.name in FLOATS and not key.endswith(_BUFFER_SUFFIXES):
@@ -97,7 +105,7 @@ class ModelLayout:
         self, directions: NDArray[np.floating], buffers: NDArray[np.floating]
     ) -> ArrayRecord:
         """Build the ArrayRecord of a model from its flat values, in the order and dtypes sent."""
-        arrays: dict[str, Array] = {}
+        arrays: dict[str, NDArray[Any]] = {}
         for specs, values in ((self.directions, directions), (self.buffers, buffers)):
             for spec in specs:
                 value = values[spec.offset : spec.offset + spec.size].reshape(spec.shape)
@@ -108,8 +116,11 @@ class ModelLayout:
                     value = np.rint(value)
                 with np.errstate(over="ignore", invalid="ignore"):
                     # Not np.ascontiguousarray: it turns a 0-d array into one of shape (1,).
-                    arrays[spec.key] = Array(np.array(value, dtype=spec.dtype, order="C"))
-        return ArrayRecord({key: arrays[key] for key in self.keys})
+                    arrays[spec.key] = np.array(value, dtype=spec.dtype, order="C")
+        ordered = {key: arrays[key] for key in self.keys}
+        if self.held:
+            return hold(ordered)
+        return ArrayRecord({key: Array(value) for key, value in ordered.items()})
 
     def holds(self, directions: NDArray[np.floating]) -> bool:
         """Whether all values are finite, also in the dtypes of the arrays they go to."""
@@ -128,6 +139,8 @@ class ModelLayout:
     def _flatten(
         values: dict[str, NDArray[np.generic]], specs: list[ArraySpec], dtype: np.dtype[np.generic]
     ) -> NDArray[np.floating]:
-        if not specs:
-            return np.zeros(0, dtype=dtype)
-        return np.concatenate([values[spec.key].ravel().astype(dtype) for spec in specs])
+        flat = np.empty(sum(spec.size for spec in specs), dtype=dtype)
+        for spec in specs:
+            part = flat[spec.offset : spec.offset + spec.size]
+            part.reshape(spec.shape)[...] = values[spec.key]
+        return flat

@@ -21,6 +21,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
 from fl_bgmd.compression import Compressor
+from fl_bgmd.held import HeldArray
 from fl_bgmd.layout import FLOATS, ArraySpec, ModelLayout
 from fl_bgmd.wire import EXAMPLES, PACKED_KEY, PACKED_RECORD, PARTITION, packed_keys
 
@@ -460,7 +461,8 @@ def view_array(array: Array, spec: ArraySpec) -> NDArray[np.generic]:
     """Return the values of an untrusted ``Array`` as a view of its bytes, nothing copied.
 
     The .npy header is parsed without unpickling and must agree with ``spec`` and with the number
-    of bytes that follow. Raises :class:`InvalidReplyError` otherwise.
+    of bytes that follow. Held arrays (:mod:`fl_bgmd.held`) never were on a wire and have no header:
+    of them the values themselves must agree. Raises :class:`InvalidReplyError` otherwise.
     """
     # An empty dtype declares nothing, neither does its shape: the header below decides.
     if array.dtype and tuple(array.shape) != spec.shape:
@@ -472,17 +474,12 @@ def view_array(array: Array, spec: ArraySpec) -> NDArray[np.generic]:
         raise InvalidReplyError(
             Rejection.ENCODING, f"array {spec.key!r} is serialized as {array.stype[:80]!r}"
         )
+    held = array.values if isinstance(array, HeldArray) else None
+    if held is not None:
+        _check_values(array, spec, held.shape, held.dtype)
+        return held
     shape, fortran_order, dtype, start = _read_npy_header(array.data, spec.key)
-    if shape != spec.shape:
-        raise InvalidReplyError(
-            Rejection.SHAPE,
-            f"array {spec.key!r} holds shape {repr(shape)[:80]}; sent: {spec.shape}",
-        )
-    if not _converts_safely(dtype, spec.dtype) or array.dtype != dtype.name:
-        raise InvalidReplyError(
-            Rejection.DTYPE,
-            f"array {spec.key!r} holds {dtype}, declares {array.dtype[:80]!r}; sent: {spec.dtype}",
-        )
+    _check_values(array, spec, shape, dtype)
     if len(array.data) - start != spec.size * dtype.itemsize:
         raise InvalidReplyError(
             Rejection.ENCODING,
@@ -491,6 +488,22 @@ def view_array(array: Array, spec: ArraySpec) -> NDArray[np.generic]:
         )
     values = np.frombuffer(array.data, dtype=dtype, count=spec.size, offset=start)
     return values.reshape(spec.shape, order="F" if fortran_order else "C")
+
+
+def _check_values(
+    array: Array, spec: ArraySpec, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> None:
+    """Raise where an array is, whatever it declares, not of the shape and dtype to be had."""
+    if shape != spec.shape:
+        raise InvalidReplyError(
+            Rejection.SHAPE,
+            f"array {spec.key!r} holds shape {repr(shape)[:80]}; sent: {spec.shape}",
+        )
+    if not _converts_safely(dtype, spec.dtype) or array.dtype != _name_of(dtype):
+        raise InvalidReplyError(
+            Rejection.DTYPE,
+            f"array {spec.key!r} holds {dtype}, declares {array.dtype[:80]!r}; sent: {spec.dtype}",
+        )
 
 
 def declared_array(data: bytes, stype: str = _NPY) -> Array:
@@ -538,6 +551,12 @@ def _parse_npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[np.g
 
 
 _parse_npy_header_once = lru_cache(maxsize=512)(_parse_npy_header)
+
+
+@lru_cache(maxsize=64)
+def _name_of(dtype: np.dtype[Any]) -> str:
+    """Return a dtype's name, which takes NumPy longer than looking at a small array."""
+    return dtype.name
 
 
 def _converts_safely(received: np.dtype[np.generic], sent: np.dtype[np.generic]) -> bool:

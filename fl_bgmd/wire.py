@@ -6,7 +6,7 @@ what a server receives passes :mod:`fl_bgmd.replies` first.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -42,6 +42,13 @@ _KEYS = {
     "compressor": "compressor",
     "error_feedback": "error-feedback",
     "compression_seed": "compression-seed",
+}
+_READ: dict[str, Callable[[Any], Any]] = {
+    "round": int,
+    "seed": int,
+    "compressor": str,
+    "error_feedback": bool,
+    "compression_seed": int,
 }
 
 
@@ -80,25 +87,22 @@ class Terms:
                 config[key] = value
 
     @classmethod
-    def from_config(cls, config: ConfigRecord) -> Self:
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Read the terms in a configuration; what is missing has its default."""
-        found: dict[str, Any] = {name: config[key] for name, key in _KEYS.items() if key in config}
-        for name in ("round", "seed", "compression_seed"):
-            if name in found:
-                found[name] = int(found[name])
-        if "compressor" in found:
-            found["compressor"] = str(found["compressor"])
-        if "error_feedback" in found:
-            found["error_feedback"] = bool(found["error_feedback"])
+        found: dict[str, Any] = {}
+        for name, key in _KEYS.items():
+            if key in config:
+                found[name] = _READ[name](config[key])
         return cls(**found)
 
     @classmethod
     def of(cls, content: RecordDict) -> Self:
         """Read the terms in what a server sent."""
-        merged = ConfigRecord()
-        for name, config in content.config_records.items():
-            if name != MODEL_RECORD:  # it names a compressor, too: the model's
-                merged.update({key: config[key] for key in _KEYS.values() if key in config})
+        merged: dict[str, Any] = {}
+        for name, config in content.items():
+            # The model's record names a compressor, too: the model's.
+            if name != MODEL_RECORD and isinstance(config, ConfigRecord):
+                merged.update(config)
         return cls.from_config(merged)
 
     def packing(
@@ -234,7 +238,7 @@ class TrainedReply:
         [arrays] = content.array_records.values()
         if PACKED_KEY not in arrays:
             # In the order sent: a client may reply in another one.
-            model = ModelLayout(ArrayRecord({key: arrays[key] for key in sent.keys}))
+            model = ModelLayout({key: arrays[key] for key in sent.keys})
             update = torch.from_numpy(sent.values - model.values)
             return cls(content, sent, compressor, update, model)
         assert compressor is not None  # nobody packs a reply without one

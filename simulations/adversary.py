@@ -74,10 +74,12 @@ class AdversarialGrid(Grid):
         if not is_train:
             return self._inner.send_and_receive(sent, timeout=timeout)
         # Copies of what is needed: a grid may take the messages apart.
-        terms = Terms.of(sent[0].content)
-        layout = ModelLayout(received_model(sent[0].content))
+        terms, layout = Terms.of(sent[0].content), None
+        if any(bound.attack.knows != "own" for bound in self._plan.attacks):
+            layout = ModelLayout(received_model(sent[0].content))
         replies = list(self._inner.send_and_receive(sent, timeout=timeout))
-        self._conspire(replies, layout, terms.round, terms.packing())
+        if layout is not None:
+            self._conspire(replies, layout, terms.round, terms.packing())
         planned = {str(bound) for bound in self._plan.attacks}
         for reply in replies:
             if reply.has_content() and (name := marked(reply.content)) is not None:

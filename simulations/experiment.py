@@ -22,6 +22,7 @@ from fl_bgmd.checkpoints import Checkpoints
 from fl_bgmd.data import held_out, load, partitions
 from fl_bgmd.devices import resolve_device
 from fl_bgmd.evaluation import Evaluation, evaluate
+from fl_bgmd.held import held
 from fl_bgmd.models import build
 from fl_bgmd.schedules import scheduled_learning_rate
 from fl_bgmd.shares import floor_share
@@ -29,6 +30,7 @@ from fl_bgmd.strategies import RobustStrategy, RunEndedError
 
 from .adversary import AdversarialGrid
 from .config import SETTINGS, Config, strategy_for
+from .grid import InProcessGrid
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -218,11 +220,14 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
             on_round(server_round, float(accuracy) if isinstance(accuracy, float) else None)
         return metrics
 
+    initial = ArrayRecord(model.state_dict())
+    if isinstance(grid, InProcessGrid):
+        initial = held(initial)
     result = RunResult(config)
     try:
         outcome = strategy.start(
             grid=adversary,
-            initial_arrays=ArrayRecord(model.state_dict()),
+            initial_arrays=initial,
             num_rounds=num_rounds,
             timeout=float(config["round-timeout"]),
             train_config=ConfigRecord(),

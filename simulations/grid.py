@@ -1,11 +1,13 @@
 """A grid without processes: it calls the ClientApp directly, in order, in this process.
 
 Bit-for-bit reproducible, and the cheapest way to run the real ServerApp, ClientApp, mods and
-strategies: tests and long experiments use it.
+strategies: tests and long experiments use it. The model goes to the clients as values, decoded once
+for all of them, and comes back as values from those that answer so (:mod:`fl_bgmd.held`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
+from functools import partial
 from itertools import count
 from threading import Lock
 from typing import Any
@@ -23,7 +25,8 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fl_bgmd.flower import CLIENT_FAILED, Run, empty_run, enter_run, number_message
+from fl_bgmd.flower import CLIENT_FAILED, Run, empty_run, enter_run, number_message, put
+from fl_bgmd.held import HeldArray
 from fl_bgmd.replies import arrays_from_state, arrays_to_state
 
 from .config import Config
@@ -132,7 +135,9 @@ class InProcessGrid(Grid):
         ids, messages = [], list(messages)
         if self._prepare is not None:
             self._prepare([(m, self._contexts[m.metadata.dst_node_id]) for m in messages])
+        decoded: dict[int, tuple[Array, HeldArray]] = {}
         for message in messages:
+            message.content = _copy(message.content, partial(_hold, decoded))
             message_id = str(next(self._message_ids))
             number_message(message, message_id)
             self._replies[message_id] = self._deliver(message)
@@ -156,8 +161,7 @@ class InProcessGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
     def _deliver(self, message: Message) -> Message:
-        """Call the ClientApp with content of its own, as if it had travelled."""
-        message.content = _copy(message.content)
+        """Call the ClientApp; its reply has content of its own, as if it had travelled."""
         try:
             with self._one_at_a_time:
                 reply = self._client_app(message, self._contexts[message.metadata.dst_node_id])
@@ -167,7 +171,7 @@ class InProcessGrid(Grid):
             reason = f"{type(error).__name__}: {error}"
             return Message(Error(code=CLIENT_FAILED, reason=reason), reply_to=message)
         if reply.has_content():
-            reply.content = _copy(reply.content)
+            reply.content = _copy(reply.content, copy)
         return reply
 
 
@@ -188,13 +192,22 @@ def _from_state(kind: str, values: dict[str, Any]) -> ArrayRecord | ConfigRecord
     return _RECORDS[kind](values)
 
 
-def _copy(content: RecordDict) -> RecordDict:
-    """Copy the records, not the arrays' bytes: the sides share nothing they can change."""
+def _copy(content: RecordDict, copy_array: Callable[[Array], Array]) -> RecordDict:
+    """Copy the records, not the arrays' values: the sides share nothing they can change."""
     copied = content.copy()
     for name, record in content.items():
         twin: Any = record.copy()
         for key, value in record.items():
-            if isinstance(value, Array | list):
-                twin[key] = copy(value)
-        copied[name] = twin
+            if isinstance(value, Array):
+                put(twin, key, copy_array(value))
+            elif isinstance(value, list):
+                put(twin, key, copy(value))
+        put(copied, name, twin)
     return copied
+
+
+def _hold(decoded: dict[int, tuple[Array, HeldArray]], array: Array) -> Array:
+    """Return an array as a held one of the receiver's own, its values decoded once for all."""
+    if id(array) not in decoded:
+        decoded[id(array)] = array, HeldArray.of(array)  # the array itself: its id stays taken
+    return copy(decoded[id(array)][1])

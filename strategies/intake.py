@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_bgmd.held import num_bytes
 from fl_bgmd.layout import BUFFER_DTYPE
 from fl_bgmd.replies import Screened, partition_id, records_of, screen
 from fl_bgmd.shares import hostile_count
@@ -227,4 +228,4 @@ def _array_bytes(message: Message) -> int:
     if not message.has_content():
         return 0
     records = records_of(message, ArrayRecord)
-    return sum(len(array.data) for record in records for array in record.values())
+    return sum(num_bytes(array) for record in records for array in record.values())

@@ -12,13 +12,14 @@ import torch
 from annotated_types import Ge, Lt
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import Adam, Optimizer
+from torch.optim.sgd import sgd as step_of_sgd
 
 from fl_bgmd.options import OptionError, Positive, declared
 from fl_bgmd.registry import Registry
 
 Beta = Annotated[float, Ge(0), Lt(1)]
-Build = Callable[..., Optimizer]
+Build = Callable[..., "Optimizer | _SGD"]
 """Of a list of tensors, a learning rate, and ``momentum`` and ``nesterov`` where it takes them."""
 
 
@@ -34,11 +35,44 @@ OPTIMIZERS: Registry[Build] = Registry("server_optimizer", _accept)
 """Optimizers by name; ``torch.optim:Adagrad`` is one, too."""
 
 
+class _SGD:
+    """The step of torch's SGD, which is a function of torch's, too.
+
+    Its class loads torch's compiler: every run would begin four seconds later.
+    """
+
+    def __init__(
+        self, parameters: list[Tensor], learning_rate: float, momentum: float, nesterov: bool
+    ) -> None:
+        self.state: dict[Tensor, dict[str, Any]] = {each: {} for each in parameters}
+        self._settings: dict[str, Any] = {
+            "lr": learning_rate,
+            "momentum": momentum,
+            "nesterov": nesterov,
+        }
+
+    def step(self) -> None:
+        """Move the parameters along their gradients."""
+        kept = list(self.state.values())
+        buffers = [own.get("momentum_buffer") for own in kept]
+        step_of_sgd(
+            list(self.state),
+            [each.grad for each in self.state if each.grad is not None],
+            buffers,
+            weight_decay=0.0,
+            dampening=0.0,
+            maximize=False,
+            **self._settings,
+        )
+        for own, buffer in zip(kept, buffers, strict=True):
+            own["momentum_buffer"] = buffer
+
+
 def sgd(
     parameters: list[Tensor], learning_rate: float, momentum: float = 0.0, nesterov: bool = False
-) -> Optimizer:
+) -> _SGD:
     """Build torch's SGD."""
-    return SGD(parameters, learning_rate, momentum, nesterov=nesterov)
+    return _SGD(parameters, learning_rate, momentum, nesterov)
 
 
 def adam(
@@ -64,6 +98,8 @@ def build_optimizer(spec: str) -> Build:
     """
     build, parsed = OPTIMIZERS.parse(spec)
     made = partial(build, **parsed.values(declared(build)))
+    if parsed.name in OPTIMIZERS:
+        return made
     try:
         found: object = made([torch.zeros(1)], 1.0)
     except (TypeError, ValueError) as error:
@@ -82,7 +118,7 @@ def descend(
     values: NDArray[Any],
     update: Tensor,
     state: Mapping[str, Any],
-    build: Callable[[list[Tensor]], Optimizer],
+    build: Callable[[list[Tensor]], "Optimizer | _SGD"],
 ) -> tuple[NDArray[Any], dict[str, Any]]:
     """Return a model (d,) after an optimizer's step along an update (d,), and its next state.
 

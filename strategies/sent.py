@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_bgmd.compression import Compressor
+from fl_bgmd.held import num_bytes
 from fl_bgmd.layout import ModelLayout
 from fl_bgmd.wire import MODEL_RECORD, Terms, pack_model
 
@@ -157,4 +158,4 @@ def round_seed(seed: int, server_round: int, *phase: int, secret: bool) -> int:
 
 
 def _num_bytes(arrays: ArrayRecord) -> int:
-    return sum(len(array.data) for array in arrays.values())
+    return sum(map(num_bytes, arrays.values()))

@@ -1,6 +1,7 @@
 """Who is hostile in which round, and how: computed alike by everyone who knows the seed."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -64,7 +65,11 @@ def byzantine_roles(
     return {client: attacks[i % len(attacks)] for i, client in enumerate(drawn)}
 
 
-def _drawn(num_clients: int, fraction: float, round: int, seed: int, selection: str) -> list[int]:
+@lru_cache(maxsize=64)
+def _drawn(
+    num_clients: int, fraction: float, round: int, seed: int, selection: str
+) -> tuple[int, ...]:
+    """Draw the hostile clients, once for all clients of a process that ask who they are."""
     if num_clients < 1:
         raise ValueError(f"num_clients is {num_clients}; allowed: 1 or more")
     if not 0 <= fraction <= 1:
@@ -76,4 +81,4 @@ def _drawn(num_clients: int, fraction: float, round: int, seed: int, selection: 
     drawn_for = _NO_ROUND if selection == "fixed" else round
     count = floor_share(fraction, num_clients)
     order = np.random.default_rng([seed, drawn_for]).permutation(num_clients)
-    return [int(client) for client in order[:count]]
+    return tuple(int(client) for client in order[:count])

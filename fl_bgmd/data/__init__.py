@@ -173,7 +173,9 @@ def load(
     """
     if name not in DATASETS:
         raise ValueError(f"name must be one of {', '.join(DATASETS)}, got {name!r}")
-    key = (name, data_directory(data_dir))
+    known = [os.environ.get(variable) for variable in ("FL_BGMD_DATA", "HOME")]
+    given = None if data_dir is None else os.fspath(data_dir)
+    key = (name, _resolved(given, *known, os.getcwd()))
     with _loading:
         if key not in _loaded:
             arrays = obtain(name, key[1], progress or (lambda line: None))
@@ -212,6 +214,12 @@ def held_out(dataset: Dataset, share: float) -> NDArray[np.int64]:
 
 
 _HELD_OUT_SEED = 20260131
+
+
+@lru_cache(maxsize=64)
+def _resolved(data_dir: str | None, *_: str | None) -> Path:
+    """Return the directory, found once for all that it depends on: every client of a round asks."""
+    return data_directory(data_dir)
 
 
 def normalize(images: NDArray[np.uint8] | torch.Tensor, dataset: Dataset) -> torch.Tensor:

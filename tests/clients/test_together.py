@@ -1,4 +1,4 @@
-"""One-step rounds of all clients at once, against one client after the other."""
+"""Clients that train together, against one client after the other."""
 
 from copy import deepcopy
 from typing import Any
@@ -10,8 +10,9 @@ from torch import nn
 
 import clients.client_app
 import clients.training
+from clients.cohort import can_part
 from clients.together import train_together
-from clients.training import Job, LocalTraining, train
+from clients.training import Job, LocalTraining, batches, train
 from fl_bgmd.data import Dataset
 from fl_bgmd.models import build
 from simulations.backends import run
@@ -64,7 +65,7 @@ def test_the_step_is_the_one_that_each_client_takes_alone(
     before = deepcopy(model.state_dict())
     alone = [train(Job(deepcopy(model), *_rest(job))) for job in jobs]
     together = train_together(model, jobs)
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    assert same_tensors(model.state_dict(), before)
     for one, other in zip(alone, together, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
         assert [*one.state] == [*other.state]
@@ -80,10 +81,74 @@ def _rest(job: Job) -> tuple[Any, ...]:
     return job.dataset, job.indices, job.settings, job.seed, job.device, job.corrupt
 
 
-def test_more_than_one_step_is_refused() -> None:
-    model = build("tiny-cnn")
-    with pytest.raises(ValueError, match="steps is 2; allowed: 1"):
-        train_together(model, jobs_of(model, dataset_of((28, 28)), (20,), steps=2))
+@pytest.mark.parametrize("changes", [{"steps": 3}, {"steps": 0, "epochs": 2}])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_several_steps_are_those_that_each_client_takes_alone(
+    changes: dict[str, int], momentum: float
+) -> None:
+    torch.manual_seed(0)
+    # Dropout goes on drawing where it was, statistics of the batches are each client's own.
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 5, stride=3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(192, 16), nn.GELU(), nn.Dropout(0.5), nn.Linear(16, 10),
+    )  # fmt: skip
+    # With epochs their last batches are smaller; one client has less than a batch.
+    jobs = jobs_of(model, dataset_of((28, 28)), (20, 20, 20, 5), momentum=momentum, **changes)
+    before = deepcopy(model.state_dict())
+    alone = [train(Job(deepcopy(model), *_rest(job))) for job in jobs]
+    together = train_together(model, jobs)
+    assert same_tensors(model.state_dict(), before)
+    for one, other in zip(alone, together, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        steps = [flat(result.state) - flat(before) for result in (one, other)]
+        assert (steps[0] - steps[1]).norm() < 1e-4 * steps[0].norm()
+
+
+class Scaled(nn.Module):
+    """A layer that nothing is known of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs * self.scale
+
+
+def test_layers_that_are_not_known_are_left_to_torch_func() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10), Scaled())
+    assert can_part(model[:2])
+    assert not can_part(model)
+    jobs = jobs_of(model, dataset_of((28, 28)), (20, 20))
+    alone = [train(Job(deepcopy(model), *_rest(job))) for job in jobs]
+    for one, other in zip(alone, train_together(model, jobs), strict=True):
+        assert (flat(one.state) - flat(other.state)).abs().max() < 1e-5
+
+
+def test_the_one_step_of_a_client_is_torchs_and_leaves_the_model_as_it_came() -> None:
+    for momentum, decay, steps in ((0.0, 0.0, 1), (0.0, 0.1, 3), (0.9, 0.0, 3), (0.9, 0.1, 2)):
+        torch.manual_seed(0)
+        model = build("tiny-cnn")
+        [job] = jobs_of(
+            model, dataset_of((28, 28)), (20,), momentum=momentum, weight_decay=decay, steps=steps
+        )
+        came = dict(model.state_dict())
+        before = {name: value.clone() for name, value in came.items()}
+        expected = deepcopy(model)
+        sgd = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=momentum, weight_decay=decay)
+        for images, labels in batches(job):
+            sgd.zero_grad()
+            nn.functional.cross_entropy(expected(images), labels).backward()
+            sgd.step()
+        assert same_tensors(train(job).state, expected.state_dict())
+        assert same_tensors(came, before)
+
+
+def same_tensors(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(value, second[name]) for name, value in first.items()
+    )
 
 
 CONFIG = {
@@ -100,7 +165,14 @@ CONFIG = {
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"attack": "bit-flip"}, {"attack": "label-shift"}, {"compressor": "qsgd"}]
+    "changes",
+    [
+        {},
+        {"attack": "bit-flip"},
+        {"attack": "label-shift"},
+        {"compressor": "qsgd"},
+        {"local-steps": 3, "momentum": 0.9},
+    ],
 )
 def test_a_run_is_the_same_but_for_the_order_of_sums(changes: dict[str, Any]) -> None:
     hostile = {"byzantine-fraction": 0.2} if "attack" in changes else {}
@@ -120,8 +192,7 @@ def test_the_clients_do_not_train_again(monkeypatch: pytest.MonkeyPatch) -> None
     assert result.rounds[-1]["accepted"] == 5
 
 
-@pytest.mark.parametrize("changes", [{"local-steps": 2}, {"downlink-compressor": "qsgd"}])
-def test_what_cannot_be_vectorized_is_refused(changes: dict[str, Any]) -> None:
-    [key] = changes
-    with pytest.raises(ConfigError, match=f"{key} is .* allowed with backend vectorized"):
-        run(validate({**CONFIG, **changes}), backend="vectorized")
+def test_a_packed_model_is_refused() -> None:
+    config = validate({**CONFIG, "downlink-compressor": "qsgd"})
+    with pytest.raises(ConfigError, match=r"downlink-compressor is .* with backend vectorized"):
+        run(config, backend="vectorized")

@@ -41,6 +41,7 @@ import clients.client_app
 import simulations.experiment
 from fl_bgmd.attacks import AttackPlan, build_attacks
 from fl_bgmd.data import Dataset
+from fl_bgmd.held import HeldArray
 from fl_bgmd.mods import ByzantineMod
 from fl_bgmd.strategies import BGMD, GMD, CenteredClipping, RobustStrategy
 from simulations import backends, server_app
@@ -634,6 +635,30 @@ def test_two_identical_experiments_are_bit_identical(attack: str) -> None:
         assert (entry["accepted"], entry["rejected"], entry["missing"]) == (5, 0, 0)
         assert 0 <= entry["clients-accuracy"] <= 1
     assert history(run_small(seed=1)) != history(first)
+
+
+@pytest.mark.usefixtures("synthetic")
+@pytest.mark.parametrize("attack", ["none", "bit-flip", "alie"])
+def test_no_array_becomes_bytes_in_a_run(attack: str) -> None:
+    kept: list[Message] = []
+
+    class Keeping(InProcessGrid):
+        def pull_messages(self, *args: Any, **kwargs: Any) -> Iterable[Message]:
+            kept.extend(found := list(super().pull_messages(*args, **kwargs)))
+            return found
+
+    hostile = {"attack": attack, "byzantine-fraction": 0.0 if attack == "none" else 0.4}
+    assumed = {"assumed-byzantine-fraction": 0.4}
+    config = validate({**SMALL, "fraction-evaluate": 0.0, **hostile, **assumed})
+    grid = Keeping(clients.client_app.app, 5, config)
+    result = simulations.experiment.run_experiment(grid, config)
+    assert result.error == ""
+    assert result.total("accepted") == len(kept) == 15
+    for reply in kept:
+        for array in sent_arrays(reply).values():
+            assert isinstance(array, HeldArray)
+            assert array.values is not None
+            assert array.__dict__["_bytes"] is None
 
 
 @pytest.mark.usefixtures("synthetic")
