@@ -18,6 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 __all__ = [
     "CLIENT_FAILED",
     "Run",
+    "carried",
     "empty_run",
     "enter_run",
     "number_message",
@@ -74,6 +75,12 @@ def received_message(node: int, **body: RecordDict | Error) -> Message:
         message_type="train",
     )
     made: Message = Message(metadata=metadata, **body)  # type: ignore[call-overload]
+    return made
+
+
+def carried(metadata: Metadata, content: RecordDict) -> Message:
+    """Return a message that was taken apart: Flower's public constructors make new metadata."""
+    made: Message = Message(metadata=metadata, content=content)  # type: ignore[call-overload]
     return made
 
 

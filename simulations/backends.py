@@ -1,4 +1,5 @@
-"""Where a run's clients live: Flower's Ray-backed simulation, or this process.
+"""Where a run's clients live: on Ray (``ray``), on Flower's own Ray engine (``flower``), or in
+this process.
 
 In this process they work one after the other (``inprocess``) or together (``vectorized``): the same
 but for the order of sums. ``vectorized`` pays for small batches on a GPU, and on a CPU for networks
@@ -25,7 +26,9 @@ from .config import Config, ConfigError, validate
 from .experiment import OnRound, RunResult, run_experiment
 from .grid import InProcessGrid
 
-BACKENDS = ("ray", "inprocess", "vectorized")
+BACKENDS = ("ray", "flower", "inprocess", "vectorized")
+
+ON_RAY = ("ray", "flower")
 
 
 @dataclass(frozen=True)
@@ -182,8 +185,8 @@ def run_validated(
     """Run a validated configuration; see :func:`run`."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
-    if backend == "ray":
-        require("ray", "backend ray", "simulation")
+    if backend in ON_RAY:
+        require("ray", f"backend {backend}", "simulation")
     if backend == "vectorized":
         key, allowed = "downlink-compressor", "none"
         if config[key] != allowed:
@@ -193,6 +196,8 @@ def run_validated(
     try:
         if backend == "ray":
             result = _run_on_ray(config, resources, on_round)
+        elif backend == "flower":
+            result = _run_on_flower(config, resources, on_round)
         else:
             prepare = prepare_together if backend == "vectorized" else None
             grid = InProcessGrid(client_app, int(config["num-clients"]), config, prepare)
@@ -204,9 +209,32 @@ def run_validated(
 
 
 def _run_on_ray(config: Config, resources: ClientResources, on_round: OnRound | None) -> RunResult:
+    from .ray_grid import RayGrid
+
+    resources = _addressed(resources, config)
+    with RayGrid(
+        client_app,
+        int(config["num-clients"]),
+        config,
+        num_cpus=resources.num_cpus,
+        num_gpus=resources.num_gpus,
+        address=resources.ray_address,
+    ) as grid:
+        return run_experiment(grid, config, on_round)
+
+
+def _addressed(resources: ClientResources, config: Config) -> ClientResources:
+    """Return resources of the configuration's cluster, checked against it."""
     address = str(config["ray-address"])
-    if resources.ray_address != address:
-        resources = replace(resources, ray_address=address)
+    return (
+        resources if resources.ray_address == address else replace(resources, ray_address=address)
+    )
+
+
+def _run_on_flower(
+    config: Config, resources: ClientResources, on_round: OnRound | None
+) -> RunResult:
+    resources = _addressed(resources, config)
     results: list[RunResult] = []
     server_app = ServerApp()
 

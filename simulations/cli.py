@@ -20,7 +20,7 @@ from fl_bgmd.checkpoints import make_folder
 from fl_bgmd.data import DATASETS, DataUnavailableError, data_directory, load
 from fl_bgmd.extras import MissingExtraError, require
 
-from .backends import BACKENDS, ClientResources
+from .backends import BACKENDS, ON_RAY, ClientResources
 from .config import (
     SETTINGS,
     Config,
@@ -173,7 +173,7 @@ Backend = Annotated[
     Literal[BACKENDS],  # type: ignore[valid-type]
     Option(help="Where the clients are"),
 ]
-Jobs = Annotated[int, Option(help="Runs at a time (not with ray)", metavar="N")]
+Jobs = Annotated[int, Option(help="Runs at a time (not on Ray)", metavar="N")]
 Seeds = Annotated[int | None, Option(help="Runs of each cell, from --seed on", metavar="N")]
 Rows = Annotated[list[str] | None, Option(help="Of the study: only this one (repeatable)")]
 Columns = Annotated[list[str] | None, Option(help="Of the study: only this one (repeatable)")]
@@ -361,8 +361,8 @@ def _run_study(
     if not verbose:
         logging.getLogger("flwr").setLevel(logging.CRITICAL)
     _require_plots()
-    if backend == "ray":
-        require("ray", "backend ray", "simulation")
+    if backend in ON_RAY:
+        require("ray", f"backend {backend}", "simulation")
     cells = study.cells()
     _tell_limits(cell.config for cell in cells)
     if output is not None:
@@ -449,7 +449,7 @@ def _new_folder(study: Study, config: Config) -> Path:
 
 def _resources(study: Study, backend: str, num_cpus: float, num_gpus: float) -> ClientResources:
     # Only Ray joins a cluster.
-    address = str(study.config.get("ray-address", "")) if backend == "ray" else ""
+    address = str(study.config.get("ray-address", "")) if backend in ON_RAY else ""
     return ClientResources(num_cpus, num_gpus, address)
 
 

@@ -135,11 +135,10 @@ class InProcessGrid(Grid):
         ids, messages = [], list(messages)
         if self._prepare is not None:
             self._prepare([(m, self._contexts[m.metadata.dst_node_id]) for m in messages])
-        decoded: dict[int, tuple[Array, HeldArray]] = {}
+        decoded: Decoded = {}
         for message in messages:
-            message.content = _copy(message.content, partial(_hold, decoded))
-            message_id = str(next(self._message_ids))
-            number_message(message, message_id)
+            message.content = held_copy(message.content, decoded)
+            message_id = self._numbered(message)
             self._replies[message_id] = self._deliver(message)
             ids.append(message_id)
         return ids
@@ -162,17 +161,30 @@ class InProcessGrid(Grid):
 
     def _deliver(self, message: Message) -> Message:
         """Call the ClientApp; its reply has content of its own, as if it had travelled."""
-        try:
-            with self._one_at_a_time:
-                reply = self._client_app(message, self._contexts[message.metadata.dst_node_id])
-            if not isinstance(reply, Message):
-                raise TypeError(f"the ClientApp returned a {type(reply).__name__}, not a Message")
-        except (Exception, SystemExit) as error:  # what a SuperNode does with a client that fails
-            reason = f"{type(error).__name__}: {error}"
-            return Message(Error(code=CLIENT_FAILED, reason=reason), reply_to=message)
+        context = self._contexts[message.metadata.dst_node_id]
+        with self._one_at_a_time:
+            reply = ask(self._client_app, message, context)
         if reply.has_content():
             reply.content = _copy(reply.content, copy)
         return reply
+
+    def _numbered(self, message: Message) -> str:
+        """Give a message its id; return it."""
+        message_id = str(next(self._message_ids))
+        number_message(message, message_id)
+        return message_id
+
+
+def ask(app: ClientApp, message: Message, context: Context) -> Message:
+    """Call a ClientApp; an exception becomes an error reply, as on a SuperNode."""
+    try:
+        reply = app(message, context)
+        if not isinstance(reply, Message):
+            raise TypeError(f"the ClientApp returned a {type(reply).__name__}, not a Message")
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}"
+        return Message(Error(code=CLIENT_FAILED, reason=reason), reply_to=message)
+    return reply
 
 
 _RECORDS = {kind.__name__: kind for kind in (ConfigRecord, MetricRecord)}
@@ -192,6 +204,15 @@ def _from_state(kind: str, values: dict[str, Any]) -> ArrayRecord | ConfigRecord
     return _RECORDS[kind](values)
 
 
+Decoded = dict[int, tuple[Array, HeldArray]]
+"""Arrays that were decoded, by their ids, with the arrays: their ids stay taken."""
+
+
+def held_copy(content: RecordDict, decoded: Decoded) -> RecordDict:
+    """Return a receiver's own content; its arrays are held, and decoded once for all receivers."""
+    return _copy(content, partial(_hold, decoded))
+
+
 def _copy(content: RecordDict, copy_array: Callable[[Array], Array]) -> RecordDict:
     """Copy the records, not the arrays' values: the sides share nothing they can change."""
     copied = content.copy()
@@ -206,8 +227,7 @@ def _copy(content: RecordDict, copy_array: Callable[[Array], Array]) -> RecordDi
     return copied
 
 
-def _hold(decoded: dict[int, tuple[Array, HeldArray]], array: Array) -> Array:
-    """Return an array as a held one of the receiver's own, its values decoded once for all."""
+def _hold(decoded: Decoded, array: Array) -> Array:
     if id(array) not in decoded:
-        decoded[id(array)] = array, HeldArray.of(array)  # the array itself: its id stays taken
+        decoded[id(array)] = array, HeldArray.of(array)
     return copy(decoded[id(array)][1])

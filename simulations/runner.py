@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from fl_bgmd.attacks.plan import FORMER
 
-from .backends import ClientResources, run_validated
+from .backends import ON_RAY, ClientResources, run_validated
 from .config import SETTINGS, STRATEGY_KEYS, Config, ConfigError, Environment, defaults
 from .experiment import OnRound, RunResult
 from .study import Cell, cell_name, told
@@ -58,7 +58,7 @@ def run_cells(
         For ``jobs`` below 1, or above 1 with the Ray backend, which shares out the cores itself;
         for a folder that holds one of the cells, finished with another configuration.
     """
-    if jobs < 1 or (jobs > 1 and backend == "ray"):
+    if jobs < 1 or (jobs > 1 and backend in ON_RAY):
         raise ConfigError(f"jobs is {jobs} with backend {backend}; allowed: 1, more without Ray")
     folder.mkdir(parents=True, exist_ok=True)
     written = finished_before(cells, folder)
