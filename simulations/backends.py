@@ -1,5 +1,4 @@
-"""Where a run's clients live: on Ray (``ray``), on Flower's own Ray engine (``flower``), or in
-this process.
+"""Where a run's clients live: on Ray, on Flower's own Ray engine (``flower``), or in this process.
 
 In this process they work one after the other (``inprocess``) or together (``vectorized``): the same
 but for the order of sums. ``vectorized`` pays for small batches on a GPU, and on a CPU for networks
