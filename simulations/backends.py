@@ -154,11 +154,11 @@ def run(
     if backend == "ray":
         require("ray", "backend ray", "simulation")
     if backend == "vectorized":
-        key, allowed = "downlink-compressor", "none"
-        if config[key] != allowed:
-            raise ConfigError(
-                f"{key} is {config[key]!r}; allowed with backend vectorized: {allowed!r}"
-            )
+        for key, allowed in (("downlink-compressor", "none"), ("precision", "fp32")):
+            if config[key] != allowed:
+                raise ConfigError(
+                    f"{key} is {config[key]!r}; allowed with backend vectorized: {allowed!r}"
+                )
     try:
         if backend == "ray":
             result = _run_on_ray(config, resources, on_round)

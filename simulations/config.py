@@ -160,6 +160,8 @@ class RunSettings:
         Momentum of the clients' SGD, within a round.
     weight_decay : float
         Weight decay of the clients' SGD.
+    precision : str
+        Precision of the clients' forward and backward passes.
     lr_schedule : str
         Schedule of the clients' learning rate over the rounds.
     server_lr_schedule : str
@@ -218,6 +220,7 @@ class RunSettings:
     learning_rate: Positive = 0.05
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     weight_decay: NonNegative = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
     lr_schedule: Schedule = "constant"
     server_lr_schedule: Schedule = "constant"
     lr_period: Count = 1
