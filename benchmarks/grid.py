@@ -1,18 +1,20 @@
-"""What a round costs on the in-process grid: against Ray, and against no Flower at all.
+"""What a round costs on each backend, beside a bare PyTorch loop and what its FLOPs allow.
 
-``python -m benchmarks.grid`` prints seconds a round for 1000 clients that send 1000 parameters
-back (echo clients, in process and on Ray), for 10 clients that compute one LeNet gradient on 64
-examples each, in process and as a plain PyTorch loop over batches of the same size, and for 32 such
-clients all at once (backend ``vectorized``) and one after the other. Of the rounds after the first
-the fastest counts: CPU time on one thread against the loop, else wall clock. ``--no-ray`` leaves
-Ray out, which takes a minute; ``--device`` is that of the 32 clients.
+``python -m benchmarks.grid`` prints, for some networks and numbers of clients, the CPU seconds of a
+round on one thread: of a bare loop (gradients, stack, the same rule, step), on the backends
+``inprocess``, with honest clients and with a fifth that lies, and ``vectorized``, and of the
+gradients' floating-point operations alone at the speed of a matrix product on this machine. All
+take turns, and of each the fastest round counts; in brackets the ratio to the bare loop. Then the
+wall-clock seconds of a round of 1000 clients that send 1000 parameters back, in process and on
+Flower's Ray engine, which takes a minute (``--no-ray`` leaves it out).
 """
 
 import argparse
+import logging
 import os
 import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,13 +24,18 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
 from clients.client_app import app as client_app
 from clients.client_app import prepare_together
+from fl_bgmd.aggregators import build_rule
+from fl_bgmd.attacks import AttackPlan
 from fl_bgmd.data import load, normalize, partition
 from fl_bgmd.devices import to_input
+from fl_bgmd.held import held
 from fl_bgmd.models import build
-from fl_bgmd.strategies import Mean
+from fl_bgmd.strategies import Mean, RobustStrategy
+from simulations.adversary import AdversarialGrid
 from simulations.config import Config, validate
 from simulations.grid import InProcessGrid, Prepare
 
@@ -98,96 +105,133 @@ def echo_on_ray(clients: int, parameters: int, rounds: int) -> float:
     return found[0]
 
 
-def gradients_in_process(
-    clients: int,
-    rounds: int,
-    *,
-    device: str = "cpu",
-    prepare: Prepare | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+@dataclass(frozen=True)
+class Case:
+    """A network, and how many clients compute its gradient on how many examples each."""
+
+    model: str
+    clients: int
+    batch: int
+
+    def __str__(self) -> str:
+        """Return it as the table shows it."""
+        return f"{self.model}, {self.clients} x {self.batch}"
+
+
+CASES = (Case("mlp", 10, 64), Case("mlp", 100, 16), Case("lenet", 10, 64))
+
+
+def on_a_grid(
+    case: Case, rule: str, rounds: int, prepare: Prepare | None = None, attack: str = "none"
 ) -> float:
-    """Seconds a round of LeNet gradients through Flower, screening and averaging included."""
+    """CPU seconds a round through Flower: messages, screening, attack, rule and step included."""
     config: Config = validate(
         {
             "dataset": "mnist",
-            "model": "lenet",
+            "model": case.model,
             "partition": "iid",
-            "num-clients": clients,
+            "num-clients": case.clients,
             "local-steps": 1,
+            "batch-size": case.batch,
             "learning-rate": 1.0,
             "momentum": 0.0,
-            "device": device,
+            "device": "cpu",
+            "attack": attack,
+            "byzantine-fraction": 0.0 if attack == "none" else 0.2,
         }
     )
-    arrays = ArrayRecord(build("lenet").state_dict())
-    grid = InProcessGrid(client_app, clients, config, prepare)
-    return seconds_per_round(grid, echo_strategy(clients), arrays, rounds, clock)
+    strategy = RobustStrategy(
+        rule,
+        fraction_evaluate=0.0,
+        min_train_nodes=case.clients,
+        min_available_nodes=case.clients,
+        seed=0,
+        device="cpu",
+    )
+    inner = InProcessGrid(client_app, case.clients, config, prepare)
+    plan = AttackPlan.from_config(config)
+    grid = AdversarialGrid(inner, plan, case.clients, strategy.preview)
+    arrays = held(ArrayRecord(build(case.model).state_dict()))
+    return seconds_per_round(grid, strategy, arrays, rounds, time.process_time)
 
 
-def gradients_plain(clients: int, rounds: int) -> float:
-    """Seconds a round of the same gradients and their average in plain PyTorch."""
-    dataset, model = load("mnist"), build("lenet").train()
-    shares = partition(dataset.train_labels, clients, scheme="iid")
+def bare(case: Case, rule: str, rounds: int) -> float:
+    """CPU seconds a round of the same gradients, rule and step in plain PyTorch."""
+    dataset, model, aggregate = load("mnist"), build(case.model).train(), build_rule(rule)
+    shares = partition(dataset.train_labels, case.clients, scheme="iid")
     parameters = list(model.parameters())
-    size = sum(parameter.numel() for parameter in parameters)
+    sizes = [parameter.numel() for parameter in parameters]
     draw, cpu = np.random.default_rng(0), torch.device("cpu")
     taken = []
     for _ in range(rounds):
         started = time.process_time()
-        rows = torch.empty(clients, size)
+        rows = torch.empty(case.clients, sum(sizes))
         for row, share in zip(rows, shares, strict=True):
-            batch = draw.choice(share, 64, replace=False)
+            batch = draw.choice(share, case.batch, replace=False)
             images = to_input(normalize(dataset.train_images[batch], dataset), cpu)
             labels = torch.from_numpy(dataset.train_labels[batch])
             loss = torch.nn.functional.cross_entropy(model(images), labels)
             gradients = torch.autograd.grad(loss, parameters)
             torch.cat([gradient.flatten() for gradient in gradients], out=row)
-        update = rows.mean(0)
+        update = aggregate(rows).vector
         with torch.no_grad():
-            for parameter, part in zip(
-                parameters, update.split([p.numel() for p in parameters]), strict=True
-            ):
+            for parameter, part in zip(parameters, update.split(sizes), strict=True):
                 parameter -= 0.01 * part.view_as(parameter)
         taken.append(time.process_time() - started)
     return min(taken[1:])
 
 
+def limit(case: Case) -> float:
+    """CPU seconds that a round's gradients take at the speed of a matrix product."""
+    model = build(case.model).train()
+    images, labels = torch.zeros(case.batch, 1, 28, 28), torch.zeros(case.batch, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        torch.nn.functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+    side, taken = 1024, []
+    left, right, out = (torch.zeros(side, side) for _ in range(3))
+    for _ in range(10):
+        started = time.process_time()
+        torch.mm(left, right, out=out)
+        taken.append(time.process_time() - started)
+    return case.clients * counter.get_total_flops() * min(taken) / (2 * side**3)
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=6, help="rounds of a turn")
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--rule", default="mean", help="the spec of the server's rule")
     parser.add_argument("--no-ray", action="store_true")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
+    logging.getLogger("flwr").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    cases: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {
-        "10 clients x 64, LeNet gradients: plain loop": (
-            lambda: gradients_in_process(10, options.rounds, clock=time.process_time),
-            lambda: gradients_plain(10, options.rounds),
-        ),
-        f"32 clients x 64, vectorized, {options.device}: one by one": (
-            partial(
-                gradients_in_process,
-                32,
-                options.rounds,
-                device=options.device,
-                prepare=prepare_together,
-            ),
-            partial(gradients_in_process, 32, options.rounds, device=options.device),
-        ),
+    rule, rounds = options.rule, options.rounds
+    ways: dict[str, Callable[[Case], float]] = {
+        "bare loop": lambda case: bare(case, rule, rounds),
+        "inprocess": lambda case: on_a_grid(case, rule, rounds),
+        "under attack": lambda case: on_a_grid(case, rule, rounds, attack="bit-flip"),
+        "vectorized": lambda case: on_a_grid(case, rule, rounds, prepare_together),
+        "FLOP limit": limit,
     }
-    if not options.no_ray:
-        cases["1000 clients x 1000 parameters, echo: Ray"] = (
-            lambda: echo_in_process(1000, 1000, options.rounds),
-            lambda: echo_on_ray(1000, 1000, min(3, options.rounds)),
-        )
-    table = Table(title=f"{torch.get_num_threads()} threads, {os.cpu_count()} cores")
-    for column in ("round: compared with", "in process (s)", "the other (s)", "other / in process"):
+    table = Table(title=f"CPU seconds a round, {rule}, 1 of {os.cpu_count()} cores (to bare loop)")
+    for column in ("clients x examples", *ways):
         table.add_column(column)
-    for name, (ours, other) in cases.items():
-        mine, theirs = ours(), other()
-        table.add_row(name, f"{mine:.3f}", f"{theirs:.3f}", f"{theirs / mine:.2f}")
-    Console(width=120).print(table)
+    for case in CASES:
+        turns = [[way(case) for way in ways.values()] for _ in range(options.turns)]
+        fastest = np.min(turns, axis=0)
+        cells = [f"{seconds:.3f} ({seconds / fastest[0]:.2f})" for seconds in fastest]
+        table.add_row(str(case), *cells)
+    console = Console(width=120)
+    console.print(table)
+    if options.no_ray:
+        return
+    mine = echo_in_process(1000, 1000, rounds)
+    theirs = echo_on_ray(1000, 1000, min(3, rounds))
+    console.print(
+        f"1000 echo clients x 1000 parameters, wall-clock seconds a round: in process {mine:.3f}, "
+        f"Flower's Ray engine {theirs:.3f} ({theirs / mine:.1f} times that)"
+    )
 
 
 if __name__ == "__main__":

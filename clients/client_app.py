@@ -116,6 +116,7 @@ def _training_job(
         ),
         momentum=float(config["momentum"]),
         weight_decay=float(config["weight-decay"]),
+        precision=str(config.get("precision", "fp32")),
     )
     attack, corrupt = _data_attack(message, context, dataset)
     device = resolve_device(str(config["device"]))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from .cohort import Cohort, Combined, can_part
-from .training import Job, State, Trained, batches, placed, seed_torch
+from .training import Job, State, Trained, batches, placed, seed_torch, to_input
 
 _EXAMPLES = {("cpu", False): 640, ("cpu", True): 64}
 """Examples of a step that are computed at once, by device and whether there are convolutions."""
@@ -68,7 +68,9 @@ def _train(model: nn.Module, jobs: Sequence[Job]) -> list[Trained]:
             # Without momentum the sums are the step itself.
             sums = Combined() if settings.momentum else Combined(-rate, 1 - rate * decay)
             cohort = Cohort(model, len(jobs), named, sums)
-            loss, after = cohort.run(images.flatten(0, 1), labels.flatten())
+            loss, after = cohort.run(
+                to_input(images.flatten(0, 1), images.device), labels.flatten()
+            )
             gradients = sums.found
         else:
             sums = Combined()

@@ -34,6 +34,8 @@ class LocalTraining:
         Examples in a mini-batch.
     learning_rate, momentum, weight_decay : float
         Of plain SGD, started anew in each round.
+    precision : {"fp32", "bf16"}
+        Of the forward and backward passes; weights and steps are those of the model either way.
     """
 
     steps: int
@@ -42,6 +44,7 @@ class LocalTraining:
     learning_rate: float
     momentum: float
     weight_decay: float
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +100,11 @@ def train(job: Job) -> Trained:
     seed_torch(job.seed, job.device)
     model = placed(job.model, job.device).train()
     descent = Descent(list(model.parameters()), job.settings)
+    lower = job.settings.precision == "bf16"
     losses: list[Tensor] = []
     for images, labels in batches(job):
-        loss = nn.functional.cross_entropy(model(images), labels)
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=lower):
+            loss = nn.functional.cross_entropy(model(images), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         descent.step()
         losses.append(loss.detach())

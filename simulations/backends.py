@@ -187,11 +187,11 @@ def run_validated(
     if backend in ON_RAY:
         require("ray", f"backend {backend}", "simulation")
     if backend == "vectorized":
-        key, allowed = "downlink-compressor", "none"
-        if config[key] != allowed:
-            raise ConfigError(
-                f"{key} is {config[key]!r}; allowed with backend vectorized: {allowed!r}"
-            )
+        for key, allowed in (("downlink-compressor", "none"), ("precision", "fp32")):
+            if config[key] != allowed:
+                raise ConfigError(
+                    f"{key} is {config[key]!r}; allowed with backend vectorized: {allowed!r}"
+                )
     try:
         if backend == "ray":
             result = _run_on_ray(config, resources, on_round)

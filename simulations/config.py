@@ -165,6 +165,8 @@ class RunSettings:
         Share of a client's last update in what it sends, round for round; 0: none.
     client_momentum_of_lies : bool
         Whether what hostile clients send by themselves goes through it too.
+    precision : str
+        Precision of the clients' forward and backward passes.
     lr_schedule : str
         Schedule of the clients' learning rate over the rounds.
     server_lr_schedule : str
@@ -228,6 +230,7 @@ class RunSettings:
     weight_decay: NonNegative = 0.0
     client_momentum: Annotated[float, Ge(0), Lt(1)] = 0.0
     client_momentum_of_lies: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
     lr_schedule: Schedule = "constant"
     server_lr_schedule: Schedule = "constant"
     lr_period: Count = 1

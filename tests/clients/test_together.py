@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import clients.client_app
+import clients.together
 import clients.training
 from clients.cohort import can_part
 from clients.together import train_together
@@ -56,7 +57,8 @@ def test_the_step_is_the_one_that_each_client_takes_alone(
     name: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # In ResNet's gradients on a handful of images the other layout alone makes 1e-3.
-    monkeypatch.setattr(clients.training, "to_input", lambda images, device: images.to(device))
+    for part in (clients.training, clients.together):
+        monkeypatch.setattr(part, "to_input", lambda images, device: images.to(device))
     torch.manual_seed(0)
     model = build(name)
     dataset = dataset_of(shape)
@@ -192,7 +194,21 @@ def test_the_clients_do_not_train_again(monkeypatch: pytest.MonkeyPatch) -> None
     assert result.rounds[-1]["accepted"] == 5
 
 
-def test_a_packed_model_is_refused() -> None:
-    config = validate({**CONFIG, "downlink-compressor": "qsgd"})
-    with pytest.raises(ConfigError, match=r"downlink-compressor is .* with backend vectorized"):
-        run(config, backend="vectorized")
+@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"downlink-compressor": "qsgd"}])
+def test_what_cannot_be_vectorized_is_refused(changes: dict[str, Any]) -> None:
+    [key] = changes
+    with pytest.raises(ConfigError, match=f"{key} is .* allowed with backend vectorized"):
+        run(validate({**CONFIG, **changes}), backend="vectorized")
+
+
+def test_bf16_is_near_fp32_and_its_weights_are_fp32() -> None:
+    torch.manual_seed(0)
+    model = build("small-cnn", input_shape=(1, 28, 28))
+    states = []
+    for precision in ("fp32", "bf16"):
+        [job] = jobs_of(model, dataset_of((28, 28)), (20,), precision=precision)
+        states.append(train(Job(deepcopy(model), *_rest(job))).state)
+    assert {value.dtype for value in states[1].values()} == {torch.float32}
+    before = flat(model.state_dict())
+    steps = [flat(state) - before for state in states]
+    assert 0 < (steps[0] - steps[1]).norm() < 0.1 * steps[0].norm()

@@ -37,6 +37,7 @@ BAD: dict[str, list[Any]] = {
     "learning-rate": [0.0, -0.1, NAN, INF],
     "momentum": [-0.1, 1.0, NAN],
     "weight-decay": [-0.1, NAN, INF],
+    "precision": ["fp16", "", 32],
     "lr-schedule": ["linear", "", "Constant"],
     "server-lr-schedule": ["linear", ""],
     "lr-period": [0, -1],
