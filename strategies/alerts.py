@@ -149,6 +149,16 @@ class Alerts:
                     group[-1].key,
                 )
 
+    def of_stale(self, count: int, kept: int) -> None:
+        """Say that there is no room for the last updates of so many."""
+        if kept < count:
+            self.once(
+                "stale",
+                "stale_bytes is %s, with room for the last updates of %s of %s clients: those "
+                "heard of least recently are dropped",
+                *(self._strategy.settings.stale_bytes, kept, count),
+            )
+
     def accused(self, current: Round) -> dict[int, float]:
         """Return the lengths of updates by node where, with weights, they may bench a node."""
         if not (self._strategy.bench_after and self._strategy.weights_tell):

@@ -98,6 +98,17 @@ class Settings:
         at a time.
     bench_rounds : int
         How many rounds a node sits out.
+    stale_updates : int
+        For how many rounds the last update of a client that is not asked stays in use; 0 for none.
+        The rule then sees the fresh updates and, behind them, these (delayed aggregation, DeMoA),
+        and ``byzantine_fraction`` is the hostile share of all of them, whoever is sampled. For
+        rounds in which a fraction of the clients is sampled, with
+        :class:`fl_bgmd.mods.MomentumMod`; about three times the rounds in which every client is
+        asked once, and a smaller ``server_learning_rate``: the model moves by updates of older
+        models.
+    stale_bytes : int
+        Bytes that these updates may take, those of the clients heard of least recently dropped
+        first. They are part of checkpoints.
     checkpoints : Checkpoints or path, optional
         Folder to save checkpoints to and resume from.
     compressor : str
@@ -151,6 +162,8 @@ class Settings:
     too_few_nodes: Annotated[Literal["fail", "go-on"], Operation(), OwnRounds()] = "fail"
     bench_after: Annotated[int, Ge(0), Operation(), OwnRounds()] = 0
     bench_rounds: Annotated[Count, Operation(), OwnRounds()] = 10
+    stale_updates: Annotated[int, Ge(0)] = 0
+    stale_bytes: Count = 2**30
     checkpoints: Annotated[Checkpoints | str | Path | None, Operation(), OwnRounds()] = None
     compressor: Annotated[
         str, _accepted_by(build_compressor), Allowed("the spec of a compressor")
@@ -245,6 +258,11 @@ class Settings:
                 raise OptionError(
                     f"shared_coordinates is True with {name}; allowed: False, since what it "
                     "remembers belongs to coordinates"
+                )
+            if self.stale_updates:
+                raise OptionError(
+                    f"shared_coordinates is True with stale_updates {self.stale_updates}; "
+                    "allowed: False, since stale updates are of other coordinates"
                 )
         if self.min_valid_replies is not None:
             return self

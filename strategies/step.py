@@ -17,6 +17,7 @@ from .optimizer import descend
 from .reputation import Reputation
 from .sent import Sent
 from .settings import Settings
+from .stale import StaleUpdates
 from .ties import Tied, find_ties
 
 
@@ -46,6 +47,8 @@ class State:
         Evidence against nodes, and who sits out.
     last : Tensor or None
         (c,): the last aggregate, tied arrays once, where the rule or a mixing asks for it.
+    stale : StaleUpdates
+        What nodes sent last, where ``stale_updates`` asks for it.
     """
 
     seed: int
@@ -58,6 +61,7 @@ class State:
     failure: str = ""
     reputation: Reputation = field(default_factory=Reputation)
     last: Tensor | None = None
+    stale: StaleUpdates = field(default_factory=StaleUpdates)
 
     @classmethod
     def first(cls, seed: int) -> Self:
@@ -73,6 +77,7 @@ class State:
             "optimizer": dict(self.optimizer),
             "ties": dict(self.ties),
             "reputation": self.reputation.to_dict(),
+            "stale": self.stale.to_dict(),
         }
 
     @classmethod
@@ -82,6 +87,7 @@ class State:
         for name in ("memory", "last"):
             own[name] = rule.from_state(own[name], device)
         own["reputation"] = Reputation(**own["reputation"])
+        own["stale"] = StaleUpdates.from_dict(own["stale"])
         return cls(**own)
 
     def redrawn(self) -> Self:
@@ -149,6 +155,10 @@ class Outcome:
         Why the model was kept, empty where it moved.
     diverged : bool
         Whether the rule or the new model was refused, rather than too few replies accepted.
+    fresh : int
+        How many of the rows came in this round: the first ones.
+    stale : int
+        How many are behind them.
     """
 
     state: State
@@ -156,17 +166,25 @@ class Outcome:
     result: Aggregate | None = None
     failure: str = ""
     diverged: bool = False
+    fresh: int = 0
+    stale: int = 0
 
     @property
     def weights(self) -> list[float] | None:
-        """What the rule gave each reply, if it says."""
+        """What the rule gave each reply of the round, if it says."""
         if self.result is None or self.result.weights is None:
             return None
-        return [float(share) for share in self.result.weights]
+        return [float(share) for share in self.result.weights[: self.fresh]]
 
 
 def take_step(
-    state: State, sent: Sent, current: Round, buffers: NDArray[Any], rule: Rule, settings: Settings
+    state: State,
+    sent: Sent,
+    current: Round,
+    stale: StaleUpdates,
+    buffers: NDArray[Any],
+    rule: Rule,
+    settings: Settings,
 ) -> Outcome:
     """Aggregate the rows of a round and move the model.
 
@@ -178,8 +196,11 @@ def take_step(
         What the rows are updates of.
     current : Round
         The rows; mixings may overwrite them.
+    stale : StaleUpdates
+        What nodes have sent last, once the round has succeeded.
     buffers : ndarray
-        (n, num_buffers): combined by their coordinate-wise median.
+        (n, num_buffers), of the n rows that came in this round, the first ones: combined by their
+        coordinate-wise median.
     rule : Rule
         Mixings and rule.
     settings : Settings
@@ -196,6 +217,7 @@ def take_step(
         For a learning rate that is none.
     """
     rate = settings.learning_rate(state.round)
+    counts = len(buffers), len(current.nodes) - len(buffers)
     # Replies near the end of the range may overflow anywhere: the model is looked at below.
     with np.errstate(all="ignore"):
         try:
@@ -211,10 +233,12 @@ def take_step(
         moved = moved.astype(sent.layout.dtype, copy=False)
         Tied(sent.layout.directions, state.ties).level(moved)
     if not sent.layout.holds(moved):
-        return Outcome(state, sent.model, result, "the new one is not finite", True)
+        return Outcome(state, sent.model, result, "the new one is not finite", True, *counts)
     arrays = sent.layout.to_arrays(moved, middle_of(sent.layout, buffers))
-    after = replace(following(state, rule, result, drawn), optimizer=optimizer, empty_rounds=0)
-    return Outcome(after, arrays, result)
+    after = replace(
+        following(state, rule, result, drawn), optimizer=optimizer, empty_rounds=0, stale=stale
+    )
+    return Outcome(after, arrays, result, "", False, *counts)
 
 
 def following(state: State, rule: Rule, result: Aggregate, drawn: Tensor) -> State:
@@ -232,7 +256,8 @@ def aggregate(
     """
     generator = torch.Generator()
     generator.set_state(state.generator)
-    result = replace(rule, generator=generator)(
+    share = current.byzantine_fraction
+    result = replace(rule, generator=generator, byzantine_fraction=share)(
         current.updates,
         state.memory,
         weights=current.weights,

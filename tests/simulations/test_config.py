@@ -69,6 +69,8 @@ BAD: dict[str, list[Any]] = {
         *("fl_bgmd.strategies:FedBGMD:seed=2", "fl_bgmd.strategies:GMD+nnm"),
     ],
     "assumed-byzantine-fraction": [-0.1, 0.5, 0.9, NAN],
+    "stale-updates": [-1, 0.5, 2**63],
+    "stale-bytes": [0, -1, 1.5],
     "min-valid-replies": [0, -1, 1.5, 2**63],
     "max-empty-rounds": [0, -1],
     "min-available-clients": [-1],
