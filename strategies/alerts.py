@@ -54,7 +54,7 @@ class Alerts:
 
     def _notes(self) -> list[str]:
         strategy = self._strategy
-        name, fraction = type(strategy).__name__, strategy.byzantine_fraction
+        name, fraction = type(strategy).__name__, strategy.assumed_fraction
         found = []
         if not strategy.robust:
             found.append(
@@ -91,7 +91,7 @@ class Alerts:
         """Say what the counts of a round mean: few replies, or a hostile majority of them."""
         strategy, count = self._strategy, len(intake.accepted)
         # What was rejected for its content was not sent by an honest client.
-        hostile = hostile_count(strategy.byzantine_fraction, max(asked, count))
+        hostile = hostile_count(strategy.assumed_fraction, max(asked, count))
         hostile -= _lied(intake.rejected)
         if count <= 2 * hostile:
             LOG.warning(
@@ -99,7 +99,7 @@ class Alerts:
                 "(byzantine_fraction, min_valid_replies)",
                 *(number, count, asked, hostile),
             )
-        if count < FEWEST and strategy.byzantine_fraction and strategy.robust:
+        if count < FEWEST and strategy.assumed_fraction and strategy.robust:
             self.once(
                 "few",
                 "round %s has %s valid replies: of fewer than %s a hostile one cannot be told",
@@ -182,7 +182,7 @@ class Alerts:
         strategy = self._strategy
         far, lied = sorted(far_out(norms)), _lied(intake.rejected)
         asked = max(asked, len(intake.accepted) + intake.rejected.total())
-        fraction = strategy.byzantine_fraction if strategy.robust else 0.0
+        fraction = strategy.assumed_fraction if strategy.robust else 0.0
         if lied + len(far) > hostile_count(fraction, asked):
             self.once(
                 _LIARS,

@@ -85,7 +85,7 @@ class Intake:
             None,
             self.nodes,
             None if None in norms else torch.tensor(norms, dtype=torch.float64),
-            byzantine_fraction=settings.byzantine_fraction,
+            byzantine_fraction=state.assumed(settings),
             root=sent.root_row(state.ties, settings.torch_device),
         )
 

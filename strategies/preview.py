@@ -72,7 +72,7 @@ def preview(
     for _ in range(rounds):
         # A copy: the rule may overwrite it.
         rows = updates.to(settings.torch_device, copy=True)
-        share = settings.byzantine_fraction
+        share = state.assumed(settings)
         fresh = Round(rows, None, nodes, byzantine_fraction=share, root=root)
         current = gathered(fresh, examples, stale, settings)
         try:
@@ -80,6 +80,7 @@ def preview(
                 result, drawn = aggregate(rule, current, state)
         except ValueError:
             continue
-        state = following(state, rule, result, drawn)
+        estimate = current.byzantine_fraction if settings.estimated else None
+        state = following(state, rule, result, drawn, estimate)
         moved += sent.spread(result.vector, state.ties).cpu().double()
     return moved

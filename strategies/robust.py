@@ -313,6 +313,11 @@ class RobustStrategy(DeclaredStrategy):
         self._before_run = None
 
     @property
+    def assumed_fraction(self) -> float:
+        """The hostile share to prepare for: ``byzantine_fraction``, or the latest estimate."""
+        return self._state.assumed(self.settings)
+
+    @property
     def failure(self) -> str:
         """What the last round that left the model as it was came to, empty if none did."""
         return self._state.failure

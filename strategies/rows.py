@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fl_bgmd.shares import hostile_count
 
+from .estimate import after_round
 from .settings import Settings
 from .stale import StaleUpdates, behind
 from .step import Round
@@ -23,28 +24,33 @@ def gathered(
     Parameters
     ----------
     fresh : Round
-        The accepted replies (n, c), without weights.
+        The accepted replies (n, c), without weights; with the hostile share that was prepared for
+        in the round before.
     examples : sequence of float
         (n,): how many examples they report.
     stale : StaleUpdates
         What other nodes sent last.
     settings : Settings
-        Whether examples weight.
+        Whether examples weight, and the share is estimated.
     """
     others, norms = stale.heard, fresh.norms
     if norms is not None and others:
         more = [h.norm for h in others]
         norms = None if None in more else torch.cat([norms, torch.tensor(more, dtype=norms.dtype)])
+    updates, share = behind(fresh.updates, others), fresh.byzantine_fraction
+    if settings.estimated:
+        share = after_round(share, updates, settings.least_share)
     weights = None
     if settings.weighting == "examples":
         counts = [*examples, *(h.examples for h in others)]
-        weights = capped_examples(counts, fresh.byzantine_fraction)
+        weights = capped_examples(counts, share)
     return replace(
         fresh,
-        updates=behind(fresh.updates, others),
+        updates=updates,
         nodes=[*fresh.nodes, *(h.node for h in others)],
         norms=norms,
         weights=weights,
+        byzantine_fraction=share,
     )
 
 

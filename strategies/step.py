@@ -49,6 +49,8 @@ class State:
         (c,): the last aggregate, tied arrays once, where the rule or a mixing asks for it.
     stale : StaleUpdates
         What nodes sent last, where ``stale_updates`` asks for it.
+    share : float or None
+        The hostile share that was prepared for in the last round, where it is estimated.
     """
 
     seed: int
@@ -62,6 +64,11 @@ class State:
     reputation: Reputation = field(default_factory=Reputation)
     last: Tensor | None = None
     stale: StaleUpdates = field(default_factory=StaleUpdates)
+    share: float | None = None
+
+    def assumed(self, settings: Settings) -> float:
+        """Return the hostile share to prepare for, as far as it is known."""
+        return settings.first_share if self.share is None else self.share
 
     @classmethod
     def first(cls, seed: int) -> Self:
@@ -235,16 +242,22 @@ def take_step(
     if not sent.layout.holds(moved):
         return Outcome(state, sent.model, result, "the new one is not finite", True, *counts)
     arrays = sent.layout.to_arrays(moved, middle_of(sent.layout, buffers))
+    share = current.byzantine_fraction if settings.estimated else None
     after = replace(
-        following(state, rule, result, drawn), optimizer=optimizer, empty_rounds=0, stale=stale
+        following(state, rule, result, drawn, share),
+        optimizer=optimizer,
+        empty_rounds=0,
+        stale=stale,
     )
     return Outcome(after, arrays, result, "", False, *counts)
 
 
-def following(state: State, rule: Rule, result: Aggregate, drawn: Tensor) -> State:
-    """Return a state with what a rule's result leaves to the next round."""
+def following(
+    state: State, rule: Rule, result: Aggregate, drawn: Tensor, share: float | None
+) -> State:
+    """Return a state with what a rule's result, and an estimate, leave to the next round."""
     last = result.vector if rule.uses("last") else None
-    return replace(state, generator=drawn, memory=result.memory, last=last)
+    return replace(state, generator=drawn, memory=result.memory, last=last, share=share)
 
 
 def aggregate(

@@ -36,7 +36,7 @@ class StrategyOptions(TypedDict, total=False):
     """Whether that momentum is Nesterov's."""
     mixing: str
     """Pre-aggregation."""
-    byzantine_fraction: float
+    byzantine_fraction: float | str
     """Hostile share of the clients to prepare for, 0 to below 1/2."""
     weighting: Literal["uniform", "examples"]
     """Whether ``num-examples`` weights the clients."""

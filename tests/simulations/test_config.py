@@ -68,7 +68,7 @@ BAD: dict[str, list[Any]] = {
         *("nowhere:Mine", "fl_bgmd.strategies:FedBGMD:block-fraction=2"),
         *("fl_bgmd.strategies:FedBGMD:seed=2", "fl_bgmd.strategies:GMD+nnm"),
     ],
-    "assumed-byzantine-fraction": [-0.1, 0.5, 0.9, NAN],
+    "assumed-byzantine-fraction": [-0.1, 0.5, 0.9, NAN, "", "automatic", "auto:", "auto:0.5"],
     "stale-updates": [-1, 0.5, 2**63],
     "stale-bytes": [0, -1, 1.5],
     "min-valid-replies": [0, -1, 1.5, 2**63],
