@@ -482,7 +482,7 @@ def _check_combinations(config: Config) -> None:
             "fraction-train of num-clients"
         )
     strategy = strategy_for(config, fraction_evaluate=1.0)  # 0 makes Flower warn
-    expects = strategy.robust and config["assumed-byzantine-fraction"] > 0
+    expects = strategy.robust and strategy.assumed_fraction > 0
     if expects and asked < FEWEST and least_replies is None:
         raise ConfigError(
             f"min-valid-replies is none with {asked} clients asked in a round, of whom nobody can "

@@ -54,7 +54,7 @@ class Alerts:
 
     def _notes(self) -> list[str]:
         strategy = self._strategy
-        name, fraction = type(strategy).__name__, strategy.byzantine_fraction
+        name, fraction = type(strategy).__name__, strategy.assumed_fraction
         found = []
         if not strategy.robust:
             found.append(
@@ -91,7 +91,7 @@ class Alerts:
         """Say what the counts of a round mean: few replies, or a hostile majority of them."""
         strategy, count = self._strategy, len(intake.accepted)
         # What was rejected for its content was not sent by an honest client.
-        hostile = hostile_count(strategy.byzantine_fraction, max(asked, count))
+        hostile = hostile_count(strategy.assumed_fraction, max(asked, count))
         hostile -= _lied(intake.rejected)
         if count <= 2 * hostile:
             LOG.warning(
@@ -99,7 +99,7 @@ class Alerts:
                 "(byzantine_fraction, min_valid_replies)",
                 *(number, count, asked, hostile),
             )
-        if count < FEWEST and strategy.byzantine_fraction and strategy.robust:
+        if count < FEWEST and strategy.assumed_fraction and strategy.robust:
             self.once(
                 "few",
                 "round %s has %s valid replies: of fewer than %s a hostile one cannot be told",
@@ -149,6 +149,16 @@ class Alerts:
                     group[-1].key,
                 )
 
+    def of_stale(self, count: int, kept: int) -> None:
+        """Say that there is no room for the last updates of so many."""
+        if kept < count:
+            self.once(
+                "stale",
+                "stale_bytes is %s, with room for the last updates of %s of %s clients: those "
+                "heard of least recently are dropped",
+                *(self._strategy.settings.stale_bytes, kept, count),
+            )
+
     def accused(self, current: Round) -> dict[int, float]:
         """Return the lengths of updates by node where, with weights, they may bench a node."""
         if not (self._strategy.bench_after and self._strategy.weights_tell):
@@ -172,7 +182,7 @@ class Alerts:
         strategy = self._strategy
         far, lied = sorted(far_out(norms)), _lied(intake.rejected)
         asked = max(asked, len(intake.accepted) + intake.rejected.total())
-        fraction = strategy.byzantine_fraction if strategy.robust else 0.0
+        fraction = strategy.assumed_fraction if strategy.robust else 0.0
         if lied + len(far) > hostile_count(fraction, asked):
             self.once(
                 _LIARS,

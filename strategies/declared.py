@@ -103,7 +103,7 @@ class DeclaredStrategy(FedAvg):
         super().__init__(**flowers)
         self.combiners = {phase: flowers.get(option) for phase, option in COMBINERS.items()}
         settings = Settings(**own)
-        share, spec = settings.byzantine_fraction, rule or self.spec
+        share, spec = settings.first_share, rule or self.spec
         if spec:
             named = build_rule(spec, byzantine_fraction=share, mixing=settings.mixing, **options)
         else:

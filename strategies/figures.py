@@ -40,6 +40,10 @@ class Figures:
         Euclidean norm of the aggregate.
     client_weights : list of float
         What the rule gave each accepted reply, in the order of the rows.
+    byzantine_fraction : float or None
+        The hostile share that was prepared for, where it is estimated.
+    stale_updates : int or None
+        Last updates of clients without a reply in this round that the rule saw as well.
     rule : mapping of str to float
         The rule's :attr:`fl_bgmd.aggregators.Aggregate.diagnostics`.
     diverged : int or None
@@ -61,6 +65,8 @@ class Figures:
     bytes_down: int | None = None
     update_norm: float | None = None
     client_weights: list[float] | None = None
+    byzantine_fraction: float | None = None
+    stale_updates: int | None = None
     rule: Mapping[str, float] = field(default_factory=dict)
     diverged: int | None = None
     benched: int | None = None
@@ -90,6 +96,8 @@ class Figures:
             bytes_down=roster.num_asked * sent.num_bytes,
             update_norm=None if result is None else vector_norm(result.vector),
             client_weights=outcome.weights,
+            byzantine_fraction=after.share,
+            stale_updates=outcome.stale or None,
             rule={} if result is None else result.diagnostics,
             diverged=1 if outcome.diverged else None,
             benched=len(after.reputation.benched(after.round + 1)) or None,

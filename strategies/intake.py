@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from fl_bgmd.held import num_bytes
 from fl_bgmd.layout import BUFFER_DTYPE
 from fl_bgmd.replies import Screened, partition_id, records_of, screen
-from fl_bgmd.shares import hostile_count
 
 from .sent import Sent
 from .settings import Settings
@@ -70,27 +69,31 @@ class Intake:
     bytes_rejected: int = 0
 
     def as_round(self, state: State, sent: Sent, settings: Settings) -> tuple[State, Round]:
-        """Return the accepted replies for the rule, and the state with what they say is tied.
+        """Return the accepted replies as rows, and the state with what they say is tied.
 
-        The rows (n, c) have each tensor once and lie on the settings' device.
+        The rows (n, c) have each tensor once and lie on the settings' device; they have no weights
+        yet (see :func:`.rows.gathered`).
         """
         rows = self.rows[: len(self.accepted)]
         if sent.coordinates is None:
             rows, ties = count_once(sent.layout, rows, state.ties)
             if ties != state.ties:  # what is kept of each coordinate is of another width
-                state = replace(state, ties=ties, memory=None, last=None)
+                stale = state.stale.retied(sent.layout.directions, state.ties, ties)
+                state = replace(state, ties=ties, memory=None, last=None, stale=stale)
         norms = [screened.norm for screened in self.accepted]
-        examples = [screened.num_examples for screened in self.accepted]
-        weights = None
-        if settings.weighting == "examples":
-            weights = capped_examples(examples, settings.byzantine_fraction)
         return state, Round(
             rows.to(settings.torch_device),
-            weights,
+            None,
             self.nodes,
             None if None in norms else torch.tensor(norms, dtype=torch.float64),
+            byzantine_fraction=state.assumed(settings),
             root=sent.root_row(state.ties, settings.torch_device),
         )
+
+    @property
+    def num_examples(self) -> list[float]:
+        """How many examples the accepted replies report."""
+        return [screened.num_examples for screened in self.accepted]
 
     def account(self, number: int, asked: int, failure: str) -> str:
         """Return what a round came to, with an example of each reason to reject a reply."""
@@ -102,36 +105,6 @@ class Intake:
             f"in round {number}: {asked} nodes asked, {len(self.accepted)} replies accepted, "
             f"rejected: {reasons or 'none'}" + (failure and f"; {failure}")
         )
-
-
-def capped_examples(counts: Sequence[float], byzantine_fraction: float) -> Tensor:
-    """Return numbers of examples, float64 (n,), capped so that no minority can own the model."""
-    examples = np.asarray([float(count) for count in counts])
-    hostile = hostile_count(byzantine_fraction, len(examples))
-    capped = np.minimum(examples, example_cap(examples, hostile))
-    return torch.from_numpy(capped if capped.any() else np.ones_like(capped))
-
-
-def example_cap(examples: NDArray[np.float64], hostile: int) -> float:
-    """Return where to cap numbers of examples.
-
-    At their median (the lower one of two: their mean would be the larger one's to choose), and
-    lower where the ``hostile`` largest would come near half of the weight: they get at most what
-    lies midway between their share of the clients and one half.
-    """
-    n = len(examples)
-    ordered = np.sort(examples)
-    most = (hostile / n + 0.5) / 2
-    below = (n - 1) // 2
-    cap = float(ordered[below])
-    # With m = n - below clients at the cap and s the sum of the others, the hostile have
-    # hostile * cap of s + m * cap.
-    while (excess := hostile - most * (n - below)) > 0:
-        cap = min(cap, most * float(ordered[:below].sum()) / excess)
-        if cap >= ordered[below - 1]:
-            break
-        below, cap = below - 1, float(ordered[below - 1])
-    return cap
 
 
 def take_in(

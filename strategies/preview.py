@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fl_bgmd.aggregators import Rule
 
-from .intake import capped_examples
+from .rows import gathered
 from .sent import Sent
 from .settings import Settings
 from .step import Round, State, aggregate, following
@@ -26,7 +26,8 @@ def preview(
     """Return what a rule would move the model by if ``rounds`` rounds brought these updates.
 
     Mixing and the rule, without the server's optimizer; arrays are tied where they were before the
-    round. A round in which the rule fails moves nothing.
+    round, and what others sent last is behind these updates. A round in which the rule fails moves
+    nothing.
 
     Parameters
     ----------
@@ -66,19 +67,20 @@ def preview(
         updates = updates[:, torch.from_numpy(sent.coordinates)]
     elif state.ties:
         updates = Tied(sent.layout.directions, state.ties).merge(updates.clone())
-    weights = None
-    if settings.weighting == "examples":
-        weights = capped_examples(examples, settings.byzantine_fraction)
+    stale = state.stale.without(nodes).usable(sent.terms.round, settings.stale_updates)
+    root = sent.root_row(state.ties, settings.torch_device)
     for _ in range(rounds):
         # A copy: the rule may overwrite it.
         rows = updates.to(settings.torch_device, copy=True)
-        root = sent.root_row(state.ties, settings.torch_device)
-        current = Round(rows, weights, nodes, root=root)
+        share = state.assumed(settings)
+        fresh = Round(rows, None, nodes, byzantine_fraction=share, root=root)
+        current = gathered(fresh, examples, stale, settings)
         try:
             with np.errstate(all="ignore"):
                 result, drawn = aggregate(rule, current, state)
         except ValueError:
             continue
-        state = following(state, rule, result, drawn)
+        estimate = current.byzantine_fraction if settings.estimated else None
+        state = following(state, rule, result, drawn, estimate)
         moved += sent.spread(result.vector, state.ties).cpu().double()
     return moved

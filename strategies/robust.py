@@ -25,8 +25,10 @@ from .preview import preview
 from .reporting import log_options
 from .roster import Roster
 from .rounds import EvaluateFn, StopFn, run_rounds
+from .rows import gathered
 from .sent import Sent, packed, round_seed
-from .step import Outcome, State, take_step
+from .stale import StaleUpdates, heard
+from .step import Outcome, Round, State, take_step
 
 
 class RobustStrategy(DeclaredStrategy):
@@ -244,12 +246,29 @@ class RobustStrategy(DeclaredStrategy):
             why = f"{count} valid replies, min_valid_replies is {least}"
             return Outcome(state.emptied(), sent.model, failure=why), {}
         self._alerts.of_replies(state.round, intake, asked)
-        state, current = intake.as_round(state, sent, self.settings)
+        state, fresh = intake.as_round(state, sent, self.settings)
         self._alerts.of_ties(sent, state.ties)
-        norms = self._alerts.accused(current)
-        self._alerts.of_liars(state.round, intake, asked, norms or self._alerts.lengths(current))
+        norms = self._alerts.accused(fresh)
+        self._alerts.of_liars(state.round, intake, asked, norms or self._alerts.lengths(fresh))
+        current, stale = self._gathered(state, fresh, intake)
         buffers = intake.buffers[:count]
-        return take_step(state, sent, current, buffers, self.rule, self.settings), norms
+        return take_step(state, sent, current, stale, buffers, self.rule, self.settings), norms
+
+    def _gathered(self, state: State, fresh: Round, intake: Intake) -> tuple[Round, StaleUpdates]:
+        """Return all rows of a round, and what its nodes have sent last if it succeeds.
+
+        A node whose reply was rejected has no say in it, and none later by what it sent before.
+        """
+        settings, counts = self.settings, intake.num_examples
+        replied = {*fresh.nodes, *intake.suspects}
+        stale = state.stale.without(replied).usable(state.round, settings.stale_updates)
+        current = gathered(fresh, counts, stale, settings)
+        if not settings.stale_updates:
+            return current, stale
+        latest = heard(state.round, fresh.updates, fresh.nodes, counts, fresh.norms)
+        kept = stale.after(latest, settings.stale_bytes)
+        self._alerts.of_stale(len(stale.heard) + len(latest), len(kept.heard))
+        return current, kept
 
     def _judge(self, intake: Intake, outcome: Outcome, norms: dict[int, float]) -> State:
         """Account for a failure and hold the round against its nodes; return the state after it."""
@@ -259,7 +278,9 @@ class RobustStrategy(DeclaredStrategy):
             why = outcome.failure if outcome.diverged else self._alerts.advice(intake)
             state = replace(state, failure=intake.account(state.round, self._roster.num_asked, why))
             weights = None
-        return replace(state, reputation=self._roster.judge(state, intake, weights or [], norms))
+        reputation = self._roster.judge(state, intake, weights or [], norms)
+        stale = state.stale.without(reputation.benched(state.round + 1))
+        return replace(state, reputation=reputation, stale=stale)
 
     def preview(
         self, updates: Tensor, nodes: list[int], examples: list[float], rounds: int
@@ -290,6 +311,11 @@ class RobustStrategy(DeclaredStrategy):
         """Continue from what :meth:`state_dict` returned."""
         self._state = State.from_dict(state, self.rule, self.device)
         self._before_run = None
+
+    @property
+    def assumed_fraction(self) -> float:
+        """The hostile share to prepare for: ``byzantine_fraction``, or the latest estimate."""
+        return self._state.assumed(self.settings)
 
     @property
     def failure(self) -> str:

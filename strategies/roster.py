@@ -117,7 +117,7 @@ class Roster:
         settings, number = self._settings, state.round
         asked = {sent.dst_node_id for sent in self._asked}
         count = len(asked | state.reputation.benched(number))
-        hostile = floor_share(settings.byzantine_fraction, count)
+        hostile = floor_share(state.assumed(settings), count)
         reputation, benched = state.reputation.after(
             number,
             [node for node in intake.suspects if node in asked],

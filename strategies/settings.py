@@ -49,6 +49,21 @@ def _accepted_by(build: Callable[[str], object]) -> AfterValidator:
     return AfterValidator(check)
 
 
+_AUTO = "auto"
+_LEAST = 0.1
+_FIRST = 0.25
+"""What is prepared for until rounds have shown less."""
+
+
+def _least(text: str) -> float:
+    """Return the least share of ``auto`` or ``auto:LEAST``. Raises ``ValueError`` for others."""
+    name, colon, least = text.partition(":")
+    share = float(least) if colon else _LEAST
+    if name != _AUTO or not 0 <= share < 0.5:
+        raise ValueError("no share")
+    return share
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The options of all strategies beside those of the rule and of Flower's ``FedAvg``.
@@ -72,9 +87,12 @@ class Settings:
         Pre-aggregation: the specs of mixings, joined by ``+``, in the order in which they are
         applied (see :func:`fl_bgmd.aggregators.build_rule`). Recommended where clients hold
         different data: ``nearest-neighbor``.
-    byzantine_fraction : float
+    byzantine_fraction : float or str
         Hostile share of the clients to prepare for, 0 to below 1/2. Above 0 it means at least one
-        of three or more clients (see :func:`fl_bgmd.shares.hostile_count`).
+        of three or more clients (see :func:`fl_bgmd.shares.hostile_count`). ``auto:0.2`` counts in
+        each round what does not fit in with the majority (see :mod:`.estimate`), and prepares for
+        that, for 0.2 at least; ``auto`` for 0.1 at least. Clients that lie so that they fit in are
+        not counted: of those the least is all there is.
     weighting : {"uniform", "examples"}
         Whether ``num-examples`` weights the clients. Each number is capped at the median of all,
         and lower where the hostile among them would come near half of the weight. Only for rules
@@ -98,6 +116,17 @@ class Settings:
         at a time.
     bench_rounds : int
         How many rounds a node sits out.
+    stale_updates : int
+        For how many rounds the last update of a client that is not asked stays in use; 0 for none.
+        The rule then sees the fresh updates and, behind them, these (delayed aggregation, DeMoA),
+        and ``byzantine_fraction`` is the hostile share of all of them, whoever is sampled. For
+        rounds in which a fraction of the clients is sampled, with
+        :class:`fl_bgmd.mods.MomentumMod`; about three times the rounds in which every client is
+        asked once, and a smaller ``server_learning_rate``: the model moves by updates of older
+        models.
+    stale_bytes : int
+        Bytes that these updates may take, those of the clients heard of least recently dropped
+        first. They are part of checkpoints.
     checkpoints : Checkpoints or path, optional
         Folder to save checkpoints to and resume from.
     compressor : str
@@ -143,7 +172,10 @@ class Settings:
     mixing: Annotated[str, _accepted_by(build_mixings), Allowed("none, or specs of mixings")] = (
         "none"
     )
-    byzantine_fraction: Share = 0.25
+    byzantine_fraction: Annotated[
+        Share | Annotated[str, _accepted_by(_least)],
+        Allowed("0 to below 0.5, or auto, auto:LEAST with a LEAST of 0 to below 0.5"),
+    ] = 0.25
     weighting: Literal["uniform", "examples"] = "uniform"
     min_valid_replies: Annotated[Count | None, Operation()] = None
     max_empty_rounds: Annotated[Count, Operation()] = 10
@@ -151,6 +183,8 @@ class Settings:
     too_few_nodes: Annotated[Literal["fail", "go-on"], Operation(), OwnRounds()] = "fail"
     bench_after: Annotated[int, Ge(0), Operation(), OwnRounds()] = 0
     bench_rounds: Annotated[Count, Operation(), OwnRounds()] = 10
+    stale_updates: Annotated[int, Ge(0)] = 0
+    stale_bytes: Count = 2**30
     checkpoints: Annotated[Checkpoints | str | Path | None, Operation(), OwnRounds()] = None
     compressor: Annotated[
         str, _accepted_by(build_compressor), Allowed("the spec of a compressor")
@@ -181,6 +215,22 @@ class Settings:
                 f"server_momentum is {self.server_momentum} with server_optimizer "
                 f"{self.server_optimizer!r}; allowed: 0"
             )
+
+    @property
+    def estimated(self) -> bool:
+        """Whether the hostile share is estimated round by round."""
+        return isinstance(self.byzantine_fraction, str)
+
+    @property
+    def least_share(self) -> float:
+        """The hostile share to prepare for at least."""
+        given = self.byzantine_fraction
+        return _least(given) if isinstance(given, str) else given
+
+    @property
+    def first_share(self) -> float:
+        """The hostile share to prepare for until rounds have been seen."""
+        return max(self.least_share, _FIRST) if self.estimated else self.least_share
 
     @property
     def least_replies(self) -> int:
@@ -246,9 +296,14 @@ class Settings:
                     f"shared_coordinates is True with {name}; allowed: False, since what it "
                     "remembers belongs to coordinates"
                 )
+            if self.stale_updates:
+                raise OptionError(
+                    f"shared_coordinates is True with stale_updates {self.stale_updates}; "
+                    "allowed: False, since stale updates are of other coordinates"
+                )
         if self.min_valid_replies is not None:
             return self
-        safe = kind.robust and self.byzantine_fraction > 0
+        safe = kind.robust and self.first_share > 0
         return replace(self, min_valid_replies=FEWEST if safe else 1)
 
     def _check_root(self, rule: Rule, name: str) -> None:

@@ -17,6 +17,7 @@ from .optimizer import descend
 from .reputation import Reputation
 from .sent import Sent
 from .settings import Settings
+from .stale import StaleUpdates
 from .ties import Tied, find_ties
 
 
@@ -46,6 +47,10 @@ class State:
         Evidence against nodes, and who sits out.
     last : Tensor or None
         (c,): the last aggregate, tied arrays once, where the rule or a mixing asks for it.
+    stale : StaleUpdates
+        What nodes sent last, where ``stale_updates`` asks for it.
+    share : float or None
+        The hostile share that was prepared for in the last round, where it is estimated.
     """
 
     seed: int
@@ -58,6 +63,12 @@ class State:
     failure: str = ""
     reputation: Reputation = field(default_factory=Reputation)
     last: Tensor | None = None
+    stale: StaleUpdates = field(default_factory=StaleUpdates)
+    share: float | None = None
+
+    def assumed(self, settings: Settings) -> float:
+        """Return the hostile share to prepare for, as far as it is known."""
+        return settings.first_share if self.share is None else self.share
 
     @classmethod
     def first(cls, seed: int) -> Self:
@@ -73,6 +84,7 @@ class State:
             "optimizer": dict(self.optimizer),
             "ties": dict(self.ties),
             "reputation": self.reputation.to_dict(),
+            "stale": self.stale.to_dict(),
         }
 
     @classmethod
@@ -82,6 +94,7 @@ class State:
         for name in ("memory", "last"):
             own[name] = rule.from_state(own[name], device)
         own["reputation"] = Reputation(**own["reputation"])
+        own["stale"] = StaleUpdates.from_dict(own["stale"])
         return cls(**own)
 
     def redrawn(self) -> Self:
@@ -149,6 +162,10 @@ class Outcome:
         Why the model was kept, empty where it moved.
     diverged : bool
         Whether the rule or the new model was refused, rather than too few replies accepted.
+    fresh : int
+        How many of the rows came in this round: the first ones.
+    stale : int
+        How many are behind them.
     """
 
     state: State
@@ -156,17 +173,25 @@ class Outcome:
     result: Aggregate | None = None
     failure: str = ""
     diverged: bool = False
+    fresh: int = 0
+    stale: int = 0
 
     @property
     def weights(self) -> list[float] | None:
-        """What the rule gave each reply, if it says."""
+        """What the rule gave each reply of the round, if it says."""
         if self.result is None or self.result.weights is None:
             return None
-        return [float(share) for share in self.result.weights]
+        return [float(share) for share in self.result.weights[: self.fresh]]
 
 
 def take_step(
-    state: State, sent: Sent, current: Round, buffers: NDArray[Any], rule: Rule, settings: Settings
+    state: State,
+    sent: Sent,
+    current: Round,
+    stale: StaleUpdates,
+    buffers: NDArray[Any],
+    rule: Rule,
+    settings: Settings,
 ) -> Outcome:
     """Aggregate the rows of a round and move the model.
 
@@ -178,8 +203,11 @@ def take_step(
         What the rows are updates of.
     current : Round
         The rows; mixings may overwrite them.
+    stale : StaleUpdates
+        What nodes have sent last, once the round has succeeded.
     buffers : ndarray
-        (n, num_buffers): combined by their coordinate-wise median.
+        (n, num_buffers), of the n rows that came in this round, the first ones: combined by their
+        coordinate-wise median.
     rule : Rule
         Mixings and rule.
     settings : Settings
@@ -196,6 +224,7 @@ def take_step(
         For a learning rate that is none.
     """
     rate = settings.learning_rate(state.round)
+    counts = len(buffers), len(current.nodes) - len(buffers)
     # Replies near the end of the range may overflow anywhere: the model is looked at below.
     with np.errstate(all="ignore"):
         try:
@@ -211,16 +240,24 @@ def take_step(
         moved = moved.astype(sent.layout.dtype, copy=False)
         Tied(sent.layout.directions, state.ties).level(moved)
     if not sent.layout.holds(moved):
-        return Outcome(state, sent.model, result, "the new one is not finite", True)
+        return Outcome(state, sent.model, result, "the new one is not finite", True, *counts)
     arrays = sent.layout.to_arrays(moved, middle_of(sent.layout, buffers))
-    after = replace(following(state, rule, result, drawn), optimizer=optimizer, empty_rounds=0)
-    return Outcome(after, arrays, result)
+    share = current.byzantine_fraction if settings.estimated else None
+    after = replace(
+        following(state, rule, result, drawn, share),
+        optimizer=optimizer,
+        empty_rounds=0,
+        stale=stale,
+    )
+    return Outcome(after, arrays, result, "", False, *counts)
 
 
-def following(state: State, rule: Rule, result: Aggregate, drawn: Tensor) -> State:
-    """Return a state with what a rule's result leaves to the next round."""
+def following(
+    state: State, rule: Rule, result: Aggregate, drawn: Tensor, share: float | None
+) -> State:
+    """Return a state with what a rule's result, and an estimate, leave to the next round."""
     last = result.vector if rule.uses("last") else None
-    return replace(state, generator=drawn, memory=result.memory, last=last)
+    return replace(state, generator=drawn, memory=result.memory, last=last, share=share)
 
 
 def aggregate(
@@ -232,7 +269,8 @@ def aggregate(
     """
     generator = torch.Generator()
     generator.set_state(state.generator)
-    result = replace(rule, generator=generator)(
+    share = current.byzantine_fraction
+    result = replace(rule, generator=generator, byzantine_fraction=share)(
         current.updates,
         state.memory,
         weights=current.weights,

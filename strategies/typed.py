@@ -36,7 +36,7 @@ class StrategyOptions(TypedDict, total=False):
     """Whether that momentum is Nesterov's."""
     mixing: str
     """Pre-aggregation."""
-    byzantine_fraction: float
+    byzantine_fraction: float | str
     """Hostile share of the clients to prepare for, 0 to below 1/2."""
     weighting: Literal["uniform", "examples"]
     """Whether ``num-examples`` weights the clients."""
@@ -52,6 +52,11 @@ class StrategyOptions(TypedDict, total=False):
     """Bad rounds in a row after which a node sits out."""
     bench_rounds: int
     """How many rounds a node sits out."""
+    stale_updates: int
+    """For how many rounds the last update of a client that is not asked stays in use."""
+    stale_bytes: int
+    """Bytes that these updates may take, those of the clients heard of least recently dropped
+    first."""
     checkpoints: Checkpoints | str | Path | None
     """Folder to save checkpoints to and resume from."""
     compressor: str

@@ -91,7 +91,7 @@ from fl_bgmd.strategies import (
     TrimmedMean,
 )
 from simulations.grid import InProcessGrid
-from strategies.intake import example_cap
+from strategies.rows import example_cap
 
 NODES = 10
 FRACTION = 0.2
@@ -1542,6 +1542,8 @@ def test_the_state_holds_tensors_and_numbers_only() -> None:
                 assert value == {"against": {}, "until": {}}
             elif key == "ties":
                 assert value == {}
+            elif key == "stale":
+                assert not any(value.values())
             elif isinstance(value, dict):
                 assert key in ("memory", "optimizer")
                 assert all(
