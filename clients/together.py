@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from fl_bgmd.devices import to_input
+
 from .cohort import Cohort, Combined, can_part
-from .training import Job, State, Trained, batches, placed, seed_torch, to_input
+from .training import Job, State, Trained, batches, placed, seed_torch
 
 _EXAMPLES = {("cpu", False): 640, ("cpu", True): 64}
 """Examples of a step that are computed at once, by device and whether there are convolutions."""
