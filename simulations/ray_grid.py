@@ -6,6 +6,8 @@ so that any worker can play any client, a worker that dies is replaced and its c
 again, and a run resumes like one of the in-process grid.
 """
 
+import os
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -63,6 +65,9 @@ class _Worker:
         self._app = app
         self._run_config = run_config
         self._content: tuple[Any, RecordDict, Decoded] | None = None
+
+    def ready(self) -> None:
+        """Return once the process is up and has imported what the app needs."""
 
     def play(self, content: list[Any], clients: Sequence[tuple[Any, Context]]) -> list[Answer]:
         """Return the answers of clients to one content, which is fetched once.
@@ -122,6 +127,8 @@ class RayGrid(InProcessGrid):
             address=address or None,
             log_to_driver=False,
             include_dashboard=None if address else False,
+            # Workers find what this process finds: an app's module, rules of one's own.
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}},
         )
         try:
             self._app = ray.put(client_app)
@@ -130,6 +137,8 @@ class RayGrid(InProcessGrid):
             )
             room = sum(_room(node["Resources"], num_cpus, num_gpus) for node in _machines())
             self._seats = [_Seat(self._hire()) for _ in range(min(num_clients, max(1, room)))]
+            # Imports take seconds that are not the first round's.
+            ray.get([seat.worker.ready.remote() for seat in self._seats])
         except BaseException:
             ray.shutdown()
             raise
@@ -152,7 +161,7 @@ class RayGrid(InProcessGrid):
         for clients in by_content.values():
             content = clients[0].message.content
             shared = ray.put(content)
-            together = self._clients_per_call(content, len(clients))
+            together = self.clients_per_call(content, len(clients))
             for start in range(0, len(clients), together):
                 self._waiting.append(_Call(clients[start : start + together], shared))
         self._hand_out()
@@ -191,7 +200,8 @@ class RayGrid(InProcessGrid):
     def _hire(self) -> Any:
         return self._kind.remote(self._app, self._run_config)
 
-    def _clients_per_call(self, content: RecordDict, count: int) -> int:
+    def clients_per_call(self, content: RecordDict, count: int) -> int:
+        """Return how many of ``count`` clients that get this content share a call."""
         records = content.array_records.values()
         size = sum(num_bytes(array) for arrays in records for array in arrays.values())
         fair = -(-count // (len(self._seats) * IN_FLIGHT))

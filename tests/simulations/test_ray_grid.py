@@ -1,0 +1,152 @@
+"""The grid on Ray's actors: real workers, which fail in all the ways that clients make them."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+
+from simulations.ray_grid import MOST_PER_CALL, RayGrid
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+]
+
+N = 7
+
+
+def play(message: Message, context: Context) -> Message:
+    """Do what the message asks this node for, and count its rounds in the node's state."""
+    config = message.content.config_records["config"]
+    node, folder = context.node_id, Path(str(config["folder"]))
+    (folder / f"asked-{node}-{time.monotonic_ns()}").touch()
+    what = str(config.get(f"node-{node}", ""))
+    if what == "raise":
+        raise RuntimeError(f"node {node} has no data")
+    if what == "die" or (what == "die once" and not (folder / "died").exists()):
+        (folder / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "sleep":
+        time.sleep(600)
+    seen = int(context.state.metric_records.get("seen", MetricRecord({"n": 0}))["n"]) + 1  # type: ignore[call-overload]
+    context.state["seen"] = MetricRecord({"n": seen})
+    [value] = [array.numpy() for array in message.content.array_records["arrays"].values()]
+    told = {"seen": seen, "node": node, "rate": float(context.run_config["rate"])}
+    content = {"arrays": ArrayRecord([value + node]), "metrics": MetricRecord(told)}
+    return Message(RecordDict(content), reply_to=message)
+
+
+def build() -> ClientApp:
+    app = ClientApp()
+    app.train()(play)
+    return app
+
+
+@pytest.fixture(scope="module")
+def grid() -> Iterator[RayGrid]:
+    with RayGrid(build(), N, {"rate": 0.5}) as made:
+        yield made
+
+
+def ask(folder: Path, size: int = 3, **what: str) -> list[Message]:
+    orders = {key.replace("_", "-"): value for key, value in what.items()}
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord([np.arange(size, dtype=np.float32)]),
+            "config": ConfigRecord({"folder": str(folder), **orders}),
+        }
+    )
+    return [Message(content, node, "train") for node in range(1, N + 1)]
+
+
+def told(message: Message) -> dict[str, Any]:
+    return dict(message.content.metric_records["metrics"])
+
+
+def test_replies_come_in_the_order_of_the_messages_with_the_clients_own_values(
+    grid: RayGrid, tmp_path: Path
+) -> None:
+    replies = list(grid.send_and_receive(ask(tmp_path)))
+    assert [reply.metadata.src_node_id for reply in replies] == list(range(1, N + 1))
+    assert [told(reply)["rate"] for reply in replies] == [0.5] * N
+    for node, reply in enumerate(replies, 1):
+        [array] = reply.content.array_records["arrays"].values()
+        assert type(array) is Array
+        assert array.numpy().tolist() == [node, node + 1, node + 2]
+
+
+def test_what_clients_keep_is_theirs_whoever_plays_them(grid: RayGrid, tmp_path: Path) -> None:
+    before = [told(reply)["seen"] for reply in grid.send_and_receive(ask(tmp_path))]
+    saved = grid.state_dict()
+    after = [told(reply)["seen"] for reply in grid.send_and_receive(ask(tmp_path))]
+    assert after == [count + 1 for count in before]
+    grid.load_state_dict(saved)
+    again = [told(reply)["seen"] for reply in grid.send_and_receive(ask(tmp_path))]
+    assert again == after
+
+
+def test_an_exception_is_the_reply_of_its_client_alone(grid: RayGrid, tmp_path: Path) -> None:
+    replies = list(grid.send_and_receive(ask(tmp_path, node_3="raise")))
+    assert [reply.has_error() for reply in replies] == [node == 3 for node in range(1, N + 1)]
+    assert replies[2].error.reason == "RuntimeError: node 3 has no data"
+
+
+def test_a_dead_worker_is_replaced_and_its_clients_are_asked_again(
+    grid: RayGrid, tmp_path: Path
+) -> None:
+    replies = list(grid.send_and_receive(ask(tmp_path, node_5="die once")))
+    assert [told(reply)["node"] for reply in replies] == list(range(1, N + 1))
+    assert len(list(tmp_path.glob("asked-5-*"))) == 2
+
+
+def test_a_client_that_kills_its_process_each_time_costs_only_itself(
+    grid: RayGrid, tmp_path: Path
+) -> None:
+    replies = list(grid.send_and_receive(ask(tmp_path, node_2="die")))
+    assert replies[1].error.reason.startswith("the client's process died: ")
+    assert len(list(tmp_path.glob("asked-2-*"))) == 2
+    healthy = [reply for reply in replies if reply.has_content()]
+    # Clients in the dead worker's queue were asked again; one of them may have shared its fate.
+    assert len(healthy) >= N - 2
+    assert all(reply.has_content() for reply in grid.send_and_receive(ask(tmp_path)))
+
+
+def test_stragglers_are_cut_off_at_the_deadline(grid: RayGrid, tmp_path: Path) -> None:
+    started = time.monotonic()
+    replies = list(grid.send_and_receive(ask(tmp_path, node_1="sleep"), timeout=20))
+    assert time.monotonic() - started < 200
+    assert 1 not in [told(reply)["node"] for reply in replies]
+    assert len(list(grid.send_and_receive(ask(tmp_path)))) == N
+
+
+def test_replies_can_be_pulled_as_they_finish(grid: RayGrid, tmp_path: Path) -> None:
+    numbers = list(grid.push_messages(ask(tmp_path)))
+    found: list[Message] = []
+    deadline = time.monotonic() + 120
+    while len(found) < N and time.monotonic() < deadline:
+        found += grid.pull_messages(message_ids=numbers)
+        time.sleep(0.01)
+    assert {told(reply)["node"] for reply in found} == set(range(1, N + 1))
+    assert not list(grid.pull_messages(numbers))
+
+
+def test_small_clients_share_calls_and_large_ones_do_not(grid: RayGrid, tmp_path: Path) -> None:
+    [small, *_], [large, *_] = ask(tmp_path), ask(tmp_path, size=300_000)
+    assert grid.clients_per_call(small.content, 10_000) == MOST_PER_CALL
+    assert grid.clients_per_call(large.content, 10_000) == 1
+    assert grid.clients_per_call(small.content, 1) == 1
