@@ -32,6 +32,7 @@ _NORMAL = 2 / math.pi
 """Share of the spread between the halves of a normal distribution."""
 
 _DIRECTIONS = 3
+_NOTHING = 1e-9
 
 
 def after_round(before: float, updates: Tensor, least: float) -> float:
@@ -101,10 +102,11 @@ def _apart(squared: NDArray[np.float64]) -> NDArray[np.int64]:
     scale = float(np.abs(centered).max())
     if not scale > 0:
         return np.empty(0, dtype=np.int64)
-    _, vectors = np.linalg.eigh(-0.5 * centered / scale)
+    values, vectors = np.linalg.eigh(-0.5 * centered / scale)
+    told = vectors[:, values > _NOTHING * values[-1]]  # the others are chance, or constant
     least = _NORMAL + 1 / math.sqrt(n)
     smaller: list[NDArray[np.int64]] = []
-    for along in vectors[:, -_DIRECTIONS:].T:
+    for along in told[:, -_DIRECTIONS:].T:
         order = np.argsort(along, kind="stable")
         # Of 1..n-1 rows below the cut: sums of squares between the groups, of values around 0.
         below = np.arange(1, n)
