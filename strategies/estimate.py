@@ -7,6 +7,8 @@ apart from the others in a direction. Rows that are none of it lie among the hon
 gain is what any rule concedes to them.
 """
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
@@ -26,11 +28,11 @@ FAR = 2.0
 ALIKE = 0.5
 """Rows are copies if they are nearer to each other than this share of the median such distance."""
 
-APART = 0.8
-"""Two groups stand apart if this share of the spread in a direction is between them. It is 0.64 of
-a normal distribution that is cut in two, 0.75 of a uniform one."""
+_NORMAL = 2 / math.pi
+"""Share of the spread between the halves of a normal distribution."""
 
 _DIRECTIONS = 3
+_NOTHING = 1e-9
 
 
 def after_round(before: float, updates: Tensor, least: float) -> float:
@@ -90,22 +92,28 @@ def _alike(squared: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def _apart(squared: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return the rows of the smaller group where two stand apart along a principal direction."""
+    """Return the rows of the smaller group where two stand apart along a principal direction.
+
+    They do if more of the spread is between them than ``2 / pi + 1 / sqrt(n)``, which the best cut
+    of n normal values reaches once in 500 times (simulated: 10 to 200 values); never of 7 or less.
+    """
     n = len(squared)
     centered = squared - squared.mean(axis=0) - squared.mean(axis=1)[:, None] + squared.mean()
     scale = float(np.abs(centered).max())
     if not scale > 0:
         return np.empty(0, dtype=np.int64)
-    _, vectors = np.linalg.eigh(-0.5 * centered / scale)
+    values, vectors = np.linalg.eigh(-0.5 * centered / scale)
+    told = vectors[:, values > _NOTHING * values[-1]]  # the others are chance, or constant
+    least = _NORMAL + 1 / math.sqrt(n)
     smaller: list[NDArray[np.int64]] = []
-    for along in vectors[:, -_DIRECTIONS:].T:
+    for along in told[:, -_DIRECTIONS:].T:
         order = np.argsort(along, kind="stable")
         # Of 1..n-1 rows below the cut: sums of squares between the groups, of values around 0.
         below = np.arange(1, n)
         sums = np.cumsum(along[order] - along.mean())[:-1]
         between = sums**2 * n / (below * (n - below))
         cut = int(np.argmax(between))
-        if between[cut] >= APART * float(((along - along.mean()) ** 2).sum()):
+        if between[cut] >= least * float(((along - along.mean()) ** 2).sum()):
             low, high = order[: cut + 1], order[cut + 1 :]
             smaller.append(low if len(low) < len(high) else high)
     return np.unique(np.concatenate(smaller)) if smaller else np.empty(0, dtype=np.int64)

@@ -13,7 +13,7 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
-from pydantic import AfterValidator
+from pydantic import AfterValidator, StringConstraints
 
 from fl_bgmd.aggregators import Rule, build_mixings
 from fl_bgmd.checkpoints import Checkpoints
@@ -49,19 +49,16 @@ def _accepted_by(build: Callable[[str], object]) -> AfterValidator:
     return AfterValidator(check)
 
 
-_AUTO = "auto"
+_AUTO = r"^auto(:0(\.[0-4][0-9]*)?)?$"
 _LEAST = 0.1
 _FIRST = 0.25
 """What is prepared for until rounds have shown less."""
 
 
 def _least(text: str) -> float:
-    """Return the least share of ``auto`` or ``auto:LEAST``. Raises ``ValueError`` for others."""
-    name, colon, least = text.partition(":")
-    share = float(least) if colon else _LEAST
-    if name != _AUTO or not 0 <= share < 0.5:
-        raise ValueError("no share")
-    return share
+    """Return the least share of ``auto`` or ``auto:LEAST``."""
+    _, colon, least = text.partition(":")
+    return float(least) if colon else _LEAST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +170,7 @@ class Settings:
         "none"
     )
     byzantine_fraction: Annotated[
-        Share | Annotated[str, _accepted_by(_least)],
+        Share | Annotated[str, StringConstraints(pattern=_AUTO)],
         Allowed("0 to below 0.5, or auto, auto:LEAST with a LEAST of 0 to below 0.5"),
     ] = 0.25
     weighting: Literal["uniform", "examples"] = "uniform"

@@ -1,7 +1,7 @@
 """What clients that are not asked sent last: a rule that sees it too sees all clients, not a draw.
 
-When a tenth of a hundred clients is sampled, of whom a fifth lies, a draw is hostile in the main
-every thirtieth round or so, and no rule holds up against that. With the last update of the others
+When a tenth of a hundred clients is sampled, of whom a fifth lies, half of a draw or more lies in
+every fortieth round, and no rule holds up against that. With the last update of the others
 behind the fresh ones the share of hostile rows is that of hostile clients, whatever the draw:
 delayed momentum aggregation (DeMoA, arXiv 2509.02970), whose updates are the clients' momenta
 (:class:`fl_bgmd.mods.MomentumMod`).

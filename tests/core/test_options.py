@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,7 +44,8 @@ def checked(cls: type) -> dict[str, list[Any]]:
     found = {}
     for name, option in options_of(cls).items():
         kind = option.annotation
-        while hasattr(kind, "__metadata__") or type(None) in typing.get_args(kind):
+        unions = (typing.Union, types.UnionType)
+        while hasattr(kind, "__metadata__") or typing.get_origin(kind) in unions:
             plain = hasattr(kind, "__metadata__")
             kind = kind.__origin__ if plain else typing.get_args(kind)[0]
         if isinstance(kind, type) and kind in WRONG:

@@ -74,12 +74,13 @@ def struck(lies: Callable[[Tensor], Tensor], seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("lies", STRIKES)
 @pytest.mark.parametrize("seed", range(5))
 def test_lies_are_counted(lies: Callable[[Tensor], Tensor], seed: int) -> None:
-    assert odd_rows(struck(lies, seed)) >= HOSTILE
+    assert odd_rows(struck(lies, seed)) == HOSTILE
 
 
 def test_honest_rows_are_rarely_counted() -> None:
-    counts = [odd_rows(honest(seed)) for seed in range(40)]
-    assert np.mean(counts) < 1
+    for n in (3, 5, 7, 10, N):
+        counts = [odd_rows(honest(seed, n)) for seed in range(40)]
+        assert np.mean(counts) < 0.02 * n
     assert odd_rows(torch.zeros(N, SIZE)) == 0
     assert odd_rows(honest(0, 2)) == odd_rows(honest(0, 1)) == 0
 
@@ -139,14 +140,14 @@ def test_who_looks_plausible_for_long_and_strikes_gains_nothing_by_it(
     share = 0.25
     for number in range(50):
         share = after_round(share, honest(number), 0.05)
-    assert share < 0.2  # they have talked it down
+    assert share < 0.1  # they have talked it down
     rows = struck(lies, 99)
     share = after_round(share, rows, 0.05)
     assert share >= HOSTILE / N
     truth = rows[HOSTILE:].mean(0)
     near = (trimmed_mean(rows, trim_fraction=share).vector - truth).norm()
     known = (trimmed_mean(rows, trim_fraction=HOSTILE / N).vector - truth).norm()
-    assert near <= 1.5 * known  # counting too many costs something
+    assert near <= 1.05 * known
 
 
 def test_lies_that_fit_in_are_not_counted_and_gain_what_fits_in() -> None:

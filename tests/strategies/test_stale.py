@@ -139,7 +139,7 @@ def test_an_update_stays_for_its_rounds() -> None:
 
 
 def test_the_rule_may_overwrite_its_rows() -> None:
-    """Centering is done in place: what is kept must be what came."""
+    """Mixings work in place: what is kept must be what came."""
     strategy = Recording(stale_updates=100, mixing="nearest-neighbor", **SAMPLED)
     start(strategy)
     kept = strategy.state_dict()["stale"]
