@@ -27,7 +27,9 @@ from flwr.clientapp.typing import Mod
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
+from fl_bgmd.aggregators import RULES
 from fl_bgmd.replies import Rejection
+from fl_bgmd.strategies import RobustStrategy
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -674,3 +676,13 @@ def regression_app(
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
     return app
+
+
+def shrunk(arrays: ArrayRecord) -> ArrayRecord:
+    """Train as a server whose data ask for half of every value."""
+    return to_record({key: 0.5 * value for key, value in to_numpy(arrays).items()})
+
+
+def needed(cls: type[RobustStrategy]) -> dict[str, Any]:
+    """Return the options that a strategy class cannot be without."""
+    return {"root_update": shrunk} if cls.spec and RULES[cls.spec].needs_root else {}

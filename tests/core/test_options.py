@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import pytest
+from flower_messages import needed
 
 import fl_bgmd.strategies
 from fl_bgmd.aggregators import Aggregate
@@ -68,7 +69,7 @@ def test_every_option_checks_its_type(cls: type[RobustStrategy]) -> None:
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_every_default_may_be_given(cls: type[RobustStrategy]) -> None:
-    cls(**{name: option.default for name, option in options_of(cls).items()})
+    cls(**{name: option.default for name, option in options_of(cls).items()} | needed(cls))
 
 
 @pytest.mark.parametrize("cls", LEGACY)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flower_messages import regression_app, regression_model
+from flower_messages import needed, regression_app, regression_model
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
@@ -54,7 +54,7 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterable[pytest.LogCaptureFixture]:
 def test_every_option_and_its_value_is_logged(
     cls: type[RobustStrategy], log: pytest.LogCaptureFixture
 ) -> None:
-    run(cls(byzantine_fraction=0.125), nodes=5, rounds=1)
+    run(cls(byzantine_fraction=0.125, **needed(cls)), nodes=5, rounds=1)
     for name in options_of(cls).keys() - FLOWERS_OPTIONS.keys():
         assert f"── {name}: " in log.text
     assert "── byzantine_fraction: 0.125\n" in log.text

@@ -32,6 +32,7 @@ from flower_messages import (
     reply_with,
     same_bits,
     sent_arrays,
+    shrunk,
     to_numpy,
     to_record,
     train_message,
@@ -358,11 +359,6 @@ def test_a_round_on_the_in_process_grid(name: str) -> None:
 
 
 # ------------------------------------------------------------- with data of the server's own
-
-
-def shrunk(arrays: ArrayRecord) -> ArrayRecord:
-    """Train as a server whose data ask for half of every value."""
-    return to_record({key: 0.5 * value for key, value in to_numpy(arrays).items()})
 
 
 @pytest.mark.parametrize("spec", ["", "monna", "fltrust+clipping"])
