@@ -5,8 +5,8 @@ round on one thread: of a bare loop (gradients, stack, the same rule, step), on 
 ``inprocess``, with honest clients and with a fifth that lies, and ``vectorized``, and of the
 gradients' floating-point operations alone at the speed of a matrix product on this machine. All
 take turns, and of each the fastest round counts; in brackets the ratio to the bare loop. Then the
-wall-clock seconds of a round of 1000 clients that send 1000 parameters back, in process and on
-Flower's Ray engine, which takes a minute (``--no-ray`` leaves it out).
+wall-clock seconds of a round of clients that only send back what they get, in process, on this
+project's grid on Ray and on Flower's Ray engine, which takes minutes (``--no-ray`` leaves it out).
 """
 
 import argparse
@@ -38,6 +38,9 @@ from fl_bgmd.strategies import Mean, RobustStrategy
 from simulations.adversary import AdversarialGrid
 from simulations.config import Config, validate
 from simulations.grid import InProcessGrid, Prepare
+from simulations.ray_grid import RayGrid
+
+ECHO_CASES = ((1000, 1000), (100, 1_163_978), (10, 11_173_962))
 
 echo = ClientApp()
 
@@ -82,7 +85,14 @@ def echo_in_process(clients: int, parameters: int, rounds: int) -> float:
 
 
 def echo_on_ray(clients: int, parameters: int, rounds: int) -> float:
-    """Seconds a round of the same clients on Flower's Ray backend."""
+    """Seconds a round of the same clients on the grid of Ray's actors."""
+    arrays = ArrayRecord({"w": torch.zeros(parameters)})
+    with RayGrid(echo, clients, {}) as grid:
+        return seconds_per_round(grid, echo_strategy(clients), arrays, rounds)
+
+
+def echo_on_flower(clients: int, parameters: int, rounds: int) -> float:
+    """Seconds a round of the same clients on Flower's Ray engine."""
     from flwr.simulation import run_simulation
 
     found: list[float] = []
@@ -226,12 +236,15 @@ def main() -> None:
     console.print(table)
     if options.no_ray:
         return
-    mine = echo_in_process(1000, 1000, rounds)
-    theirs = echo_on_ray(1000, 1000, min(3, rounds))
-    console.print(
-        f"1000 echo clients x 1000 parameters, wall-clock seconds a round: in process {mine:.3f}, "
-        f"Flower's Ray engine {theirs:.3f} ({theirs / mine:.1f} times that)"
-    )
+    table = Table(title="Wall-clock seconds a round of echo clients (to Flower's engine)")
+    for column in ("clients x parameters", "in process", "ray", "Flower's engine"):
+        table.add_column(column)
+    for clients, parameters in ECHO_CASES:
+        theirs = echo_on_flower(clients, parameters, min(3, rounds))
+        mine = (way(clients, parameters, rounds) for way in (echo_in_process, echo_on_ray))
+        cells = [f"{seconds:.3f} ({seconds / theirs:.3f})" for seconds in mine]
+        table.add_row(f"{clients} x {parameters:,}", *cells, f"{theirs:.3f}")
+    console.print(table)
 
 
 if __name__ == "__main__":
