@@ -44,6 +44,7 @@ BAD: dict[str, list[Any]] = {
     "lr-decay": [0.0, 1.1, NAN],
     "server-learning-rate": [0.0, -1.0, NAN, INF],
     "server-optimizer": ["", "lamb", "adam:beta1=1", "adam:betas=0.9", "sgd:0.9", "math:floor"],
+    "validation-fraction": [-0.1, 1.0, NAN],
     "client-momentum": [-0.1, 1.0, NAN],
     "client-momentum-of-lies": ["maybe", "", 1, 0.0],
     "server-momentum": [-0.1, 1.0, NAN],

@@ -683,7 +683,7 @@ def test_every_client_and_every_round_draws_its_own_batches(
 ) -> None:
     """Clients with the same examples, too: their updates must not be copies of each other."""
     monkeypatch.setattr(
-        clients.client_app, "partition", lambda *_, **__: [np.arange(100)] * 3, raising=True
+        clients.client_app, "partitions", lambda *_, **__: [np.arange(100)] * 3, raising=True
     )
     grid = InProcessGrid(clients.client_app.app, 3, validate({**SMALL, "num-clients": 3}))
     model = ArrayRecord(simulations.experiment.build("tiny-cnn").state_dict())

@@ -312,7 +312,7 @@ def test_the_scatter_is_that_of_the_worst_strength() -> None:
             ("zero", 1, 0.7),
         )
     ]
-    assert accuracies(lines).iloc[0].tolist() == ["gmd", "50.0 ± 14.1", "70.0 ± 0.0", "50.0"]
+    assert accuracies(lines).iloc[0].tolist() == ["gmd", "70.0 ± 0.0", "50.0 ± 14.1", "50.0"]
 
 
 def test_an_incomplete_cell_is_not_a_mean_of_what_is_there() -> None:
