@@ -44,9 +44,10 @@ SMALL: Config = {
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_ray_and_in_process_runs_agree_to_the_bit() -> None:
+@pytest.mark.parametrize("backend", ["ray", "flower"])
+def test_ray_and_in_process_runs_agree_to_the_bit(backend: str) -> None:
     config = validate(SMALL)
-    ray = run(config, backend="ray", resources=ClientResources(num_cpus=1.0))
+    ray = run(config, backend=backend, resources=ClientResources(num_cpus=1.0))
     here = run(config, backend="inprocess")
     assert ray.status == here.status == "finished", ray.error
     timings = {"seconds", "aggregation-seconds"}

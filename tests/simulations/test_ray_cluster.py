@@ -114,7 +114,7 @@ def test_clients_run_on_both_nodes(
     watched.train()(handle_train)
     monkeypatch.setattr(backends, "client_app", watched)
     config = validate(SMALL | {"ray-address": cluster})
-    result = backends.run(config, resources=ClientResources(ray_address=cluster))
+    result = backends.run(config, backend="ray", resources=ClientResources(ray_address=cluster))
     assert result.status == "finished", result.error
     assert result.total("accepted") == 16
     partitions, nodes = zip(*(path.name.split("-") for path in tmp_path.iterdir()), strict=True)
@@ -129,7 +129,7 @@ def test_clients_run_on_both_nodes(
 
 
 def test_cluster_and_in_process_runs_agree(cluster: str) -> None:
-    there = backends.run(validate(SMALL | {"ray-address": cluster}))
+    there = backends.run(SMALL, ray_address=cluster, backend="ray")
     here = backends.run(validate(SMALL), backend="inprocess")
     assert there.status == here.status == "finished", there.error
     assert there.accuracies == here.accuracies
