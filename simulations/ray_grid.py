@@ -6,6 +6,7 @@ so that any worker can play any client, a worker that dies is replaced and its c
 again, and a run resumes like one of the in-process grid.
 """
 
+import logging
 import os
 import sys
 import time
@@ -126,6 +127,7 @@ class RayGrid(InProcessGrid):
         ray.init(
             address=address or None,
             log_to_driver=False,
+            logging_level=logging.WARNING,
             include_dashboard=None if address else False,
             # Workers find what this process finds: an app's module, rules of one's own.
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}},
