@@ -159,8 +159,8 @@ def _data_attack(
     if bound is None or bound.attack.place != "data":
         return None, None
     partition_id = int(context.node_config[PARTITION])
-    rng = np.random.default_rng(plan.client_seed(server_round(message), partition_id))
     number, count = server_round(message), int(context.node_config["num-partitions"])
+    rng = np.random.default_rng(plan.client_seed(number, partition_id))
     player = plan.player(count, number, partition_id)
 
     def corrupt(images: NDArray[Any], labels: NDArray[np.int64]) -> Any:

@@ -176,12 +176,14 @@ def _put(combined: Combined, name: str, parameter: Tensor, gradient: Tensor) -> 
     combined.put(name, parameter, gradient.clone())
 
 
-class _Masked(nn.Module):
-    """``nn.Dropout`` whose mask, (m b, ...), was drawn before."""
+class Masked(nn.Module):
+    """``nn.Dropout`` whose mask, of the shape of its inputs, was drawn before."""
+
+    mask: Tensor
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
-        self.mask = mask
+        self.register_buffer("mask", mask)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Multiply by the mask."""
@@ -236,7 +238,7 @@ class Cohort:
 
     def _part(self, prefix: str, layer: nn.Module, mask: Tensor | None) -> nn.Module | None:
         if mask is not None:
-            return _Masked(mask.flatten(0, 1))
+            return Masked(mask.flatten(0, 1))
         if isinstance(layer, nn.Linear):
             return _Linear(layer, prefix, self._count, self._combined)
         if isinstance(layer, nn.Conv2d):

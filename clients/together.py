@@ -18,7 +18,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from fl_bgmd.devices import to_input
 
-from .cohort import Cohort, Combined, can_part
+from .cohort import Cohort, Combined, Masked, can_part
 from .training import Job, State, Trained, batches, placed, seed_torch
 
 _EXAMPLES = {("cpu", False): 640, ("cpu", True): 64}
@@ -142,22 +142,8 @@ def gradients_together(
     return gradients, losses, after
 
 
-class _Masked(nn.Module):
-    """Dropout whose mask was drawn before: inside ``vmap`` clients have no seeds of their own."""
-
-    mask: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mask", torch.ones(()))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Multiply by the mask."""
-        return inputs * self.mask
-
-
 class _Dropout:
-    """What each client's dropout draws, from step to step.
+    """What each client's dropout draws, from step to step: inside ``vmap`` none has a seed.
 
     Attributes
     ----------
@@ -177,7 +163,7 @@ class _Dropout:
             shared: dict[int, object] = {id(value): value for value in model.parameters()}
             self.model = deepcopy(model, shared)
             for name in self._layers:
-                self.model.set_submodule(name, _Masked())
+                self.model.set_submodule(name, Masked(torch.ones(())))
 
     def draw(self, batch: Tensor) -> State:
         """Return the masks (m, b, ...) of the next step, by their names as buffers.

@@ -21,7 +21,7 @@ from fl_bgmd.clients import prepare_together
 from fl_bgmd.extras import require
 from fl_bgmd.flower import simulate
 
-from .config import Config, ConfigError, validate
+from .config import Config, ConfigError, named, validate
 from .experiment import OnRound, RunResult, run_experiment
 from .grid import InProcessGrid
 
@@ -172,10 +172,8 @@ def run(
     MissingExtraError
         For backend ``ray`` where Ray is not installed.
     """
-    named = {key.replace("_", "-"): value for key, value in settings.items()}
-    return run_validated(
-        validate({**(config or {}), **named}), backend, resources or ClientResources(), on_round
-    )
+    whole = validate({**(config or {}), **named(settings)})
+    return run_validated(whole, backend, resources or ClientResources(), on_round)
 
 
 def run_validated(

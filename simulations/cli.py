@@ -175,8 +175,7 @@ Backend = Annotated[
 ]
 Jobs = Annotated[int, Option(help="Runs at a time (not on Ray)", metavar="N")]
 Seeds = Annotated[int | None, Option(help="Runs of each cell, from --seed on", metavar="N")]
-Rows = Annotated[list[str] | None, Option(help="Of the study: only this one (repeatable)")]
-Columns = Annotated[list[str] | None, Option(help="Of the study: only this one (repeatable)")]
+Chosen = Annotated[list[str] | None, Option(help="Of the study: only this one (repeatable)")]
 Cpus = Annotated[float, Option("--client-resources-num-cpus", metavar="X", hidden=True)]
 Gpus = Annotated[float, Option("--client-resources-num-gpus", metavar="X", hidden=True)]
 Verbose = Annotated[bool, Option("--verbose", help="Show Flower's log")]
@@ -225,8 +224,8 @@ def compare(
     sweep: Annotated[
         bool, Option("--sweep/--no-sweep", help="Each attack with all strengths of its sweep")
     ] = True,
-    row: Rows = None,
-    column: Columns = None,
+    row: Chosen = None,
+    column: Chosen = None,
     backend: Backend = "ray",
     folder: Folder = None,
     num_cpus: Cpus = 1.0,
@@ -269,8 +268,8 @@ def reproduce(
     epochs: Annotated[
         float | None, Option(help="Default: as many as the paper", metavar="X")
     ] = None,
-    row: Rows = None,
-    column: Columns = None,
+    row: Chosen = None,
+    column: Chosen = None,
     jobs: Annotated[int | None, Option(help="Runs at a time; default: 2", metavar="N")] = None,
     backend: Annotated[Literal["inprocess", "vectorized"], Option(help="Of the runs")] = (
         "inprocess"
@@ -365,20 +364,18 @@ def _run_study(
         require("ray", f"backend {backend}", "simulation")
     cells = study.cells()
     _tell_limits(cell.config for cell in cells)
-    if output is not None:
-        _make_folder("output", output)
     for cell in cells:
         if cell.config["checkpoint-dir"]:
             _make_folder("checkpoint-dir", Path(str(cell.config["checkpoint-dir"])))
     option = "results-dir" if folder is None else "folder"
     folder = _make_folder(option, folder or _new_folder(study, cells[0].config))
+    found = finished_before(cells, folder)
     if no_run:
-        found = finished_before(cells, folder)
         lines = [found[cell.name] for cell in cells if cell.name in found]
     else:
         for name, place in {(c.config["dataset"], c.config["data-dir"]): None for c in cells}:
             load(str(name), str(place) or None, progress=CONSOLE.print)
-        lines = _run_cells(cells, folder, backend, resources, jobs)
+        lines = _run_cells(cells, folder, found, backend, resources, jobs)
     if not lines:
         raise ConfigError(f"results holds nothing of {study.name}; allowed: a folder with runs")
     return _show(study, full or study, lines, folder, output or folder)
@@ -393,18 +390,19 @@ def _require_plots() -> None:
 def _run_cells(
     cells: list[Cell],
     folder: Path,
+    found: dict[str, Line],
     backend: str,
     resources: ClientResources | None,
     jobs: int,
 ) -> list[Line]:
-    done = finished_before(cells, folder)
-    with StudyProgress(CONSOLE, cells, done) as progress:
+    with StudyProgress(CONSOLE, cells, found) as progress:
         return run_cells(
             cells,
             folder,
             backend=backend,
             resources=resources,
             jobs=jobs,
+            found=found,
             on_progress=progress.round_done,
             on_done=progress.cell_done,
         )

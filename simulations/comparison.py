@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .backends import ClientResources
+from .config import named
 from .experiment import RunResult
 from .runner import Line, OnProgress, run_cells
 from .study import Cell, Study, attack_columns, strategy_rows
@@ -90,8 +91,8 @@ def compare(
     ConfigError
         For a key or value that is not allowed, before anything runs.
     """
-    config = {key.replace("_", "-"): value for key, value in settings.items()}
-    study = Study(strategy_rows(strategies), attack_columns(attacks), config, seeds=seeds)
+    rows, columns = strategy_rows(strategies), attack_columns(attacks)
+    study = Study(rows, columns, named(settings), seeds=seeds)
     cells = study.cells()
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch if folder is None else folder)

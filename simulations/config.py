@@ -365,6 +365,11 @@ _GONE: Mapping[str, str] = {
 """Keys of earlier versions, and the form that their values have now."""
 
 
+def named(settings: Mapping[str, Any]) -> Config:
+    """Return keyword arguments of Python as keys."""
+    return {name.replace("_", "-"): value for name, value in settings.items()}
+
+
 def defaults() -> Config:
     """Return the default of every key."""
     return {key: option.default for key, option in SETTINGS.items()}

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,13 +42,15 @@ def run_cells(
     backend: str = "inprocess",
     resources: ClientResources | None = None,
     jobs: int = 1,
+    found: Mapping[str, Line] | None = None,
     on_progress: OnProgress | None = None,
     on_done: Callable[[Cell, RunResult], None] | None = None,
 ) -> list[Line]:
     """Run all cells, ``jobs`` at a time, and write each into its folder and ``cells.jsonl``.
 
     Cells that ``folder`` holds, finished with the same configuration, are not run again: an
-    interrupted study resumes. Lines of other cells stay in ``cells.jsonl``. ``on_done`` is called
+    interrupted study resumes; ``found`` is what :func:`finished_before` said of it, where that has
+    been asked already. Lines of other cells stay in ``cells.jsonl``. ``on_done`` is called
     after each cell that was run. More than one job runs in processes of their own, with the cores
     shared out among them. Lines come in the order of ``cells``.
 
@@ -61,7 +63,7 @@ def run_cells(
     if jobs < 1 or (jobs > 1 and backend in ON_RAY):
         raise ConfigError(f"jobs is {jobs} with backend {backend}; allowed: 1, more without Ray")
     folder.mkdir(parents=True, exist_ok=True)
-    written = finished_before(cells, folder)
+    written = finished_before(cells, folder) if found is None else dict(found)
     waiting = [cell for cell in cells if cell.name not in written]
     planned = {cell.name for cell in cells}
     file = folder / "cells.jsonl"

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_bgmd.aggregators.rows import pairwise_squared_distances
+from fl_bgmd.aggregators.rows import densest_row, pairwise_squared_distances
 from fl_bgmd.shares import FEWEST
 
 MOST = 0.45
@@ -76,10 +76,8 @@ def odd_rows(updates: Tensor) -> int:
 
 def _far(squared: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Return which rows (n,) are far from the row with the majority closest around it."""
-    majority = len(squared) // 2
-    radii = np.partition(squared, majority, axis=1)[:, majority]
-    middle = int(np.argmin(radii))
-    far: NDArray[np.bool_] = squared[middle] > FAR**2 * radii[middle]
+    middle, radius = densest_row(squared, len(squared) // 2 + 1)
+    far: NDArray[np.bool_] = squared[middle] > FAR**2 * radius
     return far
 
 

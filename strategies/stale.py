@@ -8,7 +8,7 @@ delayed momentum aggregation (DeMoA, arXiv 2509.02970), whose updates are the cl
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
@@ -89,13 +89,13 @@ class StaleUpdates:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it for a checkpoint."""
-        names = ("node", "round", "examples", "norm", "row")
+        names = [each.name for each in fields(Heard)]
         return {name: [getattr(h, name) for h in self.heard] for name in names}
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Self:
         """Return what :meth:`to_dict` made something of."""
-        columns = (found[name] for name in ("node", "round", "examples", "norm", "row"))
+        columns = (found[each.name] for each in fields(Heard))
         return cls(tuple(Heard(*values) for values in zip(*columns, strict=True)))
 
 

@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .means import Dense, Mixing, add_to_rows
-from .rows import bordered_gram, check_updates, has_cheap_gram, in_range, squared_distances
+from .rows import (
+    bordered_gram,
+    check_updates,
+    densest_row,
+    has_cheap_gram,
+    in_range,
+    squared_distances,
+)
 
 Array = NDArray[np.float64]
 
@@ -71,24 +78,17 @@ class Points:
     def squared_distances(self) -> Array:
         """Return those between the mixed rows, (n, n)."""
         squared = squared_distances(self._gram[:-1, :-1])
-        middle, radius = _middle(squared)
+        middle, radius = densest_row(squared, len(squared) // 2 + 1)
         if self._gram[middle, middle] > _MOST_OFFSET**2 * radius:
             raise DigitsLostError
         return squared
 
     def gram(self) -> Array:
         """Return the Gram matrix of the mixed rows, one of them in their middle the origin."""
-        middle, _ = _middle(self.squared_distances())
+        squared = self.squared_distances()
+        middle, _ = densest_row(squared, len(squared) // 2 + 1)
         gram = self._gram[:-1, :-1]
         return np.asarray(gram - gram[middle] - gram[:, middle, None] + gram[middle, middle])
-
-
-def _middle(squared: Array) -> tuple[int, float]:
-    """Return the row nearest to a majority, and the squared distance within which that is."""
-    half = len(squared) // 2
-    radii = np.partition(squared, half, axis=1)[:, half]
-    middle = int(np.argmin(radii))
-    return middle, float(radii[middle])
 
 
 @dataclass(frozen=True)

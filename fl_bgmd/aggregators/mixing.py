@@ -14,7 +14,7 @@ from .chain import Points
 from .coordinates import coordinate_median
 from .geometric_median import geometric_median, minimize_in_hull
 from .means import Buckets, Dense, Mixing, Neighbors, Recentered, Scaled, Towards
-from .norms import clip_factors, euclidean_norms
+from .norms import clip_factors, finite_norms
 from .rows import (
     DENSE_ROWS,
     check_updates,
@@ -252,12 +252,11 @@ def _norms(updates: Tensor | Points, origin: Tensor | None = None) -> NDArray[np
     if isinstance(updates, Points):
         return updates.norms()
     updates = check_updates(updates)
+    if origin is None:
+        return finite_norms(updates)
+    rows, scales = in_range(updates)
+    scale = float(scales.min())
     with np.errstate(over="ignore"):
-        if origin is None:
-            norms = euclidean_norms(updates)
-        else:
-            rows, scales = in_range(updates)
-            scale = float(scales.min())
-            norms = row_norms(rows, -origin.double() / scale) * scale
+        norms = row_norms(rows, -origin.double() / scale) * scale
     most: NDArray[np.float64] = np.minimum(norms, np.finfo(np.float64).max)
     return most

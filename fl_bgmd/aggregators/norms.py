@@ -173,6 +173,13 @@ def euclidean_norms(updates: Tensor) -> NDArray[np.float64]:
     return row_norms(rows) * scales
 
 
+def finite_norms(updates: Tensor) -> NDArray[np.float64]:
+    """Return the norms of the rows, (n,), the largest number for those beyond it."""
+    with np.errstate(over="ignore"):
+        norms: NDArray[np.float64] = np.minimum(euclidean_norms(updates), np.finfo(np.float64).max)
+    return norms
+
+
 def clip_factors(norms: NDArray[np.float64], radius: float) -> NDArray[np.float64]:
     """Return ``min(1, radius / norm)`` for each norm, 1 for a norm of 0; (n,) float64."""
     factors: NDArray[np.float64] = np.minimum(

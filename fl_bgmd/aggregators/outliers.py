@@ -9,7 +9,7 @@ from fl_bgmd.options import Count, Positive, Share
 from fl_bgmd.shares import ceil_share, floor_share
 
 from .directions import errors_along_top, top_spread
-from .results import Aggregate, FilteredAggregate
+from .results import Aggregate, FilteredAggregate, average_of
 from .rows import (
     DENSE_ROWS,
     blas_on_one_thread,
@@ -143,8 +143,7 @@ def divide_and_conquer(
             scores = top_spread(part, np.ones(n)).errors
         out[np.argsort(scores, kind="stable")[n - dropped :]] += 1
     kept = out == out.min()
-    shares = kept / kept.sum()
-    vector = combine(shares, updates, result_dtype(updates))
-    if not bool(torch.isfinite(vector).all()):
+    result = average_of(kept, updates)
+    if not bool(torch.isfinite(result.vector).all()):
         refuse_non_finite(updates)
-    return FilteredAggregate(vector, torch.from_numpy(shares), kept=torch.from_numpy(kept))
+    return result

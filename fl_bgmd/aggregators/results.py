@@ -3,10 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .memory import BlockMemory
-from .rows import vector_norm
+from .rows import combine, result_dtype, vector_norm
 
 
 @dataclass(frozen=True)
@@ -121,3 +124,10 @@ def figure_names(kind: type[Aggregate] = Aggregate) -> set[str]:
     """Return the names of all figures that a result of any rule may have."""
     own = {name.replace("_", "-") for name in kind.figures}
     return own.union(*(figure_names(derived) for derived in kind.__subclasses__()))
+
+
+def average_of(kept: NDArray[np.bool_], updates: Tensor) -> FilteredAggregate:
+    """Return the mean of the rows (n, d) that are kept, (n,)."""
+    weights = kept / kept.sum()
+    vector = combine(weights, updates, result_dtype(updates))
+    return FilteredAggregate(vector, torch.from_numpy(weights), kept=torch.from_numpy(kept))

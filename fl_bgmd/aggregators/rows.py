@@ -456,6 +456,16 @@ def bordered_gram(rows: Tensor, extra: Tensor) -> NDArray[np.float64]:
     return gram
 
 
+def densest_row(squared: NDArray[np.float64], count: int) -> tuple[int, float]:
+    """Return the row with ``count`` rows closest around it, and the distance of the last of them.
+
+    Of squared distances (n, n), squared like them; the row itself is one of the ``count``.
+    """
+    radii = np.partition(squared, count - 1, axis=1)[:, count - 1]
+    densest = int(np.argmin(radii))
+    return densest, float(radii[densest])
+
+
 def combine(weights: NDArray[np.float64], updates: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``sum_i weights[i] * updates[i]``, (d,), summed in float64, as ``dtype``.
 

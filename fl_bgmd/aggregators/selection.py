@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -11,15 +10,13 @@ from fl_bgmd.options import Count, Share
 from fl_bgmd.shares import floor_share
 
 from .coordinates import coordinate_median
-from .results import FilteredAggregate
+from .results import FilteredAggregate, average_of
 from .rows import (
     DENSE_ROWS,
     check_updates,
-    combine,
     in_range,
     measure_strips,
     pairwise_squared_distances,
-    result_dtype,
 )
 from .rule import rule
 
@@ -80,9 +77,7 @@ def multi_krum(
     scores = _scores(updates, max(1, n - byzantine - 2))
     kept = np.zeros(n, dtype=bool)
     kept[np.argsort(scores, kind="stable")[:num_selected]] = True
-    weights = kept / kept.sum()
-    vector = combine(weights, updates, result_dtype(updates))
-    return FilteredAggregate(vector, torch.from_numpy(weights), kept=torch.from_numpy(kept))
+    return average_of(kept, updates)
 
 
 def _scores(updates: Tensor, neighbors: int) -> NDArray[np.float64]:

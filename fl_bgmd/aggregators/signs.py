@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fl_bgmd.options import Fraction, NonNegative, Positive
 
-from .norms import clip_factors, euclidean_norms
+from .norms import clip_factors, finite_norms
 from .results import FilteredAggregate
 from .rows import check_updates, combine, numbers, result_dtype, sum_blocks
 from .rule import rule
@@ -67,8 +67,7 @@ def sign_guard(
         For input outside of the above; a row with a NaN or an infinity is named.
     """
     updates = check_updates(updates)
-    with np.errstate(over="ignore"):  # longer than a number can say
-        norms = np.minimum(euclidean_norms(updates), np.finfo(np.float64).max)
+    norms = finite_norms(updates)
     middle = float(np.median(norms))
     ordinary = (norms >= lower * middle) & (norms <= upper * middle)
     features = _sign_shares(updates[:, _drawn(updates, coordinate_share, generator)])

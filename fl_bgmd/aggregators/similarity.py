@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fl_bgmd.options import NonNegative, Positive
 
-from .norms import clip_factors, euclidean_norms
+from .norms import clip_factors, finite_norms
 from .results import Aggregate, FilteredAggregate
 from .rows import check_updates, combine, gram_matrix, in_range, result_dtype
 from .rule import rule
@@ -164,8 +164,7 @@ def flame(
         For input outside of the above; a row with a NaN or an infinity is named.
     """
     updates = check_updates(updates)
-    with np.errstate(over="ignore"):  # longer than a number can say
-        norms = np.minimum(euclidean_norms(updates), np.finfo(np.float64).max)
+    norms = finite_norms(updates)
     # Equal rows are equally far from others, but for the last digits.
     kept = _majority_cluster(np.round(1.0 - _cosines(updates), 12))
     middle = float(np.median(norms))

@@ -5,23 +5,20 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_bgmd.options import Share
 from fl_bgmd.shares import floor_share
 
-from .results import FilteredAggregate
+from .results import FilteredAggregate, average_of
 from .rows import (
     blas_on_one_thread,
     center,
     check_updates,
-    combine,
     gram_matrix,
     in_range,
     pairwise_squared_distances,
-    result_dtype,
 )
 from .rule import rule
 
@@ -77,7 +74,7 @@ def minimum_diameter_averaging(
     hostile = floor_share(byzantine_fraction, n)
     if hostile > MOST_LEFT_OUT:
         raise ValueError(_too_many_left_out(hostile, n))
-    return _average_of(_least_diameter(pairwise_squared_distances(updates), hostile), updates)
+    return average_of(_least_diameter(pairwise_squared_distances(updates), hostile), updates)
 
 
 def _least_diameter(squared: NDArray[np.float64], hostile: int) -> Mask:
@@ -164,7 +161,7 @@ def smallest_eigenvalue_averaging(
     if math.comb(n, hostile) > MOST_SUBSETS:
         raise ValueError(_too_many_subsets(hostile, n))
     rows, _ = in_range(updates)
-    return _average_of(_least_eigenvalue(center(rows, gram_matrix(rows)), n - hostile), updates)
+    return average_of(_least_eigenvalue(center(rows, gram_matrix(rows)), n - hostile), updates)
 
 
 def _least_eigenvalue(gram: NDArray[np.float64], count: int) -> Mask:
@@ -181,10 +178,3 @@ def _least_eigenvalue(gram: NDArray[np.float64], count: int) -> Mask:
         if tops[first] < least:
             best, least = np.isin(np.arange(len(gram)), chosen[first]), float(tops[first])
     return best
-
-
-def _average_of(kept: Mask, updates: Tensor) -> FilteredAggregate:
-    """Return the mean of the rows that are kept."""
-    weights = kept / kept.sum()
-    vector = combine(weights, updates, result_dtype(updates))
-    return FilteredAggregate(vector, torch.from_numpy(weights), kept=torch.from_numpy(kept))

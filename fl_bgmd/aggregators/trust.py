@@ -11,10 +11,11 @@ from fl_bgmd.options import Share
 from fl_bgmd.shares import floor_share
 
 from .norms import euclidean_norms
-from .results import Aggregate, FilteredAggregate
+from .results import Aggregate, FilteredAggregate, average_of
 from .rows import (
     check_updates,
     combine,
+    densest_row,
     dot,
     in_range,
     native,
@@ -94,15 +95,12 @@ def nearest_neighbor_averaging(
     count = n - floor_share(byzantine_fraction, n)
     if root is None:
         distances = pairwise_squared_distances(updates)
-        radii = np.partition(distances, count - 1, axis=1)[:, count - 1]
-        distances = distances[int(np.argmin(radii))]
+        distances = distances[densest_row(distances, count)[0]]
     else:
         distances = _distances_to(_checked_root(root, updates), updates)
     kept = np.zeros(n, dtype=bool)
     kept[np.argsort(distances, kind="stable")[:count]] = True
-    weights = kept / kept.sum()
-    vector = combine(weights, updates, result_dtype(updates))
-    return FilteredAggregate(vector, torch.from_numpy(weights), kept=torch.from_numpy(kept))
+    return average_of(kept, updates)
 
 
 def _distances_to(point: Tensor, updates: Tensor) -> NDArray[np.float64]:
