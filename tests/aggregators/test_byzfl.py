@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fl_bgmd.aggregators import (
     bucketing,
+    build_rule,
     covariance_agnostic_filter,
     krum,
     mean_around_median,
@@ -166,3 +167,23 @@ def test_a_nan_passes_through_it(byzfl: Any) -> None:
     assert np.isnan(byzfl.Meamed(1)(rows)).any()
     with pytest.raises(ValueError, match="row 0 holds a NaN"):
         mean_around_median(torch.from_numpy(rows))
+
+
+@pytest.mark.parametrize("before", ["arc-nnm", "nnm", "arc", "none"])
+@pytest.mark.parametrize("name", ["gm", "trimmed-mean", "caf"])
+def test_its_pipelines_as_rules_apply_its_classes_in_order(
+    byzfl: Any, name: str, before: str
+) -> None:
+    rows = torch.from_numpy(attacked(11, 3)).float()
+    classes = {"arc": byzfl.ARC(f=3), "nnm": byzfl.NNM(f=3)}
+    last = {
+        "gm": byzfl.GeometricMedian(),
+        "trimmed-mean": byzfl.TrMean(f=3),
+        "caf": byzfl.CAF(f=3),
+    }[name]
+    mixed = rows
+    for part in before.split("-") if before != "none" else []:
+        mixed = classes[part](mixed)
+    spec = f"benchmarks.byzfl_rules:pipeline:{name},before={before}"
+    found = build_rule(spec, byzantine_fraction=3 / 11)(rows).vector
+    assert torch.equal(found, last(mixed))
