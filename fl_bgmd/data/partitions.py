@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ParamSpec
 
 import numpy as np
-from annotated_types import Le
+from annotated_types import Ge, Le
 from numpy.typing import ArrayLike, NDArray
 
 from fl_bgmd.options import Count, OptionError, Options, Positive, checked, declared
@@ -277,3 +277,32 @@ def dirichlet(
         counts[richest] -= 1
         counts[client] = 1
     return [np.flatnonzero(owner == client) for client in range(num_partitions)]
+
+
+@scheme("similarity")
+def similarity(
+    labels: NDArray[np.integer],
+    num_partitions: int,
+    generator: np.random.Generator,
+    *,
+    shared: Annotated[float, Ge(0), Le(1)] = 0.5,
+) -> list[Indices]:
+    """Deal out a share of the examples at random; sort the others by label, one run a client.
+
+    The similarity of Karimireddy et al. (SCAFFOLD, ICML 2020), Section 7, and of ByzFL.
+
+    Parameters
+    ----------
+    shared : float
+        0 (clients have next to no label in common) to 1 (all draw from the same examples).
+    """
+    alike, rest = np.split(generator.permutation(len(labels)), [round(shared * len(labels))])
+    parts = np.array_split(alike, num_partitions)
+    # All clients have as many examples: where the first part is one shorter, the second is longer.
+    sizes = [len(part) for part in np.array_split(labels, num_partitions)]
+    owners = generator.permutation(num_partitions)
+    lengths = [sizes[owner] - len(parts[owner]) for owner in owners]
+    ordered = rest[np.argsort(labels[rest], kind="stable")]
+    for owner, run in zip(owners, np.split(ordered, np.cumsum(lengths)[:-1]), strict=True):
+        parts[owner] = np.concatenate([parts[owner], run])
+    return parts

@@ -114,6 +114,19 @@ def test_dirichlet_concentration_orders_the_skew() -> None:
     assert skew(1e6) < 2 < skew(1.0) < skew(0.05)
 
 
+@pytest.mark.parametrize("shared", [0.0, 0.3, 1.0])
+def test_similarity_shares_out_a_part_and_sorts_the_rest(shared: float) -> None:
+    labels = np.random.default_rng(0).permutation(np.arange(10_000) % 10)
+    parts = partition(labels, 10, scheme=f"similarity:{shared}", seed=1)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(10_000))
+    counts = np.stack([np.bincount(labels[part], minlength=10) for part in parts])
+    # Of its own label (or two neighbors) a client has the sorted part, of each other a tenth of
+    # what is shared.
+    typical = np.median(counts, axis=1)
+    assert np.abs(typical - shared * 100).max() <= 25
+    assert np.abs(counts.sum(axis=1) - 1000).max() <= 1
+
+
 def test_dirichlet_feeds_clients_that_got_nothing() -> None:
     # One class and a tiny alpha: one client draws everything.
     parts = partition(np.zeros(20, int), 8, scheme="dirichlet", alpha=1e-9)
@@ -128,7 +141,10 @@ def test_dirichlet_feeds_clients_that_got_nothing() -> None:
         ({"labels": [0.5, 1.5]}, "array of integers, got float64"),
         ({"num_partitions": 0}, "num_partitions is 0; allowed: 1 to 6"),
         ({"num_partitions": 7}, "num_partitions is 7; allowed: 1 to 6"),
-        ({"scheme": "random"}, "partition is 'random'; .*allowed: shards, iid, dirichlet, or "),
+        (
+            {"scheme": "random"},
+            "partition is 'random'; .*allowed: shards, iid, dirichlet, similarity, or ",
+        ),
         ({"scheme": "iid:3"}, "partition is 'iid:3': iid has no option; allowed: 'iid' alone"),
         ({"scheme": "shards:alpha=3"}, "shards has no option 'alpha'; it has: num-shards"),
         ({"scheme": "shards:0"}, "'shards:0': num-shards is '0'; allowed: a whole number, 1 or"),
@@ -138,6 +154,7 @@ def test_dirichlet_feeds_clients_that_got_nothing() -> None:
         ({"num_shards": 8}, "num-shards is 8; .* at most 6, the examples"),
         ({"num_shards": 0}, "num_shards is 0; allowed: a whole number, 1 or more"),
         ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"scheme": "similarity:1.5"}, "shared is '1.5'; allowed: a number, 0 to 1"),
         ({"scheme": "dirichlet", "alpha": 0.0}, "alpha is 0.0; allowed: above 0 to 1e"),
         ({"scheme": "dirichlet", "alpha": float("nan")}, "alpha is nan; allowed: above 0 to "),
         ({"scheme": "dirichlet", "alpha": 1e308}, "alpha is 1e\\+308; allowed: above 0 to 1e"),
