@@ -50,6 +50,14 @@ def median_rule(updates: Tensor) -> Tensor:
 
 
 @cache
+def noise_of_rounds() -> Tensor:
+    """Return what clients' gradients differ by in 150 rounds, (150, n, d), of norm 0.01 each."""
+    generator = torch.Generator().manual_seed(1)
+    size = 0.01 / math.sqrt(DIMENSIONS)
+    return size * torch.randn(150, CLIENTS, DIMENSIONS, generator=generator)
+
+
+@cache
 def distance_after(name: str, share: float, spread: float, attack: bool) -> float:
     """Return how far from the optimum a quadratic ends that starts at 10.
 
@@ -63,9 +71,8 @@ def distance_after(name: str, share: float, spread: float, attack: bool) -> floa
     model *= 10 / model.norm()
     curvature = torch.logspace(-math.log10(spread), 0, DIMENSIONS)
     curvature = curvature[torch.randperm(DIMENSIONS, generator=generator)]
-    for _ in range(150):
-        noise = 0.01 * torch.randn(CLIENTS, DIMENSIONS, generator=generator)
-        updates = share * (curvature * model + noise / math.sqrt(DIMENSIONS))
+    for noise in noise_of_rounds():
+        updates = share * (curvature * model + noise)
         if attack:
             updates[torch.randperm(CLIENTS, generator=generator)[:4]] *= -100
         model = model - rule(updates)
