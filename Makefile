@@ -25,7 +25,7 @@ simulate: $(READY) ## CIFAR-10, 40 % hostile clients: averaging, GMD and BGMD si
 
 TEST_JOBS ?= auto
 test: $(READY) ## The test suite, in as many processes as there are cores (TEST_JOBS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 8 --dist loadfile \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 8 --dist worksteal \
 		-m "not slow and not deployment"
 
 benchmark: $(READY) ## Time the rules against a plain sum and against the peers
@@ -49,8 +49,11 @@ laboratory: $(READY) ## Every strategy against every attack on MNIST (hours): th
 		--folder results/laboratory-$$partition-$$fraction || exit 1; done; done
 
 QUICK := aggregators/test_build_rule.py aggregators/test_clipping_mixings.py \
-	aggregators/test_selection_rules.py core/test_options.py core/test_wire.py \
-	strategies/test_small_federations.py strategies/test_ties.py project/test_declarations.py
+	aggregators/test_selection_rules.py attacks/test_attacks.py attacks/test_history.py \
+	compression/test_own_compressor.py core/test_held.py core/test_options.py core/test_replies.py \
+	core/test_wire.py project/test_contributing.py project/test_declarations.py \
+	project/test_flower_names.py simulations/test_config.py strategies/test_estimate.py \
+	strategies/test_logs.py strategies/test_rounds.py strategies/test_stale.py
 test-quick: $(READY) ## A few tests of each part, for the daily loop
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) --maxprocesses 8 \
 		$(addprefix tests/,$(QUICK))

@@ -1,11 +1,12 @@
-"""Learning rates over the rounds, the clients' and the server's: torch's schedulers."""
+"""Learning rates over the rounds, the clients' and the server's: those of torch's schedulers.
 
-from functools import lru_cache
+To the bit, but without them: they need one of torch's optimizers, which load its compiler: seconds
+in every process.
+"""
+
+import math
+from itertools import repeat
 from typing import Literal, get_args
-
-import torch
-from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LRScheduler, StepLR
 
 Schedule = Literal["constant", "cosine", "cosine-restarts", "exponential"]
 
@@ -44,30 +45,12 @@ def scheduled_learning_rate(
     if schedule not in get_args(Schedule):
         allowed = ", ".join(get_args(Schedule))
         raise ValueError(f"lr-schedule is {schedule!r}; allowed: {allowed}")
+    step = max(0, server_round - 1)
     if schedule == "constant":
         return learning_rate
-    count = max(num_rounds, server_round)
-    rates = _rates(learning_rate, schedule, num_rounds, period, decay, count)
-    return rates[max(0, server_round - 1)]
-
-
-@lru_cache(maxsize=8)
-def _rates(
-    learning_rate: float, schedule: str, num_rounds: int, period: int, decay: float, count: int
-) -> list[float]:
-    """Return the rates of the first ``count`` rounds: torch steps from one to the next."""
-    optimizer = SGD([torch.zeros(())], learning_rate)
-    scheduler: LRScheduler
     if schedule == "exponential":
-        scheduler = StepLR(optimizer, period, decay)
-    else:
-        # The whole run is one cycle of cosine: here torch computes each rate from its round alone,
-        # while CosineAnnealingLR makes it from the one before and gathers rounding errors.
-        cycle = num_rounds if schedule == "cosine" else period
-        scheduler = CosineAnnealingWarmRestarts(optimizer, cycle)
-    rates: list[float] = []
-    for _ in range(count):
-        rates += map(float, scheduler.get_last_lr())
-        optimizer.step()
-        scheduler.step()
-    return rates
+        return math.prod(repeat(decay, step // period), start=learning_rate)
+    # The whole run is one cycle of cosine: each rate from its round alone, while torch's
+    # CosineAnnealingLR makes it from the one before and gathers rounding errors.
+    cycle = num_rounds if schedule == "cosine" else period
+    return learning_rate * (1 + math.cos(math.pi * (step % cycle) / cycle)) / 2

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from flwr.clientapp import ClientApp
 from flwr.common import ndarrays_to_parameters
 from flwr.server import ServerAppComponents, ServerConfig
 from flwr.serverapp import ServerApp
+from warm_python import run_code
 
 from fl_bgmd.compression import COMPRESSORS, build_compressor, build_downlink, build_received
 from fl_bgmd.layout import BUFFER_DTYPE, ModelLayout
@@ -305,7 +305,6 @@ def test_a_client_process_of_its_own_knows_what_its_app_imports(lab: Path) -> No
         "import tmp_lab\n"
         "print(build_received('cut:3').name)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(lab)], capture_output=True, text=True, check=True
-    )
+    done = run_code(code, str(lab))
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "cut:3"

@@ -234,11 +234,13 @@ def test_bgmd_holds_in_flowers_simulation(tmp_path: Path) -> None:
 
     with imported(copied("numpy", tmp_path, "BGMD")) as (app, config):
         config["num-server-rounds"] = 10
+        # All cores for one client: a second actor takes seconds to start.
+        resources = ClientResources(num_cpus=float(os.cpu_count() or 1))
         run_simulation(
             configured(app.server_app.app, config),
             ConfiguredClientApp(with_mods(app.client_app.app, ATTACK), config),
             num_supernodes=10,
-            backend_config=ClientResources().to_backend_config(),
+            backend_config=resources.to_backend_config(),
         )
         assert saved_accuracy("numpy", app, config) >= LEAST["numpy"]
 

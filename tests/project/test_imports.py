@@ -1,9 +1,7 @@
 """Who imports whom: servers nothing of clients, clients nothing of servers."""
 
-import subprocess
-import sys
-
 import pytest
+from warm_python import run_code
 
 
 @pytest.mark.parametrize(
@@ -16,5 +14,5 @@ import pytest
 )
 def test_the_two_sides_do_not_import_each_other(side: str, other: tuple[str, ...]) -> None:
     code = f"import sys, {side}; print(*(name for name in {other!r} if name in sys.modules))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.split() == []
+    found = run_code(code)
+    assert (found.returncode, found.stdout.split()) == (0, []), found.stderr

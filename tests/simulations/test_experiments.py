@@ -11,6 +11,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, StepLR
 
 from fl_bgmd.devices import to_input
 from fl_bgmd.schedules import scheduled_learning_rate
@@ -81,6 +82,24 @@ def test_schedules_are_those_of_the_papers(schedule, settings, formula) -> None:
     found = [scheduled_learning_rate(0.3, schedule, r, 12, **settings) for r in range(1, 13)]
     # What a model of float32 is moved by is the same to the bit.
     assert np.float32(found).tolist() == np.float32([0.3 * formula(i) for i in range(12)]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "build"),
+    [
+        ("cosine", lambda sgd: CosineAnnealingWarmRestarts(sgd, 12)),
+        ("cosine-restarts", lambda sgd: CosineAnnealingWarmRestarts(sgd, 5)),
+        ("exponential", lambda sgd: StepLR(sgd, 5, 0.93)),
+    ],
+)
+def test_schedules_are_torch_s_to_the_bit(schedule, build) -> None:  # type: ignore[no-untyped-def]
+    optimizer = torch.optim.SGD([torch.zeros(())], 0.3)
+    scheduler = build(optimizer)
+    for number in range(1, 41):
+        found = scheduled_learning_rate(0.3, schedule, number, 12, period=5, decay=0.93)
+        assert found == scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
 
 
 def test_a_round_beyond_the_run_has_a_rate_too() -> None:

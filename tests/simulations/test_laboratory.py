@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -19,6 +17,7 @@ from flwr.clientapp import ClientApp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from warm_python import run_code
 
 from fl_bgmd import attacks
 from fl_bgmd.aggregators import geometric_median
@@ -531,7 +530,8 @@ def test_every_process_plans_the_same() -> None:
     )
     here = AttackPlan(build_attacks("zero+ipm"), fraction=0.4, seed=5)
     expected = [sorted((c, str(b)) for c, b in here.roles(10, r).items()) for r in range(5)]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run_code(code)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{expected} {here.client_seed(3, 4)}"
 
 

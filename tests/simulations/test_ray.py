@@ -123,7 +123,8 @@ def test_flwr_run_from_a_neutral_directory(superlink: dict[str, str], tmp_path: 
         "num-clients=5 partition='shards:80' model='tiny-cnn' local-steps=1 batch-size=8 "
         f"results-dir='{results}'"
     )
-    resources = "num-supernodes=5 client-resources-num-cpus=1"
+    # All cores for one client: a second actor takes seconds to start.
+    resources = f"num-supernodes=5 client-resources-num-cpus={os.cpu_count()}"
     command = ["flwr", "run", str(ROOT), "--stream"]
     command += ["--run-config", settings, "--federation-config", resources]
     done = subprocess.run(

@@ -31,6 +31,12 @@ SMALL = {
 }
 
 
+@pytest.fixture
+def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no curves, as of a study with too many columns: they take longer than the runs."""
+    monkeypatch.setattr("simulations.report.study.MOST_PANELS", 0)
+
+
 # ------------------------------------------------------------------------------- declared
 
 
@@ -173,6 +179,7 @@ def table_rows(folder: Path) -> list[list[str]]:
     ]
 
 
+@pytest.mark.usefixtures("without_curves")
 def test_compare_attacks_writes_table_heat_map_and_cells(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,6 +215,7 @@ def test_compare_attacks_writes_table_heat_map_and_cells(
     assert "allowed: a folder with a cells.jsonl of" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("without_curves")
 def test_a_study_goes_on_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [f"--{key}={value}" for key, value in SMALL.items()]
     options += ["--backend=inprocess", f"--folder={tmp_path}"]
@@ -243,6 +251,7 @@ def test_a_study_goes_on_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFix
     assert "a cells.jsonl of finished runs" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("without_curves")
 def test_a_study_with_an_idle_attack_fails_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -332,6 +341,7 @@ def test_an_incomplete_cell_is_not_a_mean_of_what_is_there() -> None:
         assert means.loc["gmd"].tolist() == [0.5, 0.5, 0.5]
 
 
+@pytest.mark.usefixtures("without_curves")
 def test_report_refuses_runs_of_different_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,8 +2,6 @@
 
 import itertools
 import logging
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +48,7 @@ from flwr.server.strategy import (
     Strategy,
 )
 from flwr.serverapp import ServerApp
+from warm_python import run_code
 
 import fl_bgmd.strategies
 from fl_bgmd.mods import ByzantineMod, CompressionMod
@@ -163,9 +162,7 @@ try:
 except (ImportError, RuntimeError):
     print("outside of a run")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = run_code(code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "outside of a run" in done.stdout
 
