@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from torch import Tensor
 
+from fl_bgmd.arrivals import as_they_arrive
 from fl_bgmd.layout import ModelLayout
 from fl_bgmd.wire import Terms
 
@@ -19,7 +20,7 @@ from .alerts import Alerts
 from .declared import DeclaredStrategy
 from .errors import EmptyRoundsError
 from .figures import Figures
-from .intake import LOG, Intake, in_order, take_in
+from .intake import LOG, Intake, take_in
 from .metrics import combined, drop_own
 from .preview import preview
 from .reporting import log_options
@@ -182,21 +183,26 @@ class RobustStrategy(DeclaredStrategy):
 
     # ----------------------------------------------------------------------------- what comes in
 
+    @as_they_arrive
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Screen the replies, apply the rule, return the new model and the round's diagnostics.
 
+        Of an :class:`~fl_bgmd.arrivals.Arrivals`, which a run hands over, each reply is looked at as it comes, and
+        released. A list is as good; a subclass that overrides this is given one.
+
         Raises ``RuntimeError`` when called before :meth:`configure_train`, which keeps the model
         that the updates refer to.
         """
-        sent, started = self._known_sent("aggregate_train"), time.perf_counter()
+        sent = self._known_sent("aggregate_train")
+        # While clients still train the state is that of the round before.
+        intake = self._take_in("train", replies, sent) if self.fraction_train else None
         self._state = replace(self._state, round=server_round)
-        if self.fraction_train == 0.0:
+        if intake is None:
             return None, None
-        messages = in_order(replies)
-        intake = self._take_in("train", messages, sent)
-        self._roster.answered(server_round, messages)
+        started = time.perf_counter() - intake.seconds
+        self._roster.answered(server_round, intake)
         metrics = combined(intake, "train", self.combiners["train"], self.weighted_by_key)
         self._alerts.of_names(drop_own(metrics))
         outcome, norms = self._step(sent, intake)
@@ -210,11 +216,12 @@ class RobustStrategy(DeclaredStrategy):
             raise EmptyRoundsError(f"{came}; {self.failure}", metrics)
         return outcome.arrays, metrics
 
+    @as_they_arrive
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Combine the clients' evaluation metrics by their median."""
-        intake = self._take_in("evaluate", in_order(replies), None)
+        intake = self._take_in("evaluate", replies, None)
         if not intake.accepted:
             return None
         metrics = combined(intake, "evaluate", self.combiners["evaluate"], self.weighted_by_key)
@@ -222,12 +229,13 @@ class RobustStrategy(DeclaredStrategy):
             metrics["dropped-metrics"] = intake.dropped
         return metrics
 
-    def _take_in(self, phase: str, messages: list[Message], sent: Sent | None) -> Intake:
+    def _take_in(self, phase: str, replies: Iterable[Message], sent: Sent | None) -> Intake:
         """Screen the replies of a phase."""
         intake = take_in(
             phase,
-            messages,
+            replies,
             sent,
+            slots=self._roster.slots if sent is not None else None,
             keep_contents=self.combiners[phase] is not None,
             examples_key=self.weighted_by_key,
             needs_examples=self.weighting == "examples",
