@@ -161,7 +161,7 @@ def take_in(
     phase : {"train", "evaluate"}
         For the log.
     replies : iterable of Message
-        An :class:`~fl_bgmd.arrivals.Arrivals` is taken as it comes; of others all are there already.
+        An :class:`~fl_bgmd.arrivals.Arrivals` is taken as it comes; others are there already.
     sent : Sent or None
         What went out; None for evaluation, which brings no model back.
     rows : Tensor, optional

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from torch import Tensor
 
-from fl_bgmd.arrivals import as_they_arrive
+from fl_bgmd.arrivals import Arrivals, as_they_arrive
 from fl_bgmd.layout import ModelLayout
 from fl_bgmd.wire import Terms
 
@@ -30,6 +30,7 @@ from .rows import gathered
 from .sent import Sent, packed, round_seed
 from .stale import StaleUpdates, heard
 from .step import Outcome, Round, State, take_step
+from .storage import rows_in_file
 
 
 class RobustStrategy(DeclaredStrategy):
@@ -61,6 +62,7 @@ class RobustStrategy(DeclaredStrategy):
         self._state = State.first(seed)
         self._before_run: State | None = None
         self._sent: Sent | None = None
+        self._rows: Tensor | None = None
         self._roster, self._alerts = Roster(self.settings), Alerts(self)
 
     def start(
@@ -122,6 +124,7 @@ class RobustStrategy(DeclaredStrategy):
         share, least = self.fraction_train, self.min_train_nodes
         messages = self._ask(grid, MessageType.TRAIN, server_round, content, share, least)
         self._alerts.of_few_asked(len(messages))
+        self._rows = self._rows_in_file(len(messages), self._sent)
         return messages
 
     def configure_evaluate(
@@ -189,8 +192,8 @@ class RobustStrategy(DeclaredStrategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Screen the replies, apply the rule, return the new model and the round's diagnostics.
 
-        Of an :class:`~fl_bgmd.arrivals.Arrivals`, which a run hands over, each reply is looked at as it comes, and
-        released. A list is as good; a subclass that overrides this is given one.
+        A run hands over an :class:`~fl_bgmd.arrivals.Arrivals`: each reply is looked at as it
+        comes, and released. A list is as good; a subclass that overrides this is given one.
 
         Raises ``RuntimeError`` when called before :meth:`configure_train`, which keeps the model
         that the updates refer to.
@@ -229,13 +232,25 @@ class RobustStrategy(DeclaredStrategy):
             metrics["dropped-metrics"] = intake.dropped
         return metrics
 
+    def _rows_in_file(self, count: int, sent: Sent) -> Tensor | None:
+        """Return room for the rows of a round, those of stale updates too; None: in memory."""
+        count += len(self._state.stale.heard)
+        return rows_in_file(count, sent.width, sent.row_dtype, self.settings)
+
     def _take_in(self, phase: str, replies: Iterable[Message], sent: Sent | None) -> Intake:
         """Screen the replies of a phase."""
+        replies = replies if isinstance(replies, Arrivals) else list(replies)
+        rows, self._rows = (None, self._rows) if sent is None else (self._rows, None)
+        if sent is not None and (
+            rows is None or rows.shape[1] != sent.width or len(rows) < len(replies)
+        ):
+            rows = self._rows_in_file(len(replies), sent)
         intake = take_in(
             phase,
             replies,
             sent,
-            slots=self._roster.slots if sent is not None else None,
+            rows=rows,
+            slots=None if sent is None else self._roster.slots,
             keep_contents=self.combiners[phase] is not None,
             examples_key=self.weighted_by_key,
             needs_examples=self.weighting == "examples",
@@ -334,3 +349,7 @@ class RobustStrategy(DeclaredStrategy):
         """Log the configuration of the strategy: every option and its value."""
         super().summary()
         log_options(self)
+
+
+def _holds(rows: Tensor, count: int, width: int) -> bool:
+    return len(rows) >= count and rows.shape[1] == width
