@@ -106,8 +106,8 @@ def _pulled(
     grid: Grid, waiting: list[str], together: int, deadline: float | None
 ) -> Iterator[Message]:
     """Yield replies as they come; after the deadline those that have come by then."""
-    pause = _FIRST_PAUSE
     longest = min(_LONGEST_PAUSE, getattr(grid, "pull_interval", _LONGEST_PAUSE))
+    pause = shortest = min(longest, _FIRST_PAUSE)
     while waiting:
         is_last_look = deadline is not None and time.monotonic() >= deadline
         answered: set[str] = set()
@@ -120,6 +120,6 @@ def _pulled(
         waiting = [number for number in waiting if number not in answered]
         if is_last_look or not waiting:
             return
-        pause = _FIRST_PAUSE if answered else min(longest, pause * _LONGER)
+        pause = shortest if answered else min(longest, pause * _LONGER)
         left = pause if deadline is None else deadline - time.monotonic()
         time.sleep(max(0.0, min(pause, left)))

@@ -7,6 +7,7 @@ strategies: tests and long experiments use it. The model goes to the clients as 
 for all of them, and comes back as values from those that answer so (:mod:`fl_bgmd.held`).
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from functools import partial
@@ -169,8 +170,13 @@ class InProcessGrid(Grid):
 
         Nobody is too late: ``timeout`` means nothing here.
         """
-        pushed = list(self.push_messages(messages))
-        return (reply for key in pushed for reply in self.pull_messages([key]))
+        return self._pulled_one_by_one(deque(self.push_messages(messages)))
+
+    def _pulled_one_by_one(self, pushed: deque[str]) -> Iterator[Message]:
+        while pushed:
+            found = deque(self.pull_messages([pushed.popleft()]))
+            while found:  # nothing here holds what was handed on
+                yield found.popleft()
 
     def _deliver(self, message: Message) -> Message:
         """Call the ClientApp; its reply has content of its own, as if it had travelled."""

@@ -239,7 +239,7 @@ class _Desk:
         counts = before is None or place < before.place
         seen = set() if counts else {node}
         slot = before.slot if before is not None and counts else None
-        slot = self._free.take(node) if slot is None else slot
+        slot = self._free.take(node) if slot is None and counts else slot
         screened = self._screened(message, slot, seen)
         reply = _Reply(place, message.metadata, screened, _array_bytes(message))
         if counts and node in seen:
@@ -261,10 +261,10 @@ class _Desk:
 
     def _screened(self, message: Message, slot: int | None, seen: set[int]) -> Screened:
         """Return what the screening finds, an accepted update in the slot."""
-        if slot is None:
+        if slot is None and not seen:
             surplus = f"{self._count} messages went out, and as many replies count"
             return Screened(Rejection.UNASKED, surplus)
-        bare = self._layout is None
+        bare = self._layout is None or slot is None  # one too many is rejected without a row
         return screen(
             message,
             self._layout,
