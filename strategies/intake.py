@@ -93,9 +93,10 @@ class Intake:
         """Return the accepted replies as rows, and the state with what they say is tied.
 
         The rows (n, c) have each tensor once and lie on the settings' device; they have no weights
-        yet (see :func:`.rows.gathered`).
+        yet (see :func:`.rows.gathered`). They are no longer held here: who is done with the round
+        is done with their memory.
         """
-        rows = self.rows[: len(self.accepted)]
+        rows, self.rows = self.rows[: len(self.accepted)], self.rows[:0].clone()
         if sent.coordinates is None:
             rows, ties = count_once(sent.layout, rows, state.ties)
             if ties != state.ties:  # what is kept of each coordinate is of another width

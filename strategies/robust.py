@@ -274,8 +274,9 @@ class RobustStrategy(DeclaredStrategy):
         norms = self._alerts.accused(fresh)
         self._alerts.of_liars(state.round, intake, asked, norms or self._alerts.lengths(fresh))
         current, stale = self._gathered(state, fresh, intake)
-        buffers = intake.buffers[:count]
-        return take_step(state, sent, current, stale, buffers, self.rule, self.settings), norms
+        buffers, rows = intake.buffers[:count], [current]
+        del fresh, current  # the step lets go of the rows before it makes a model
+        return take_step(state, sent, rows.pop(), stale, buffers, self.rule, self.settings), norms
 
     def _gathered(self, state: State, fresh: Round, intake: Intake) -> tuple[Round, StaleUpdates]:
         """Return all rows of a round, and what its nodes have sent last if it succeeds.

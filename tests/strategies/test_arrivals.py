@@ -52,7 +52,7 @@ def hostile_app(events: list[str] | None = None, hostile: Iterable[int] = ()) ->
 
 
 class PolledGrid(Grid):
-    """Flower's push and pull over clients of this process: replies come in some order, a few a look.
+    """Flower's push and pull over clients of this process: replies come in some order.
 
     Parameters
     ----------
@@ -188,7 +188,7 @@ def test_a_reply_is_released_before_the_next_one_is_made(polled: bool) -> None:
         min_available_nodes=NODES,
         train_metrics_aggr_fn=lambda contents, key: MetricRecord({"n": len(contents)}),
     )
-    arrays, [figures] = run(grid, keeping, rounds=1)
+    _, [figures] = run(grid, keeping, rounds=1)
     assert figures["n"] == NODES
     # What a pull brings is handed on one by one; models this small come together.
     assert alive == [0] * NODES if not polled else max(alive) <= 1
