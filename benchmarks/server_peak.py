@@ -85,8 +85,11 @@ class Clients(Grid):
         return list(range(1, self._count + 1))
 
 
-def peak(strategy: str, n: int, d: int) -> float:
-    """Return how far memory rises in the second round of a run, in multiples of the matrix."""
+def peak(strategy: str, n: int, d: int, at_once: bool = False) -> float:
+    """Return how far memory rises in the second round of a run, in multiples of the matrix.
+
+    ``at_once`` is for all replies in a list, as Flower's ``send_and_receive`` returns them.
+    """
     logging.getLogger("flwr").setLevel(logging.ERROR)
     sizes = np.diff(np.linspace(0, d, ARRAYS + 1).astype(int))
     model = ArrayRecord({f"{i}": Array(np.zeros(size, np.float32)) for i, size in enumerate(sizes)})
@@ -97,7 +100,7 @@ def peak(strategy: str, n: int, d: int) -> float:
     def round_of(number: int) -> None:
         messages = list(own.configure_train(number, model, ConfigRecord(), grid))
         waited = arriving(grid, messages, None)
-        own.aggregate_train(number, list(waited) if strategy == "fedavg" else waited)
+        own.aggregate_train(number, list(waited) if at_once or strategy == "fedavg" else waited)
 
     round_of(1)
     return peak_extra_bytes(lambda: round_of(2), torch.device("cpu")) / (4 * n * d)
@@ -108,11 +111,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=CASES, metavar="NxD")
     parser.add_argument("--strategies", nargs="+", default=["fedavg", "mean", "gmd", "cmd", "bgmd"])
+    parser.add_argument("--at-once", action="store_true", help="all replies in a list")
     options = parser.parse_args()
     for case in options.cases:
         n, d = map(int, case.split("x"))
         for name in options.strategies:
-            code = f"from benchmarks.server_peak import peak; print(peak({name!r}, {n}, {d}))"
+            given = f"{name!r}, {n}, {d}, {options.at_once}"
+            code = f"from benchmarks.server_peak import peak; print(peak({given}))"
             found = subprocess.run(
                 [sys.executable, "-c", code], capture_output=True, text=True, check=True
             )

@@ -67,7 +67,7 @@ def arriving(grid: Grid, messages: Sequence[Message], timeout: float | None) -> 
         return list(grid.send_and_receive(messages, timeout=timeout))
     if hasattr(grid, "stream"):
         return Arrivals(len(messages), iter(grid.stream(messages, timeout=timeout)))
-    started = time.monotonic()
+    started, together = time.monotonic(), _together(messages)  # a grid may take messages apart
     try:
         pushed = list(grid.push_messages(messages))
     except NotImplementedError:
@@ -75,7 +75,7 @@ def arriving(grid: Grid, messages: Sequence[Message], timeout: float | None) -> 
     deadline = None if timeout is None else started + timeout
     # What could not be pushed is marked by None, from Flower 1.43 on by "".
     numbers = [number for number in pushed if number]
-    return Arrivals(len(messages), _pulled(grid, numbers, _together(messages), deadline))
+    return Arrivals(len(messages), _pulled(grid, numbers, together, deadline))
 
 
 def handed_to(aggregate: Callable[..., Any], replies: Iterable[Message]) -> Iterable[Message]:
