@@ -462,7 +462,7 @@ def _centering_offset(
     spread = majority_radius(distances[medoid], weights)
     if gram[medoid, medoid] <= 100 * spread**2:
         return None
-    return -rows[medoid].double()
+    return rows[medoid].to(torch.float64, copy=True).neg_()
 
 
 def bordered_gram(rows: Tensor, extra: Tensor) -> NDArray[np.float64]:
