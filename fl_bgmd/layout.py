@@ -105,7 +105,7 @@ class ModelLayout:
         self, directions: NDArray[np.floating], buffers: NDArray[np.floating]
     ) -> ArrayRecord:
         """Build the ArrayRecord of a model from its flat values, in the order and dtypes sent."""
-        arrays: dict[str, NDArray[Any]] = {}
+        arrays: dict[str, Any] = {}
         for specs, values in ((self.directions, directions), (self.buffers, buffers)):
             for spec in specs:
                 value = values[spec.offset : spec.offset + spec.size].reshape(spec.shape)
@@ -116,11 +116,10 @@ class ModelLayout:
                     value = np.rint(value)
                 with np.errstate(over="ignore", invalid="ignore"):
                     # Not np.ascontiguousarray: it turns a 0-d array into one of shape (1,).
-                    arrays[spec.key] = np.array(value, dtype=spec.dtype, order="C")
+                    made = np.array(value, dtype=spec.dtype, order="C")
+                arrays[spec.key] = made if self.held else Array(made)
         ordered = {key: arrays[key] for key in self.keys}
-        if self.held:
-            return hold(ordered)
-        return ArrayRecord({key: Array(value) for key, value in ordered.items()})
+        return hold(ordered) if self.held else ArrayRecord(ordered)
 
     def holds(self, directions: NDArray[np.floating]) -> bool:
         """Whether all values are finite, also in the dtypes of the arrays they go to."""

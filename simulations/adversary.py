@@ -7,8 +7,8 @@ counts what was played, its own and the clients'.
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_bgmd.arrivals import arriving
 from fl_bgmd.attacks import OMNISCIENT, AttackPlan, Pipeline, View
 from fl_bgmd.compression import Compressor
 from fl_bgmd.flower import Run
@@ -31,8 +32,33 @@ Preview = Callable[[Tensor, list[int], list[float], int], Tensor]
 """What a server would move by: see :meth:`fl_bgmd.strategies.RobustStrategy.preview`."""
 
 
+@dataclass
+class _Cohort:
+    """What attackers know of a push before its replies come; they wait for all of these.
+
+    Attributes
+    ----------
+    terms : Terms
+        What was asked.
+    layout : ModelLayout or None
+        Of the model that went out, None where nobody looks at more than its own update.
+    missing : set of str
+        The messages that have not been answered.
+    replies : dict of str to Message
+        Those held back, by the messages that they answer.
+    """
+
+    terms: Terms
+    layout: ModelLayout | None
+    missing: set[str] = field(default_factory=set)
+    replies: dict[str, Message] = field(default_factory=dict)
+
+
 class AdversarialGrid(Grid):
     """Flower's Grid with an adversary on the line.
+
+    Attackers that know the others' updates wait for all replies before they send their own: until
+    then none can be pulled. Otherwise replies pass as they come.
 
     Parameters
     ----------
@@ -62,6 +88,7 @@ class AdversarialGrid(Grid):
         self._num_clients = num_clients
         self.played: Counter[str] = Counter()
         self._memory: dict[str, dict[str, Any]] = {}
+        self._cohorts: list[_Cohort] = []
         self._model: NDArray[Any] | None = None
         """The trained values that the server sent last, where an attack looks at its steps."""
 
@@ -70,16 +97,44 @@ class AdversarialGrid(Grid):
     ) -> Iterable[Message]:
         """Deliver the messages, let the attackers see the replies, and hand them on."""
         sent = list(messages)
-        is_train = sent and sent[0].metadata.message_type.split(".")[0] == MessageType.TRAIN
-        if not is_train:
-            return self._inner.send_and_receive(sent, timeout=timeout)
+        cohort = self._cohort(sent)
+        replies = list(self._inner.send_and_receive(sent, timeout=timeout))
+        return replies if cohort is None else self._attacked(cohort, replies)
+
+    def stream(
+        self, messages: Sequence[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        """Send the messages; yield replies as they come, those of attackers attacked."""
+        cohort = self._cohort(messages)
+        return self._stream(cohort, arriving(self._inner, messages, timeout))
+
+    def _stream(self, cohort: _Cohort | None, replies: Iterable[Message]) -> Iterator[Message]:
+        if cohort is not None and cohort.layout is not None:
+            gathered = self._attacked(cohort, list(replies))
+            while gathered:
+                yield gathered.pop(0)
+            return
+        for reply in replies:
+            if cohort is not None:
+                self._attacked(cohort, [reply])
+            yield reply
+            del reply
+
+    def _cohort(self, sent: Sequence[Message]) -> _Cohort | None:
+        """Return what attackers know of these messages, None where they do not train."""
+        if not sent or sent[0].metadata.message_type.split(".")[0] != MessageType.TRAIN:
+            return None
         # Copies of what is needed: a grid may take the messages apart.
         terms, layout = Terms.of(sent[0].content), None
         if any(bound.attack.knows != "own" for bound in self._plan.attacks):
             layout = ModelLayout(received_model(sent[0].content))
-        replies = list(self._inner.send_and_receive(sent, timeout=timeout))
-        if layout is not None:
-            self._conspire(replies, layout, terms.round, terms.packing())
+        return _Cohort(terms, layout)
+
+    def _attacked(self, cohort: _Cohort, replies: list[Message]) -> list[Message]:
+        """Replace what the attackers among these send, and count it."""
+        if cohort.layout is not None:
+            terms = cohort.terms
+            self._conspire(replies, cohort.layout, terms.round, terms.packing())
         planned = {str(bound) for bound in self._plan.attacks}
         for reply in replies:
             if reply.has_content() and (name := marked(reply.content)) is not None:
@@ -225,8 +280,14 @@ class AdversarialGrid(Grid):
         return self._inner.get_node_ids()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Push messages; replies that are pulled one by one are not attacked here."""
-        return self._inner.push_messages(messages)
+        """Push messages."""
+        sent = list(messages)
+        cohort = self._cohort(sent)
+        pushed = list(self._inner.push_messages(sent))
+        if cohort is not None:
+            cohort.missing = {number for number in pushed if number}
+            self._cohorts.append(cohort)
+        return pushed
 
     def pull_messages(  # type: ignore[override]  # both Flower's 1.42 and 1.43 call it
         self,
@@ -234,8 +295,31 @@ class AdversarialGrid(Grid):
         *,
         message_ids: Iterable[str] | None = None,
     ) -> Iterable[Message]:
-        """Pull replies."""
-        return self._inner.pull_messages(asked_for(reply_to_message_ids, message_ids))
+        """Pull replies, those of attackers attacked."""
+        asked = list(asked_for(reply_to_message_ids, message_ids))
+        found: list[Message] = []
+        for cohort in self._cohorts:
+            own = [number for number in asked if number in cohort.missing | cohort.replies.keys()]
+            asked = [number for number in asked if number not in own]
+            if own:
+                found += self._pulled(cohort, own)
+        self._cohorts = [each for each in self._cohorts if each.missing or each.replies]
+        return [*found, *self._inner.pull_messages(asked)]
+
+    def _pulled(self, cohort: _Cohort, asked: list[str]) -> list[Message]:
+        """Return what there is to be had of a cohort's replies."""
+        waits = cohort.layout is not None
+        numbers = sorted(cohort.missing) if waits else [n for n in asked if n in cohort.missing]
+        came = list(self._inner.pull_messages(numbers))
+        cohort.missing -= {reply.metadata.reply_to_message_id for reply in came}
+        if not waits:
+            return self._attacked(cohort, came)
+        cohort.replies |= {reply.metadata.reply_to_message_id: reply for reply in came}
+        if cohort.missing:
+            return []
+        if came:
+            self._attacked(cohort, list(cohort.replies.values()))
+        return [cohort.replies.pop(number) for number in asked if number in cohort.replies]
 
 
 def _update(

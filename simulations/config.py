@@ -303,8 +303,14 @@ _LEFT_OUT = ("mixing", "checkpoints", "seed", "device", "root_update")
 _APP_DEFAULTS = {"byzantine_fraction": 0.4}
 """Where the app differs from the strategies: its experiments are attacked."""
 
-_ANNOTATIONS = {"server_learning_rate": Positive}
-"""Strategy options that take less from a configuration: functions are no text."""
+_ROWS: Any = OWN_OPTIONS["rows"].annotation
+_ANNOTATIONS: dict[str, Any] = {
+    "server_learning_rate": Positive,
+    "rows": Annotated[_ROWS, Environment()],
+    "rows_dir": Annotated[str, *_FOLDER, Operation(), Environment()],
+}
+"""Strategy options that take less from a configuration, or of which it says more: functions are no
+text."""
 
 STRATEGY_KEYS: dict[str, str] = {
     **{name: _RENAMED.get(name, o.key) for name, o in OWN_OPTIONS.items() if name not in _LEFT_OUT},

@@ -1,11 +1,14 @@
 """A grid without processes: it calls the ClientApp directly, in order, in this process.
 
+A client runs when its reply is pulled, so that no more replies exist than somebody has asked for.
+
 Bit-for-bit reproducible, and the cheapest way to run the real ServerApp, ClientApp, mods and
 strategies: tests and long experiments use it. The model goes to the clients as values, decoded once
 for all of them, and comes back as values from those that answer so (:mod:`fl_bgmd.held`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from functools import partial
 from itertools import count
@@ -81,7 +84,7 @@ class InProcessGrid(Grid):
         self._prepare = prepare
         self._message_ids = count(1)
         self._one_at_a_time = Lock()  # the older API asks each client from a thread of its own
-        self._replies: dict[str, Message] = {}
+        self._pushed: dict[str, Message] = {}
         self._contexts = {
             node: Context(
                 run_id=1,
@@ -131,7 +134,7 @@ class InProcessGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Run the clients the messages are for; their replies wait to be pulled."""
+        """Take in the messages; their clients run when the replies are pulled."""
         ids, messages = [], list(messages)
         if self._prepare is not None:
             self._prepare([(m, self._contexts[m.metadata.dst_node_id]) for m in messages])
@@ -139,7 +142,7 @@ class InProcessGrid(Grid):
         for message in messages:
             message.content = held_copy(message.content, decoded)
             message_id = self._numbered(message)
-            self._replies[message_id] = self._deliver(message)
+            self._pushed[message_id] = message
             ids.append(message_id)
         return ids
 
@@ -149,15 +152,31 @@ class InProcessGrid(Grid):
         *,
         message_ids: Iterable[str] | None = None,
     ) -> Iterable[Message]:
-        """Return the replies to the messages, each once."""
+        """Run the clients the messages are for; return their replies, each once."""
         asked = asked_for(reply_to_message_ids, message_ids)
-        return [self._replies.pop(key) for key in asked if key in self._replies]
+        pushed = (self._pushed.pop(key, None) for key in asked)
+        return [self._deliver(message) for message in pushed if message is not None]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Run the clients and return their replies in the order of the messages."""
         return self.pull_messages(self.push_messages(messages))
+
+    def stream(
+        self, messages: Sequence[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        """Send the messages; run one client after the other and yield its reply.
+
+        Nobody is too late: ``timeout`` means nothing here.
+        """
+        return self._pulled_one_by_one(deque(self.push_messages(messages)))
+
+    def _pulled_one_by_one(self, pushed: deque[str]) -> Iterator[Message]:
+        while pushed:
+            found = deque(self.pull_messages([pushed.popleft()]))
+            while found:  # nothing here holds what was handed on
+                yield found.popleft()
 
     def _deliver(self, message: Message) -> Message:
         """Call the ClientApp; its reply has content of its own, as if it had travelled."""

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -145,6 +145,7 @@ class RayGrid(InProcessGrid):
             ray.shutdown()
             raise
         self._waiting: deque[_Call] = deque()
+        self._replies: dict[str, Message] = {}
 
     def __enter__(self) -> Self:
         """Return the grid."""
@@ -178,24 +179,41 @@ class RayGrid(InProcessGrid):
         """Return the replies that are there, each once."""
         asked = list(asked_for(reply_to_message_ids, message_ids))
         self._collect(0.0)
-        return super().pull_messages(asked)
+        return [self._replies.pop(key) for key in asked if key in self._replies]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Return the replies that come within ``timeout`` seconds, in the order of the messages.
+        """Return the replies that come within ``timeout`` seconds, in the order of the messages."""
+        messages = list(messages)
+        replies = {
+            reply.metadata.reply_to_message_id: reply
+            for reply in self.stream(messages, timeout=timeout)
+        }
+        numbers = (message.metadata.message_id for message in messages)
+        return [replies[number] for number in numbers if number in replies]
+
+    def stream(
+        self, messages: Sequence[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        """Send the messages; yield replies as they come, within ``timeout`` seconds.
 
         Clients that are not done by then are cut off: their workers are replaced.
         """
-        numbers = list(self.push_messages(messages))
         deadline = None if timeout is None else time.monotonic() + timeout
-        while any(number not in self._replies for number in numbers):
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                self._cut_off(set(numbers))
-                break
-            self._collect(left)
-        return super().pull_messages(numbers)
+        return self._stream(set(self.push_messages(messages)), deadline)
+
+    def _stream(self, numbers: set[str], deadline: float | None) -> Iterator[Message]:
+        while numbers:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            self._collect(left, most=1)
+            came = numbers & self._replies.keys()
+            if not came and left == 0.0:
+                self._cut_off(numbers)
+                return
+            numbers -= came
+            for number in sorted(came, key=int):
+                yield self._replies.pop(number)
 
     # ---------------------------------------------------------------------------- workers
 
@@ -230,15 +248,18 @@ class RayGrid(InProcessGrid):
             run_config={},
         )
 
-    def _collect(self, timeout: float | None) -> None:
-        """Take in what is there, or the first thing that comes within ``timeout`` seconds."""
+    def _collect(self, timeout: float | None, most: int | None = None) -> None:
+        """Take in what is there, or the first thing that comes within ``timeout`` seconds.
+
+        Of what is there ``most`` calls at most.
+        """
         self._hand_out()
         seats = {reference: seat for seat in self._seats for reference in seat.calls}
         if not seats:
             return
         ready, _ = ray.wait(list(seats), timeout=timeout)
         more, _ = ray.wait(list(seats), num_returns=len(seats), timeout=0)
-        for reference in dict.fromkeys((*ready, *more)):
+        for reference in [*dict.fromkeys((*ready, *more))][:most]:
             seat = seats[reference]
             if reference not in seat.calls:  # its worker died meanwhile
                 continue

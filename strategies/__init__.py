@@ -1,7 +1,7 @@
 """Flower strategies that hold up when clients lie. Import them from ``fl_bgmd.strategies``."""
 
 from .declared import options_of
-from .errors import EmptyRoundsError, MissingNodesError, RunEndedError
+from .errors import EmptyRoundsError, MissingNodesError, RowsError, RunEndedError
 from .robust import RobustStrategy
 from .rules import (
     BGMD,
@@ -50,6 +50,7 @@ __all__ = [
     "RobustFilter",
     "RobustStrategy",
     "Round",
+    "RowsError",
     "RunEndedError",
     "SignGuard",
     "TrimmedMean",

@@ -23,3 +23,7 @@ class EmptyRoundsError(RunEndedError):
 
 class MissingNodesError(RunEndedError):
     """Fewer nodes than needed were connected by the deadline."""
+
+
+class RowsError(RunEndedError):
+    """The rows of a round fit neither into memory nor into a file."""

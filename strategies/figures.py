@@ -51,7 +51,7 @@ class Figures:
     benched : int or None
         Nodes that sit out the next round.
     aggregation_seconds : float
-        From the first reply that was screened to the new model.
+        For screening the replies and making a model of them; the wait for them does not count.
     """
 
     accepted: int = 0

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from torch import Tensor
 
+from fl_bgmd.arrivals import Arrivals, as_they_arrive
 from fl_bgmd.layout import ModelLayout
 from fl_bgmd.wire import Terms
 
@@ -19,7 +20,7 @@ from .alerts import Alerts
 from .declared import DeclaredStrategy
 from .errors import EmptyRoundsError
 from .figures import Figures
-from .intake import LOG, Intake, in_order, take_in
+from .intake import LOG, Intake, take_in
 from .metrics import combined, drop_own
 from .preview import preview
 from .reporting import log_options
@@ -29,6 +30,7 @@ from .rows import gathered
 from .sent import Sent, packed, round_seed
 from .stale import StaleUpdates, heard
 from .step import Outcome, Round, State, take_step
+from .storage import rows_in_file
 
 
 class RobustStrategy(DeclaredStrategy):
@@ -60,6 +62,7 @@ class RobustStrategy(DeclaredStrategy):
         self._state = State.first(seed)
         self._before_run: State | None = None
         self._sent: Sent | None = None
+        self._rows: Tensor | None = None
         self._roster, self._alerts = Roster(self.settings), Alerts(self)
 
     def start(
@@ -121,6 +124,7 @@ class RobustStrategy(DeclaredStrategy):
         share, least = self.fraction_train, self.min_train_nodes
         messages = self._ask(grid, MessageType.TRAIN, server_round, content, share, least)
         self._alerts.of_few_asked(len(messages))
+        self._rows = self._rows_in_file(len(messages), self._sent)
         return messages
 
     def configure_evaluate(
@@ -182,21 +186,26 @@ class RobustStrategy(DeclaredStrategy):
 
     # ----------------------------------------------------------------------------- what comes in
 
+    @as_they_arrive
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Screen the replies, apply the rule, return the new model and the round's diagnostics.
 
+        A run hands over an :class:`~fl_bgmd.arrivals.Arrivals`: each reply is looked at as it
+        comes, and released. A list is as good; a subclass that overrides this is given one.
+
         Raises ``RuntimeError`` when called before :meth:`configure_train`, which keeps the model
         that the updates refer to.
         """
-        sent, started = self._known_sent("aggregate_train"), time.perf_counter()
+        sent = self._known_sent("aggregate_train")
+        # While clients still train the state is that of the round before.
+        intake = self._take_in("train", replies, sent) if self.fraction_train else None
         self._state = replace(self._state, round=server_round)
-        if self.fraction_train == 0.0:
+        if intake is None:
             return None, None
-        messages = in_order(replies)
-        intake = self._take_in("train", messages, sent)
-        self._roster.answered(server_round, messages)
+        started = time.perf_counter() - intake.seconds
+        self._roster.answered(server_round, intake)
         metrics = combined(intake, "train", self.combiners["train"], self.weighted_by_key)
         self._alerts.of_names(drop_own(metrics))
         outcome, norms = self._step(sent, intake)
@@ -210,11 +219,12 @@ class RobustStrategy(DeclaredStrategy):
             raise EmptyRoundsError(f"{came}; {self.failure}", metrics)
         return outcome.arrays, metrics
 
+    @as_they_arrive
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Combine the clients' evaluation metrics by their median."""
-        intake = self._take_in("evaluate", in_order(replies), None)
+        intake = self._take_in("evaluate", replies, None)
         if not intake.accepted:
             return None
         metrics = combined(intake, "evaluate", self.combiners["evaluate"], self.weighted_by_key)
@@ -222,12 +232,25 @@ class RobustStrategy(DeclaredStrategy):
             metrics["dropped-metrics"] = intake.dropped
         return metrics
 
-    def _take_in(self, phase: str, messages: list[Message], sent: Sent | None) -> Intake:
+    def _rows_in_file(self, count: int, sent: Sent) -> Tensor | None:
+        """Return room for the rows of a round, those of stale updates too; None: in memory."""
+        count += len(self._state.stale.heard)
+        return rows_in_file(count, sent.width, sent.row_dtype, self.settings)
+
+    def _take_in(self, phase: str, replies: Iterable[Message], sent: Sent | None) -> Intake:
         """Screen the replies of a phase."""
+        replies = replies if isinstance(replies, Arrivals) else list(replies)
+        rows, self._rows = (None, self._rows) if sent is None else (self._rows, None)
+        if sent is not None and (
+            rows is None or rows.shape[1] != sent.width or len(rows) < len(replies)
+        ):
+            rows = self._rows_in_file(len(replies), sent)
         intake = take_in(
             phase,
-            messages,
+            replies,
             sent,
+            rows=rows,
+            slots=None if sent is None else self._roster.slots,
             keep_contents=self.combiners[phase] is not None,
             examples_key=self.weighted_by_key,
             needs_examples=self.weighting == "examples",
@@ -251,8 +274,9 @@ class RobustStrategy(DeclaredStrategy):
         norms = self._alerts.accused(fresh)
         self._alerts.of_liars(state.round, intake, asked, norms or self._alerts.lengths(fresh))
         current, stale = self._gathered(state, fresh, intake)
-        buffers = intake.buffers[:count]
-        return take_step(state, sent, current, stale, buffers, self.rule, self.settings), norms
+        buffers, rows = intake.buffers[:count], [current]
+        del fresh, current  # the step lets go of the rows before it makes a model
+        return take_step(state, sent, rows.pop(), stale, buffers, self.rule, self.settings), norms
 
     def _gathered(self, state: State, fresh: Round, intake: Intake) -> tuple[Round, StaleUpdates]:
         """Return all rows of a round, and what its nodes have sent last if it succeeds.
@@ -326,3 +350,7 @@ class RobustStrategy(DeclaredStrategy):
         """Log the configuration of the strategy: every option and its value."""
         super().summary()
         log_options(self)
+
+
+def _holds(rows: Tensor, count: int, width: int) -> bool:
+    return len(rows) >= count and rows.shape[1] == width

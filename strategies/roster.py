@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from fl_bgmd.shares import floor_share
 
 from .errors import MissingNodesError
-from .intake import Intake
+from .intake import Intake, Place
 from .reputation import Reputation
 from .settings import Settings
 from .step import State
@@ -39,6 +39,7 @@ class Roster:
         self._settings = settings
         self._asked: list[Metadata] = []
         self._unanswered: set[str] = set()
+        self._places: dict[int, Place] = {}
         self.num_asked = 0
         self.late = 0
 
@@ -84,13 +85,26 @@ class Roster:
         self._asked = [message.metadata for message in messages]
         self.num_asked = len(self._asked)
 
-    def answered(self, server_round: int, messages: list[Message]) -> None:
-        """Take note of who has not replied to training by the deadline."""
-        answers = {message.metadata.reply_to_message_id for message in messages}
+    @property
+    def slots(self) -> dict[int, int]:
+        """The row that each node asked will have, by what its last accepted reply was sorted by.
+
+        Empty unless that is known of all of them.
+        """
+        nodes = {sent.dst_node_id for sent in self._asked}
+        if not nodes <= self._places.keys():
+            return {}
+        ordered = sorted(nodes, key=lambda node: self._places[node])
+        return {node: slot for slot, node in enumerate(ordered)}
+
+    def answered(self, server_round: int, intake: Intake) -> None:
+        """Take note of who has replied to training by the deadline, and in what order."""
+        answers = {reply.reply_to_message_id for reply in intake.heard}
         self._unanswered |= {sent.message_id for sent in self._asked} - answers - {""}
+        self._places |= intake.places
         # The error reply that Flower makes up for a dead node does not name it.
         silent = {sent.dst_node_id for sent in self._asked}
-        silent -= {message.metadata.src_node_id for message in messages}
+        silent -= {reply.src_node_id for reply in intake.heard}
         for node in sorted(silent):
             LOG.warning("round %s: no reply from node %s", server_round, node)
 

@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
+from fl_bgmd.arrivals import arriving, handed_to
 from fl_bgmd.checkpoints import CheckpointError
 from fl_bgmd.replies import arrays_from_state, arrays_to_state
 
@@ -82,7 +83,8 @@ def run_rounds(
             LOG.info("[ROUND %s/%s]", number, num_rounds)
             messages = list(strategy.configure_train(number, arrays, train_config, grid))
             strategy.sent(messages)
-            replies = grid.send_and_receive(messages, timeout=timeout)
+            replies = arriving(grid, messages, timeout)
+            replies = handed_to(strategy.aggregate_train, replies)
             try:
                 moved, metrics = strategy.aggregate_train(number, replies)
             except EmptyRoundsError as error:
@@ -94,7 +96,8 @@ def run_rounds(
             _keep(result.train_metrics_clientapp, number, metrics, _TRAINED)
             messages = list(strategy.configure_evaluate(number, arrays, evaluate_config, grid))
             strategy.sent(messages)
-            replies = grid.send_and_receive(messages, timeout=timeout)
+            replies = arriving(grid, messages, timeout)
+            replies = handed_to(strategy.aggregate_evaluate, replies)
             metrics = strategy.aggregate_evaluate(number, replies)
             _keep(result.evaluate_metrics_clientapp, number, metrics, _EVALUATED)
             if evaluate_fn is not None:

@@ -97,6 +97,11 @@ class Sent:
         """How many values a row has."""
         return self.layout.num_directions if self.coordinates is None else len(self.coordinates)
 
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """The dtype of a row."""
+        return torch.from_numpy(self.layout.values[:0]).dtype
+
     def root_row(self, ties: Mapping[str, str], device: torch.device) -> Tensor | None:
         """Return the root as the rows of a rule are: see :meth:`spread`."""
         if self.root is None:

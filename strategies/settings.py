@@ -149,6 +149,14 @@ class Settings:
         that a person would choose is found by trying. For experiments, not for deployments.
     device : str
         Where the update matrix lives: ``auto`` is CUDA where there is one, else the CPU.
+    rows : {"auto", "memory", "file"}
+        Where the updates of a round are kept, one row for each client. ``file`` takes a file
+        without a name in ``rows_dir``, which rules work on as on memory, with the same results;
+        ``auto`` does where the rows need more than half of the memory that is available when the
+        round starts. On a GPU they have to fit there.
+    rows_dir : path
+        Folder on a disk with room for the rows of a round; by default that of temporary files,
+        which must not be in memory itself.
     root_update : callable, optional
         What the server's own data say, for rules that ask for a ``root``: a function from the
         arrays of the model to those that the server has trained on its data the way that clients
@@ -195,6 +203,8 @@ class Settings:
         Annotated[int, Ge(0), Lt(2**63)] | None, Allowed("None, or 0 to below 2^63")
     ] = None
     device: Annotated[str, _accepted_by(resolve_device), Operation()] = "auto"
+    rows: Annotated[Literal["auto", "memory", "file"], Operation()] = "auto"
+    rows_dir: Annotated[str | Path, Operation()] = ""
     root_update: Annotated[
         Callable[[ArrayRecord], ArrayRecord] | None,
         Allowed("a function from the model's arrays to those the server has trained, or None"),

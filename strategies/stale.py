@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fl_bgmd.layout import ArraySpec
+from fl_bgmd.mapped import folder_of
 
 from .ties import Tied
 
@@ -118,7 +119,17 @@ def heard(
 
 
 def behind(rows: Tensor, stale: Sequence[Heard]) -> Tensor:
-    """Return rows (n, c) with those of ``stale`` behind them, in their order, on one device."""
+    """Return rows (n, c) with those of ``stale`` behind them, in their order, on one device.
+
+    Where the file that the rows are in has room for these, too, they are written into it.
+    """
     if not stale:
+        return rows
+    n, c = rows.shape
+    count, room = n + len(stale), rows.untyped_storage().nbytes() // rows.element_size()
+    if folder_of(rows) is not None and rows.is_contiguous() and count * c <= room:
+        rows = rows.as_strided((count, c), (c, 1), 0)
+        for i, other in enumerate(stale, start=n):
+            rows[i] = other.row
         return rows
     return torch.cat([rows, torch.stack([h.row for h in stale]).to(rows.device)])

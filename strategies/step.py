@@ -231,6 +231,8 @@ def take_step(
             result, drawn = aggregate(rule, current, state)
         except ValueError as error:
             return Outcome(state.emptied(), sent.model, None, f"the rule failed: {error}", True)
+        share = current.byzantine_fraction if settings.estimated else None
+        del current
         moved, optimizer = descend(
             sent.own_layout.values,
             sent.spread(result.vector, state.ties),
@@ -242,7 +244,6 @@ def take_step(
     if not sent.layout.holds(moved):
         return Outcome(state, sent.model, result, "the new one is not finite", True, *counts)
     arrays = sent.layout.to_arrays(moved, middle_of(sent.layout, buffers))
-    share = current.byzantine_fraction if settings.estimated else None
     after = replace(
         following(state, rule, result, drawn, share),
         optimizer=optimizer,

@@ -71,6 +71,10 @@ class StrategyOptions(TypedDict, total=False):
     """Seed of the sampling of nodes, blocks and buckets, for runs that can be repeated."""
     device: str
     """Where the update matrix lives."""
+    rows: Literal["auto", "memory", "file"]
+    """Where the updates of a round are kept, one row for each client."""
+    rows_dir: str | Path
+    """Folder on a disk with room for the rows of a round."""
     root_update: Callable[[ArrayRecord], ArrayRecord] | None
     """What the server's own data say, for rules that ask for a ``root``."""
 

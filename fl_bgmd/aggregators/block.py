@@ -32,6 +32,7 @@ from .rows import (
     result_dtype,
     row_norms,
     sum_blocks,
+    written,
 )
 from .rule import rule
 from .sampling import Selection, select_block
@@ -147,7 +148,9 @@ def block_geometric_median(
     left = squared - row_norms(chosen, waited) ** 2
     next_memory: BlockMemory | None = None
     if memory_rule == "per-client":
-        left_over = (rows * scale).to(dtype).index_fill_(1, block, 0.0)
+        left_over = written(lambda r: (rows[r] * scale).to(dtype), (n, d), updates, dtype)
+        for row in left_over:
+            row.index_fill_(0, block, 0.0)
         whose = None if nodes is None else tuple(nodes)
         next_memory = BlockMemory(left_over, nodes=whose).with_rows_of(before)
     elif memory_rule != "none" and k == d:
@@ -193,11 +196,21 @@ def _prepared(
     if memory is not None and (
         memory_rule == "per-client" or (memory_rule == "mean" and largest > 1e100)
     ):
-        updates, memory, largest = _finite(updates + memory.vector), None, 0.0
+        given, added = updates, memory.vector
+        of_each = memory_rule == "per-client"
+        updates = written(
+            lambda r: _finite(given[r] + (added[r] if of_each else added)),
+            (given.shape[0], given.shape[1]),
+            given,
+            torch.promote_types(given.dtype, added.dtype),
+        )
+        memory, largest = None, 0.0
     rows, scales = in_range(updates)
     scale = float(scales.min())
     if largest / scale > 1e100:
-        rows, scale = rows / (largest / scale), largest
+        wide, divisor = rows, largest / scale
+        shape = (wide.shape[0], wide.shape[1])
+        rows, scale = written(lambda r: wide[r] / divisor, shape, wide, wide.dtype), largest
     return rows, scale, memory if memory is None or scale == 1.0 else memory.scaled(1 / scale)
 
 

@@ -114,10 +114,10 @@ class Buckets(Mixing):
     sizes: NDArray[np.int64]
 
     def apply(self, updates: Tensor, out: Tensor | None = None) -> Tensor:
-        """See :class:`Mixing`."""
+        """See :class:`Mixing`; into the first m rows of ``out``."""
         m = len(self.sizes)
         shape = (m, updates.shape[1])
-        out = empty(shape, updates, result_dtype(updates)) if out is None else out
+        out = empty(shape, updates, result_dtype(updates)) if out is None else out[:m]
         target = native(out, updates)
         on_cpu = updates.device.type == "cpu"
         order, starts = np.argsort(self.bucket, kind="stable"), np.cumsum(self.sizes) - self.sizes

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .rows import empty, stacked
+
 SMOOTHING = 0.9
 """What earlier rounds count for in the curvature, each as much of the next one."""
 
@@ -57,10 +59,12 @@ class BlockMemory:
         """Return the rows of these nodes, zeros for those who have none."""
         assert self.nodes is not None
         place = {node: i for i, node in enumerate(self.nodes)}
-        rows = self.vector.new_zeros((len(nodes), self.vector.shape[1]))
-        for i, node in enumerate(nodes):
+        rows = empty((len(nodes), self.vector.shape[1]), self.vector, self.vector.dtype)
+        for row, node in zip(rows, nodes, strict=True):
             if node in place:
-                rows[i] = self.vector[place[node]]
+                row.copy_(self.vector[place[node]])
+            else:
+                row.zero_()
         return BlockMemory(rows, nodes=tuple(nodes))
 
     def with_rows_of(self, before: "BlockMemory | None") -> "BlockMemory":
@@ -71,7 +75,8 @@ class BlockMemory:
         if not others:
             return self
         nodes = (*self.nodes, *(before.nodes[i] for i in others))
-        return BlockMemory(torch.cat((self.vector, before.vector[others])), nodes=nodes)
+        sources = [*self.vector, *(before.vector[i] for i in others)]
+        return BlockMemory(stacked(sources, self.vector), nodes=nodes)
 
     @property
     def curvature(self) -> float | None:

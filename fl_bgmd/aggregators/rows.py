@@ -12,7 +12,7 @@ For many it would be the larger of the two: there the rules work in strips.
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -24,12 +24,15 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+from fl_bgmd import mapped
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK_ELEMENTS = 1 << 19  # of a block: 4 MiB in float64, the fastest of 2^15 to 2^21
 _PIECE, _STRIP = 512, 8  # columns and rows of a small product
 _SMALL_ROWS = 100  # with more rows small products gain nothing
 _FEW_ELEMENTS = 1 << 16  # fewer are done sooner than a thread is started
 _STRIP_ELEMENTS = 1 << 17  # of a strip of rows: 1 MiB in float64
+_WRITTEN_ELEMENTS = 1 << 20  # of rows that are written together
 _DISTANCE_ELEMENTS, _DISTANCE_WIDTH = 1 << 20, 128  # of a strip of distances; columns at a time
 DENSE_ROWS = 1000  # up to here an n x n matrix is small
 
@@ -238,14 +241,37 @@ def dot(a: Any, b: Any) -> Any:
 
 
 def empty(shape: int | tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return an uninitialised tensor on the device of ``like``.
+    """Return an uninitialised tensor on the device of ``like``; a matrix in a file if ``like`` is.
 
     On the CPU it lies in NumPy's memory: large arrays of NumPy's ask for huge pages, without
     which the first touch of fresh memory can cost more than the arithmetic.
     """
     if like.device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=like.device)
+    beside = None if isinstance(shape, int) else mapped.like(like, shape, dtype)
+    if beside is not None:
+        return beside
     return torch.from_numpy(np.empty(shape, np.float64 if dtype == torch.float64 else np.float32))
+
+
+def written(
+    function: Callable[[slice], Tensor], shape: tuple[int, int], like: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return a matrix whose ``rows`` are ``function(rows)``: without a second one on the way."""
+    out = empty(shape, like, dtype)
+    height = max(1, _WRITTEN_ELEMENTS // max(1, shape[1]))
+    for start in range(0, shape[0], height):
+        rows = slice(start, min(start + height, shape[0]))
+        out[rows] = function(rows)
+    return out
+
+
+def stacked(rows: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Return rows (d,) as a matrix of the dtype of ``like``, and in a file if ``like`` is."""
+    out = empty((len(rows), len(rows[0])), like, like.dtype)
+    for target, row in zip(out, rows, strict=True):
+        target.copy_(row)
+    return out
 
 
 def fill_zeros(vector: Tensor) -> Tensor:
@@ -334,7 +360,10 @@ def in_range(updates: Tensor) -> tuple[Tensor, NDArray[np.float64]]:
     if is_ordinary and sizes.max() <= 1e150:
         return updates, scales
     scales = np.maximum(1.0 if is_ordinary else typical, sizes / 1e150)
-    return updates / torch.from_numpy(scales).to(updates.device)[:, None], scales
+    divisors = torch.from_numpy(scales).to(updates.device)[:, None]
+    shape = (updates.shape[0], updates.shape[1])
+    rows = written(lambda r: updates[r] / divisors[r], shape, updates, updates.dtype)
+    return rows, scales
 
 
 def squared_distances(gram: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -433,7 +462,7 @@ def _centering_offset(
     spread = majority_radius(distances[medoid], weights)
     if gram[medoid, medoid] <= 100 * spread**2:
         return None
-    return -rows[medoid].double()
+    return rows[medoid].to(torch.float64, copy=True).neg_()
 
 
 def bordered_gram(rows: Tensor, extra: Tensor) -> NDArray[np.float64]:

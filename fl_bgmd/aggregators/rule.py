@@ -37,8 +37,9 @@ from fl_bgmd.registry import Registry, split_specs
 from fl_bgmd.shares import floor_share, hostile_count
 
 from .chain import chained
-from .means import Mixing, Recentered
+from .means import Buckets, Mixing, Recentered
 from .results import Aggregate
+from .rows import result_dtype
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -262,7 +263,10 @@ class Rule:
                     else part(updates=updates, origin=origin, **inputs)
                 )
                 keeps = isinstance(part, Mixing) or part.kind.keeps_rows
-                into = updates if (overwrite or changed) and keeps else None
+                # Means are never less precise than float32: in narrower rows they have no place.
+                fits = updates.dtype == result_dtype(updates)
+                fits = fits and (keeps or isinstance(made, Buckets))
+                into = updates if (overwrite or changed) and fits else None
                 updates = made.apply(updates, out=into)
                 origin = made.origin if isinstance(made, Recentered) else origin
                 changed = changed or not isinstance(made, Recentered)

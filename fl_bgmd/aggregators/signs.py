@@ -18,6 +18,7 @@ from .rule import rule
 Array = NDArray[np.float64]
 
 _STEPS = 300  # of a mean shift at most
+_COUNTED = 1 << 22  # signs that are counted together
 _QUANTILE = 0.5  # of the neighbors that set its bandwidth
 
 
@@ -70,7 +71,7 @@ def sign_guard(
     norms = finite_norms(updates)
     middle = float(np.median(norms))
     ordinary = (norms >= lower * middle) & (norms <= upper * middle)
-    features = _sign_shares(updates[:, _drawn(updates, coordinate_share, generator)])
+    features = _sign_shares(updates, _drawn(updates, coordinate_share, generator))
     labels = mean_shift(features)
     like_most = labels == np.bincount(labels).argmax()
     kept = ordinary & like_most
@@ -81,25 +82,30 @@ def sign_guard(
     return FilteredAggregate(vector, torch.from_numpy(weights), kept=torch.from_numpy(kept))
 
 
-def _drawn(updates: Tensor, share: float, generator: torch.Generator | None) -> Any:
-    """Return the columns to look at: all of them, or one of each stretch, at random."""
+def _drawn(updates: Tensor, share: float, generator: torch.Generator | None) -> Tensor | None:
+    """Return the columns to look at, one of each stretch at random; None for all of them."""
     d, step = updates.shape[1], round(1 / share)
     if step == 1:
-        return slice(None)
+        return None
     starts = torch.arange(0, d, step)
     lengths = torch.clamp(d - starts, max=step)
     drawn = torch.rand(len(starts), generator=generator, dtype=torch.float64) * lengths
     return (starts + drawn.long()).to(updates.device)
 
 
-def _sign_shares(part: Tensor) -> Array:
-    """Return the shares of positive, zero and negative entries in each row, (n, 3)."""
+def _sign_shares(updates: Tensor, columns: Tensor | None) -> Array:
+    """Return the shares of positive, zero and negative entries in some columns, (n, 3)."""
 
     def count(_: slice, block: Any) -> Any:
         return np.stack([numbers((block > 0).sum(1)), numbers((block < 0).sum(1))], axis=1)
 
-    d = part.shape[1]
-    positive, negative = sum_blocks(count, part).T
+    n, d = len(updates), updates.shape[1] if columns is None else len(columns)
+    if columns is None:
+        counts = sum_blocks(count, updates)
+    else:  # a copy of all of them at once could be large
+        parts = torch.split(columns, max(1, _COUNTED // n))
+        counts = sum(sum_blocks(count, updates[:, part]) for part in parts)
+    positive, negative = counts.T
     return np.stack([positive, d - positive - negative, negative], axis=1) / d
 
 

@@ -13,7 +13,7 @@ from fl_bgmd.options import NonNegative, Positive
 
 from .norms import clip_factors, finite_norms
 from .results import Aggregate, FilteredAggregate
-from .rows import check_updates, combine, gram_matrix, in_range, result_dtype
+from .rows import check_updates, combine, gram_matrix, in_range, result_dtype, stacked, written
 from .rule import rule
 
 Array = NDArray[np.float64]
@@ -96,7 +96,8 @@ def fools_gold(
 
 def _with(memory: History | None, updates: Tensor, nodes: tuple[int, ...]) -> History:
     """Return the history with a round's updates; its first rows are those of this round's nodes."""
-    sums = updates.to(result_dtype(updates), copy=True)
+    shape, dtype = (updates.shape[0], updates.shape[1]), result_dtype(updates)
+    sums = written(lambda rows: updates[rows].to(dtype), shape, updates, dtype)
     if memory is None:
         return History(sums, nodes)
     place = {node: i for i, node in enumerate(memory.nodes)}
@@ -106,9 +107,8 @@ def _with(memory: History | None, updates: Tensor, nodes: tuple[int, ...]) -> Hi
     absent = [i for node, i in place.items() if node not in nodes]
     if not absent:
         return History(sums, nodes)
-    return History(
-        torch.cat((sums, memory.sums[absent])), (*nodes, *(memory.nodes[i] for i in absent))
-    )
+    sums = stacked([*sums, *(memory.sums[i] for i in absent)], sums)
+    return History(sums, (*nodes, *(memory.nodes[i] for i in absent)))
 
 
 def _pardoned(cosines: Array, confidence: float) -> Array:

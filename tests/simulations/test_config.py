@@ -95,6 +95,8 @@ BAD: dict[str, list[Any]] = {
     "too-few-nodes": ["wait", ""],
     "bench-after": [-1],
     "bench-rounds": [0, -1],
+    "rows": ["disk", ""],
+    "rows-dir": ["~nobody-of-this-name/rows"],
     "checkpoint-dir": ["~nobody-of-this-name/runs"],
     "checkpoint-every": [0, -1],
     "checkpoint-keep": [0, -1],

@@ -1,0 +1,122 @@
+"""Rules on rows that do not fit into memory: time, and what they hold of their own.
+
+``python -m benchmarks.scale --clients 100 --parameters 100000000 --folder /data`` puts the rows of
+a round into a file there (40 GB), applies the rules, and prints JSON lines: seconds, also in
+multiples of reading the file once, and the peak of anonymous memory, in bytes. What the system
+keeps of the file in memory it takes back when it needs it; it does not count.
+"""
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fl_bgmd.aggregators import build_rule
+from fl_bgmd.mapped import mapped
+
+PASSES = {
+    "gmd": "2 reads: Gram matrix, weighted sum",
+    "cmd": "1 read",
+    "bgmd": "5 reads: norms, scores, block, sketch, weighted sum",
+    "robust-filter+nearest-neighbor": "4 reads, 1 write: Gram matrix and means, twice",
+}
+"""What each rule does with the file."""
+
+HOSTILE = 0.2
+_PIECE = 2**22
+
+
+def fill(rows: Tensor) -> None:
+    """Write rows like those of clients that train on different data; a fifth of them lie."""
+    n, d = rows.shape
+    draw = np.random.default_rng(0)
+    pool = draw.standard_normal(2 * _PIECE + d % _PIECE, np.float32)
+    hostile = int(HOSTILE * n)
+    for i, row in enumerate(rows.numpy()):
+        size = np.float32(-5 if i < hostile else 1)
+        for start in range(0, d, _PIECE):
+            part = row[start : start + _PIECE]
+            common, own = draw.integers(0, _PIECE, 2) * (0, 1) + (start // _PIECE % 64, 0)
+            np.add(pool[common:][: len(part)], pool[own:][: len(part)], out=part)
+            part *= size
+
+
+def read(rows: Tensor) -> float:
+    """Read all rows once, as fast as one thread does; return their sum."""
+    return sum(float(np.add.reduce(row)) for row in rows.numpy())
+
+
+class Peak:
+    """The highest anonymous memory of this process while a block runs."""
+
+    def __enter__(self) -> "Peak":
+        """Begin to look."""
+        self.bytes, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Look no more."""
+        self._done.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        status = Path("/proc/self/status")
+        while True:
+            lines = [x for x in status.read_text().splitlines() if x.startswith("RssAnon:")]
+            self.bytes = max(self.bytes, int(lines[0].split()[1]) * 1024)
+            if self._done.wait(0.02):
+                return
+
+
+def timed(function: Callable[[], object]) -> tuple[float, int]:
+    """Return the seconds that a call took, and the peak of anonymous memory."""
+    with Peak() as peak:
+        started = time.perf_counter()
+        function()
+        return time.perf_counter() - started, peak.bytes
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clients", type=int, default=100)
+    parser.add_argument("--parameters", type=int, default=100_000_000)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--rules", nargs="+", default=list(PASSES))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    n, d = options.clients, options.parameters
+    rows = mapped((n, d), torch.float32, options.folder)
+    shape = {"n": n, "d": d, "file-bytes": 4 * n * d, "threads": options.threads}
+    seconds, _ = timed(lambda: fill(rows))
+    print(json.dumps({"step": "fill", **shape, "seconds": round(seconds, 2)}), flush=True)
+    once, held = timed(lambda: read(rows))
+    line = {"step": "read", **shape, "seconds": round(once, 2), "anonymous-bytes": held}
+    print(json.dumps(line), flush=True)
+    for spec in options.rules:
+        rule = build_rule(spec, generator=torch.Generator().manual_seed(0))
+        # Mixings write into the file: such a rule comes last.
+        seconds, held = timed(lambda rule=rule: rule(rows, overwrite=True))
+        line = {
+            "step": spec,
+            **shape,
+            "seconds": round(seconds, 2),
+            "reads": round(seconds / once, 2),
+            "passes": PASSES.get(spec, ""),
+            "anonymous-bytes": held,
+        }
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

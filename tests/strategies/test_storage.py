@@ -1,0 +1,173 @@
+"""Where the rows of a round are: memory or a file, with the same results; a server's peak."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flower_messages import regression_app, regression_model, same_bits, shrunk
+from flwr.app import Message, MetricRecord
+from flwr.serverapp.strategy import Result
+
+from fl_bgmd.aggregators import MIXINGS, RULES
+from fl_bgmd.mapped import folder_of
+from fl_bgmd.mods import CompressionMod
+from fl_bgmd.strategies import GMD, Mean, RobustStrategy, Round, RowsError
+from simulations.grid import InProcessGrid
+from strategies import storage
+from strategies.settings import Settings
+
+NODES = 11
+
+
+def run(spec: str, rounds: int = 2, **options: Any) -> Result:
+    """Run rounds in which the blocks and whoever is sampled are the same."""
+    mods = [CompressionMod()] if "compressor" in options else []
+    if RULES.parse(spec.partition("+")[0])[0].needs_root:
+        options["root_update"] = shrunk
+    counts = {"min_train_nodes": NODES, "min_available_nodes": NODES, "seed": 5}
+    strategy = RobustStrategy(spec, **{**counts, **options})
+    grid = InProcessGrid(regression_app(mods), NODES, {})
+    return strategy.start(grid, regression_model(), num_rounds=rounds)
+
+
+def figures(result: Result) -> list[dict[str, Any]]:
+    """Return the rounds' metrics but for the time they took."""
+    rounds = [dict(metrics) for metrics in result.train_metrics_clientapp.values()]
+    return [{k: v for k, v in each.items() if k != "aggregation-seconds"} for each in rounds]
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((rule, {}) for rule in RULES),
+    *((f"gmd+{mixing}", {}) for mixing in MIXINGS),
+    ("bgmd:memory=per-client", {}),
+    ("bgmd", {"compressor": "qsgd:4"}),
+    ("gmd", {"compressor": "scaled-rand-k:0.5", "shared_coordinates": True}),
+    ("gmd", {"stale_updates": 5, "fraction_train": 0.5, "min_train_nodes": 2}),
+    ("gmd", {"byzantine_fraction": "auto"}),
+    ("mean", {"weighting": "examples"}),
+]
+
+
+@pytest.mark.parametrize(("spec", "options"), CASES, ids=lambda case: str(case)[:40])
+def test_rows_in_a_file_give_the_same_model(
+    spec: str, options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = run(spec, 3, rows="memory", **options)
+    with caplog.at_level(logging.INFO, "flwr.fl_bgmd"):
+        file = run(spec, 3, rows="file", rows_dir=str(tmp_path), **options)
+    assert same_bits(file.arrays, memory.arrays)
+    assert figures(file) == figures(memory)
+    assert f"are in a file in {tmp_path}" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+class Watching(GMD):
+    """Notes where the rows are."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.seen: list[tuple[Path | None, int]] = []
+
+    def aggregate(self, current: Round) -> Any:
+        self.seen.append((folder_of(current.updates), len(current.updates)))
+        return super().aggregate(current)
+
+
+def watched(rounds: int = 1, **options: Any) -> list[tuple[Path | None, int]]:
+    counts = {"min_available_nodes": NODES, "fraction_evaluate": 0.0, "seed": 5}
+    strategy = Watching(**{**counts, "min_train_nodes": NODES, **options})
+    grid = InProcessGrid(regression_app(), NODES, {})
+    strategy.start(grid, regression_model(), num_rounds=rounds)
+    return strategy.seen
+
+
+def test_stale_rows_are_in_the_file_too(tmp_path: Path) -> None:
+    options = {"fraction_train": 0.4, "min_train_nodes": 2, "stale_updates": 9}
+    seen = watched(4, rows="file", rows_dir=tmp_path, **options)
+    assert {folder for folder, _ in seen} == {tmp_path}
+    assert seen[-1][1] > seen[0][1]
+
+
+def test_auto_takes_a_file_where_the_rows_need_half_of_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    size = NODES * 9 * 4
+    for available, folder in (
+        (None, None),
+        (2 * size, None),
+        (2 * size - 1, tmp_path),
+        (size // 2, tmp_path),
+    ):
+        monkeypatch.setattr(storage, "available_memory", lambda a=available: a)
+        assert watched(rows_dir=tmp_path) == [(folder, NODES)]
+    # Without room for a file they stay in memory as long as that has room.
+    monkeypatch.setattr(storage, "available_memory", lambda: size)
+    assert watched(rows_dir=tmp_path / "nowhere") == [(None, NODES)]
+    assert f"{size:,} bytes of memory are available: they stay there" in caplog.text
+    monkeypatch.setattr(storage, "available_memory", lambda: size - 1)
+    with pytest.raises(RowsError, match="rows_dir"):
+        watched(rows_dir=tmp_path / "nowhere")
+
+
+def test_no_room_ends_the_run_before_anybody_trains(tmp_path: Path) -> None:
+    trained: list[Message] = []
+
+    class Noting(InProcessGrid):
+        def push_messages(self, messages: Any) -> Any:
+            trained.extend(messages)
+            return super().push_messages(messages)
+
+    strategy = Mean(rows="file", rows_dir=tmp_path / "nowhere", min_available_nodes=NODES)
+    grid = Noting(regression_app(), NODES, {})
+    with pytest.raises(RowsError, match=r"rows_dir: .*nowhere, where 396 bytes are") as found:
+        strategy.start(grid, regression_model(), num_rounds=1)
+    assert trained == []
+    assert isinstance(found.value.result, Result)
+
+
+def test_this_machine_says_how_much_memory_there_is(tmp_path: Path) -> None:
+    known = storage.available_memory()
+    if known is None:
+        pytest.skip("nobody says")
+    assert 2**20 < known < 2**50
+    assert storage._left_to_group(tmp_path) == []
+    (tmp_path / "memory.max").write_text("max\n")
+    assert storage._left_to_group(tmp_path) == []
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.stat").write_text("anon 300\nfile 500\n")
+    assert storage._left_to_group(tmp_path) == [700]
+
+
+def test_a_file_is_made_where_rows_come_without_a_round_of_ours(tmp_path: Path) -> None:
+    settings = Settings(rows="file", rows_dir=tmp_path)
+    rows = storage.rows_in_file(3, 4, torch.float64, settings)
+    assert rows is not None
+    assert folder_of(rows) == tmp_path
+    assert storage.rows_in_file(0, 4, torch.float64, settings) is None
+
+
+def test_metrics_functions_see_replies_without_their_arrays() -> None:
+    seen: list[set[str]] = []
+
+    def note(contents: list[Any], key: str) -> MetricRecord:
+        seen.extend(set(content) for content in contents)
+        return MetricRecord({"n": len(contents)})
+
+    run("mean", 1, train_metrics_aggr_fn=note)
+    assert seen == [{"metrics"}] * NODES
+
+
+PEAK = "from benchmarks.server_peak import peak; print(peak({!r}, 10, 2_000_000))"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="counts pages as Linux does")
+def test_a_server_holds_one_matrix_and_one_reply() -> None:
+    """With real messages: of ten replies one is a tenth of the matrix."""
+    root = Path(__file__).parents[2]
+    code = [sys.executable, "-c", PEAK.format("gmd")]
+    found = subprocess.run(code, capture_output=True, text=True, check=True, cwd=root)
+    assert 1.0 < float(found.stdout) < 1.3
