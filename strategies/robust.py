@@ -350,7 +350,3 @@ class RobustStrategy(DeclaredStrategy):
         """Log the configuration of the strategy: every option and its value."""
         super().summary()
         log_options(self)
-
-
-def _holds(rows: Tensor, count: int, width: int) -> bool:
-    return len(rows) >= count and rows.shape[1] == width
