@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -26,7 +26,7 @@ from fl_bgmd.held import held
 from fl_bgmd.models import build
 from fl_bgmd.schedules import scheduled_learning_rate
 from fl_bgmd.shares import floor_share
-from fl_bgmd.strategies import RobustStrategy, RunEndedError
+from fl_bgmd.strategies import RobustStrategy, RunEndedError, Verdict
 
 from .adversary import AdversarialGrid
 from .config import SETTINGS, Config, strategy_for
@@ -55,6 +55,8 @@ class RunResult:
     backend : str
         Where the clients were: one of :data:`simulations.backends.BACKENDS`, ``flwr`` under
         ``flwr run``.
+    verdicts : sequence of Verdict
+        What the server made of each client in each round (see :mod:`fl_bgmd.strategies`).
     """
 
     config: Config
@@ -64,6 +66,7 @@ class RunResult:
     seconds: float = 0.0
     played: dict[str, int] = field(default_factory=dict)
     backend: str = "flwr"
+    verdicts: Sequence[Verdict] = ()
 
     @property
     def frame(self) -> "pd.DataFrame":
@@ -114,6 +117,8 @@ class RunResult:
         folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(entry, sort_keys=True) for entry in self.rounds]
         (folder / "rounds.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        verdicts = "".join(f"{verdict.to_json()}\n" for verdict in self.verdicts)
+        (folder / "verdicts.jsonl").write_text(verdicts, encoding="utf-8")
         record = {
             "status": self.status,
             "error": self.error,
@@ -146,7 +151,16 @@ class RunResult:
             record["seconds"],
             record["played"],
             record.get("backend", ""),  # older runs do not say
+            read_verdicts(folder / "verdicts.jsonl"),
         )
+
+
+def read_verdicts(path: Path) -> list[Verdict]:
+    """Read a ``verdicts.jsonl``; older runs have none."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [Verdict.from_json(line) for line in file if line.strip()]
 
 
 def environment() -> dict[str, Any]:
@@ -237,7 +251,7 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
     except RunEndedError as error:
         outcome = error.result
         result.status, result.error = "failed", f"{type(error).__name__}: {error}"
-    result.rounds = _history(outcome)
+    result.rounds, result.verdicts = _history(outcome), strategy.verdicts
     if "accuracy" not in result.rounds[-1] and outcome.arrays:  # it ended between evaluations
         result.rounds[-1] |= dict(measure(outcome.arrays))
     result.seconds = time.perf_counter() - started

@@ -26,6 +26,7 @@ from .rules import (
 )
 from .settings import OWN_OPTIONS
 from .step import Round
+from .verdicts import RobustResult, Verdict, Verdicts
 
 __all__ = [
     "BGMD",
@@ -48,10 +49,13 @@ __all__ = [
     "NormClipping",
     "NormThreshold",
     "RobustFilter",
+    "RobustResult",
     "RobustStrategy",
     "Round",
     "RunEndedError",
     "SignGuard",
     "TrimmedMean",
+    "Verdict",
+    "Verdicts",
     "options_of",
 ]

@@ -20,6 +20,7 @@ from .sent import Sent
 from .settings import Settings
 from .step import Round, State
 from .ties import count_once
+from .verdicts import ACCEPTED, Heard
 
 LOG = logging.getLogger("flwr.fl_bgmd")
 
@@ -51,6 +52,8 @@ class Intake:
         How many metrics of accepted replies were dropped because they are not finite.
     first_dropped : str
         Which one was the first, and whose.
+    heard : list of Heard
+        All replies, in their order.
     bytes_up, bytes_rejected : int
         Bytes of arrays in accepted and in rejected replies.
     """
@@ -65,6 +68,7 @@ class Intake:
     examples: dict[str, str] = field(default_factory=dict)
     dropped: int = 0
     first_dropped: str = ""
+    heard: list[Heard] = field(default_factory=list)
     bytes_up: int = 0
     bytes_rejected: int = 0
 
@@ -155,6 +159,8 @@ def take_in(
             examples_key=examples_key,
             **screening,
         )
+        verdict = ACCEPTED if screened.reason is None else screened.reason.value
+        intake.heard.append(Heard(node, partition_id(message), verdict))
         if screened.reason is None:
             intake.accepted.append(screened)
             intake.nodes.append(node)

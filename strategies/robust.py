@@ -9,7 +9,6 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result
 from torch import Tensor
 
 from fl_bgmd.layout import ModelLayout
@@ -29,6 +28,8 @@ from .rows import gathered
 from .sent import Sent, packed, round_seed
 from .stale import StaleUpdates, heard
 from .step import Outcome, Round, State, take_step
+from .survey import Survey
+from .verdicts import RobustResult, Verdicts
 
 
 class RobustStrategy(DeclaredStrategy):
@@ -60,6 +61,8 @@ class RobustStrategy(DeclaredStrategy):
         self._state = State.first(seed)
         self._before_run: State | None = None
         self._sent: Sent | None = None
+        self._survey: Survey | None = None
+        self.verdicts = Verdicts()
         self._roster, self._alerts = Roster(self.settings), Alerts(self)
 
     def start(
@@ -72,7 +75,7 @@ class RobustStrategy(DeclaredStrategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
         should_stop: StopFn | None = None,
-    ) -> Result:
+    ) -> RobustResult:
         """Run the rounds, as :meth:`flwr.serverapp.strategy.Strategy.start`.
 
         With ``checkpoints`` the run resumes from the newest one; ``initial_arrays`` then only says
@@ -93,7 +96,7 @@ class RobustStrategy(DeclaredStrategy):
         """
         # What an earlier run left behind is not this one's.
         before = self._state = self._before_run or self._state
-        self._sent = None
+        self._sent, self.verdicts = None, Verdicts()
         self.warn_at_start()
         # Copies: what this strategy asks of clients is not the next one's.
         train, evaluate = (ConfigRecord(dict(c or {})) for c in (train_config, evaluate_config))
@@ -201,6 +204,7 @@ class RobustStrategy(DeclaredStrategy):
         self._alerts.of_names(drop_own(metrics))
         outcome, norms = self._step(sent, intake)
         self._state = self._judge(intake, outcome, norms)
+        self._keep_verdicts(intake, outcome)
         seconds = time.perf_counter() - started
         Figures.of(sent, intake, outcome, self._state, self._roster, seconds).write(metrics)
         if self._state.empty_rounds >= self.max_empty_rounds:
@@ -239,7 +243,7 @@ class RobustStrategy(DeclaredStrategy):
 
     def _step(self, sent: Sent, intake: Intake) -> tuple[Outcome, dict[int, float]]:
         """Take the step of a round; return what it came to, and lengths that may accuse."""
-        state, asked = self._state, self._roster.num_asked
+        state, asked, self._survey = self._state, self._roster.num_asked, None
         count, least = len(intake.accepted), self.settings.least_replies
         if count < least:
             self._alerts.of_liars(state.round, intake, asked, {})
@@ -249,7 +253,8 @@ class RobustStrategy(DeclaredStrategy):
         state, fresh = intake.as_round(state, sent, self.settings)
         self._alerts.of_ties(sent, state.ties)
         norms = self._alerts.accused(fresh)
-        self._alerts.of_liars(state.round, intake, asked, norms or self._alerts.lengths(fresh))
+        survey = self._survey = Survey.of(fresh.updates, self._seed(state.round, 2))
+        self._alerts.of_liars(state.round, intake, asked, dict(zip(fresh.nodes, survey.norms.tolist(), strict=True)))
         current, stale = self._gathered(state, fresh, intake)
         buffers = intake.buffers[:count]
         return take_step(state, sent, current, stale, buffers, self.rule, self.settings), norms
@@ -281,6 +286,22 @@ class RobustStrategy(DeclaredStrategy):
         reputation = self._roster.judge(state, intake, weights or [], norms)
         stale = state.stale.without(reputation.benched(state.round + 1))
         return replace(state, reputation=reputation, stale=stale)
+
+    def _keep_verdicts(self, intake: Intake, outcome: Outcome) -> None:
+        """Keep what the round made of each client."""
+        survey, result, reputation = self._survey, outcome.result, self._state.reputation
+        number, asked, self._survey = self._state.round, self._roster.nodes_asked, None
+        near = None if survey is None or result is None else survey.distances(result.vector)
+        self.verdicts.add(
+            number,
+            intake.heard,
+            asked=asked,
+            sat_out=reputation.benched(number) - asked,
+            benched=reputation.benched(number + 1),
+            norms=None if survey is None else survey.norms.tolist(),
+            distances=None if near is None else near.tolist(),
+            weights=outcome.weights,
+        )
 
     def preview(
         self, updates: Tensor, nodes: list[int], examples: list[float], rounds: int

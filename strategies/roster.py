@@ -52,6 +52,11 @@ class Roster:
         asked = {sent.message_id: sent.dst_node_id for sent in self._asked if sent.message_id}
         return asked or None
 
+    @property
+    def nodes_asked(self) -> set[int]:
+        """The nodes that the messages of the phase went to."""
+        return {sent.dst_node_id for sent in self._asked}
+
     def ask(
         self,
         grid: Grid,

@@ -18,6 +18,7 @@ from fl_bgmd.replies import arrays_from_state, arrays_to_state
 from .declared import options_of
 from .errors import EmptyRoundsError, RunEndedError
 from .reporting import log_end, log_metrics, log_start, values_of
+from .verdicts import RobustResult, Verdicts
 
 if TYPE_CHECKING:
     from .robust import RobustStrategy
@@ -38,14 +39,14 @@ def run_rounds(
     evaluate_config: ConfigRecord,
     evaluate_fn: EvaluateFn | None,
     should_stop: StopFn | None,
-) -> Result:
+) -> RobustResult:
     """Run the rounds from the newest checkpoint, or from the first, to ``num_rounds``.
 
     Ends sooner where ``should_stop`` says so of a round, also of the one a checkpoint is of.
     """
     checkpoints = strategy.settings.folder
     log_start(strategy, arrays, num_rounds, train_config, evaluate_config)
-    result = Result()
+    result = RobustResult(verdicts=strategy.verdicts)
     identity = _identity(strategy, arrays, train_config)
     first, has_moved, stopped = 1, False, False
     if checkpoints is not None and (found := checkpoints.load(identity)) is not None:
@@ -58,6 +59,8 @@ def run_rounds(
         arrays = arrays_from_state(state["arrays"])
         result = _to_result(state["history"], arrays)
         strategy.load_state_dict(state["strategy"])
+        if "verdicts" in state:  # older checkpoints have none
+            strategy.verdicts = result.verdicts = Verdicts.from_dict(state["verdicts"])
         has_moved = bool(state["moved"])
         if hasattr(grid, "load_state_dict"):
             if state["grid"] is None:
@@ -109,6 +112,7 @@ def run_rounds(
                     "moved": has_moved,
                     "history": _from_result(result),
                     "strategy": strategy.state_dict(),
+                    "verdicts": strategy.verdicts.to_dict(),
                     "grid": grid.state_dict() if hasattr(grid, "state_dict") else None,
                 }
                 checkpoints.save(number, state, identity)
@@ -182,9 +186,9 @@ def _from_result(result: Result) -> dict[str, Any]:
     }
 
 
-def _to_result(state: dict[str, Any], arrays: ArrayRecord) -> Result:
+def _to_result(state: dict[str, Any], arrays: ArrayRecord) -> RobustResult:
     histories = {
         name: {number: MetricRecord(metrics) for number, metrics in state[name].items()}
         for name in _HISTORIES
     }
-    return Result(arrays=arrays, **histories)
+    return RobustResult(arrays=arrays, **histories)
