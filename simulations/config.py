@@ -297,7 +297,7 @@ class RunSettings:
 _RENAMED = {"byzantine_fraction": "assumed-byzantine-fraction"}
 """Keys of strategy options that are not called like them: the attack has one of that name."""
 
-_LEFT_OUT = ("mixing", "checkpoints", "seed", "device", "root_update")
+_LEFT_OUT = ("mixing", "checkpoints", "seed", "device", "on_round", "root_update")
 """Strategy options that follow from other keys, or are functions."""
 
 _APP_DEFAULTS = {"byzantine_fraction": 0.4}

@@ -199,13 +199,20 @@ class RobustStrategy(DeclaredStrategy):
             return None, None
         messages = in_order(replies)
         intake = self._take_in("train", messages, sent)
+        screened = time.perf_counter()
         self._roster.answered(server_round, messages)
         metrics = combined(intake, "train", self.combiners["train"], self.weighted_by_key)
         self._alerts.of_names(drop_own(metrics))
+        stepping = time.perf_counter()
         outcome, norms = self._step(sent, intake)
+        stepped = time.perf_counter()
         self._state = self._judge(intake, outcome, norms)
         self._keep_verdicts(intake, outcome)
-        seconds = time.perf_counter() - started
+        seconds = {
+            "screening": screened - started,
+            "rule": stepped - stepping,
+            "aggregation": time.perf_counter() - started,
+        }
         Figures.of(sent, intake, outcome, self._state, self._roster, seconds).write(metrics)
         if self._state.empty_rounds >= self.max_empty_rounds:
             lack = f"had fewer than {self.min_valid_replies} valid replies"
@@ -253,7 +260,7 @@ class RobustStrategy(DeclaredStrategy):
         state, fresh = intake.as_round(state, sent, self.settings)
         self._alerts.of_ties(sent, state.ties)
         norms = self._alerts.accused(fresh)
-        survey = self._survey = Survey.of(fresh.updates, self._seed(state.round, 2))
+        survey = self._survey = self._surveyed(fresh)
         self._alerts.of_liars(state.round, intake, asked, dict(zip(fresh.nodes, survey.norms.tolist(), strict=True)))
         current, stale = self._gathered(state, fresh, intake)
         buffers = intake.buffers[:count]
@@ -286,6 +293,10 @@ class RobustStrategy(DeclaredStrategy):
         reputation = self._roster.judge(state, intake, weights or [], norms)
         stale = state.stale.without(reputation.benched(state.round + 1))
         return replace(state, reputation=reputation, stale=stale)
+
+    def _surveyed(self, fresh: Round) -> Survey:
+        seed, distances = self._seed(self._state.round, 2), self.settings.verdict_distances
+        return Survey.of(fresh.updates, seed, distances=distances)
 
     def _keep_verdicts(self, intake: Intake, outcome: Outcome) -> None:
         """Keep what the round made of each client."""

@@ -17,6 +17,7 @@ from fl_bgmd.replies import arrays_from_state, arrays_to_state
 
 from .declared import options_of
 from .errors import EmptyRoundsError, RunEndedError
+from .live import Live
 from .reporting import log_end, log_metrics, log_start, values_of
 from .verdicts import RobustResult, Verdicts
 
@@ -76,7 +77,7 @@ def run_rounds(
         evaluated = evaluate_fn(0, arrays)
         _keep(result.evaluate_metrics_serverapp, 0, evaluated, "Initial global evaluation")
 
-    started = time.monotonic()
+    started, live = time.monotonic(), Live(strategy.settings.on_round)
     try:
         number = first - 1
         while number < num_rounds and not stopped:
@@ -85,7 +86,9 @@ def run_rounds(
             LOG.info("[ROUND %s/%s]", number, num_rounds)
             messages = list(strategy.configure_train(number, arrays, train_config, grid))
             strategy.sent(messages)
-            replies = grid.send_and_receive(messages, timeout=timeout)
+            clock = time.perf_counter()
+            replies = list(grid.send_and_receive(messages, timeout=timeout))
+            waited = time.perf_counter() - clock
             try:
                 moved, metrics = strategy.aggregate_train(number, replies)
             except EmptyRoundsError as error:
@@ -94,7 +97,10 @@ def run_rounds(
             if moved is not None:
                 has_moved = has_moved or moved is not arrays
                 arrays = result.arrays = moved
+            if metrics is not None:
+                metrics["waiting-seconds"] = waited
             _keep(result.train_metrics_clientapp, number, metrics, _TRAINED)
+            clock = time.perf_counter()
             messages = list(strategy.configure_evaluate(number, arrays, evaluate_config, grid))
             strategy.sent(messages)
             replies = grid.send_and_receive(messages, timeout=timeout)
@@ -103,6 +109,10 @@ def run_rounds(
             if evaluate_fn is not None:
                 evaluated = evaluate_fn(number, arrays)
                 _keep(result.evaluate_metrics_serverapp, number, evaluated, "Global evaluation")
+            if number in result.train_metrics_clientapp:
+                seconds = time.perf_counter() - clock
+                result.train_metrics_clientapp[number]["evaluation-seconds"] = seconds
+            live.tell(number, result)
             stopped = should_stop is not None and should_stop(number, result)
             if checkpoints is not None and (
                 number % checkpoints.every == 0 or number == num_rounds or stopped

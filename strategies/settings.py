@@ -149,6 +149,13 @@ class Settings:
         that a person would choose is found by trying. For experiments, not for deployments.
     device : str
         Where the update matrix lives: ``auto`` is CUDA where there is one, else the CPU.
+    verdict_distances : bool
+        Whether verdicts say how far each update is from the aggregate, which costs about four
+        times a sum over the rows.
+    on_round : callable, optional
+        Called after each round with its number and a dict of floats: all of the round's figures,
+        ``accepted`` and the like as in the metrics, evaluation as ``evaluate-...`` and
+        ``server-...``. What it raises is logged once and ends nothing.
     root_update : callable, optional
         What the server's own data say, for rules that ask for a ``root``: a function from the
         arrays of the model to those that the server has trained on its data the way that clients
@@ -195,6 +202,13 @@ class Settings:
         Annotated[int, Ge(0), Lt(2**63)] | None, Allowed("None, or 0 to below 2^63")
     ] = None
     device: Annotated[str, _accepted_by(resolve_device), Operation()] = "auto"
+    verdict_distances: Annotated[bool, Operation(), OwnRounds()] = True
+    on_round: Annotated[
+        Callable[[int, dict[str, float]], object] | None,
+        Operation(),
+        OwnRounds(),
+        Allowed("a function of the round and a dict of floats, or None"),
+    ] = None
     root_update: Annotated[
         Callable[[ArrayRecord], ArrayRecord] | None,
         Allowed("a function from the model's arrays to those the server has trained, or None"),

@@ -14,11 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_bgmd.aggregators.norms import euclidean_norms
+from fl_bgmd.aggregators.rows import on_cores
+
 WIDTH = 2048
 """Columns of a sketch: a distance is right to about 1 / sqrt(2048), 2 %."""
 
-_FOLDS = 16
-"""Blocks of :data:`WIDTH` columns that are read at a time."""
+_FOLDS = 64
+"""Times :data:`WIDTH`: how many columns of a row are read at a time."""
 
 _MOST_NUMBERS = 2**23
 """Of all the rows' sketches: with more rows they are narrower, and distances less precise."""
@@ -32,19 +35,21 @@ class Survey:
     ----------
     norms : ndarray
         float64 (n,): Euclidean norms. Infinite only beyond the range of float64.
-    sketch : Tensor
-        float64 (n, width), on the CPU.
+    sketch : Tensor or None
+        float64 (n, width), on the CPU; None where no distances are wanted.
     seed : int
         What signs and places are drawn from.
     """
 
     norms: NDArray[np.float64]
-    sketch: Tensor
+    sketch: Tensor | None
     seed: int
 
     @classmethod
-    def of(cls, rows: Tensor, seed: int) -> Self:
-        """Read the rows (n, d) once, in blocks of columns; they stay as they are."""
+    def of(cls, rows: Tensor, seed: int, *, distances: bool = True) -> Self:
+        """Read the rows (n, d) once, in pieces; they stay as they are."""
+        if not distances:
+            return cls(euclidean_norms(rows), None, seed)
         width = max(64, min(WIDTH, _MOST_NUMBERS // max(1, len(rows))))
         norms, sketch = _read(rows, width, seed)
         long = np.flatnonzero(~np.isfinite(norms))
@@ -52,11 +57,13 @@ class Survey:
             norms[row] = _norm(rows[row])
         return cls(norms, sketch, seed)
 
-    def distances(self, vector: Tensor) -> NDArray[np.float64]:
+    def distances(self, vector: Tensor) -> NDArray[np.float64] | None:
         """Return about how far each row is from ``vector`` (d,): float64 (n,)."""
+        if self.sketch is None:
+            return None
         _, sketch = _read(vector[None], self.sketch.shape[1], self.seed)
-        distances: NDArray[np.float64] = torch.linalg.vector_norm(self.sketch - sketch, dim=1).numpy()
-        return distances
+        far: NDArray[np.float64] = torch.linalg.vector_norm(self.sketch - sketch, dim=1).numpy()
+        return far
 
 
 def _read(rows: Tensor, width: int, seed: int) -> tuple[NDArray[np.float64], Tensor]:
@@ -66,25 +73,45 @@ def _read(rows: Tensor, width: int, seed: int) -> tuple[NDArray[np.float64], Ten
     draw = torch.Generator().manual_seed(seed % 2**63)
     signs = torch.randint(0, 2, (_FOLDS, width), generator=draw).mul_(2).sub_(1)
     signs = signs.to(rows.device, dtype)
-    squares = torch.zeros(count, dtype=torch.float64)
-    sketch = torch.zeros(count, width, dtype=torch.float64)
-    # Few rows at a time as well: a block should stay in the cache.
-    strip = max(1, (1 << 20) // (_FOLDS * width))
-    shifts = torch.randint(0, width, (-(-size // (_FOLDS * width)),), generator=draw).tolist()
+    long = _FOLDS * width
+    shifts = torch.randint(0, width, (-(-size // long),), generator=draw).tolist()
     turns = torch.randint(0, 2, (len(shifts),), generator=draw).mul_(2).sub_(1).tolist()
-    for number, (shift, turn) in enumerate(zip(shifts, turns, strict=True)):
-        start = number * _FOLDS * width
-        for first in range(0, count, strip):
-            part = slice(first, first + strip)
-            block = rows[part, start : start + _FOLDS * width].to(dtype)
-            squares[part] += torch.linalg.vector_norm(block, dim=1).double().square().cpu()
-            folds, rest = divmod(block.shape[1], width)
-            whole = block[:, : folds * width].reshape(len(block), folds, width)
-            folded = torch.einsum("nfw,fw->nw", whole, signs[:folds])
-            if rest:
-                folded[:, :rest] += block[:, folds * width :] * signs[folds, :rest]
-            sketch[part] += folded.double().cpu().roll(shift, 1).mul_(turn)
-    return squares.sqrt().numpy(), sketch
+
+    def read(blocks: slice) -> tuple[Tensor, Tensor]:
+        squares = torch.zeros(count, dtype=torch.float64)
+        sketch = torch.zeros(count, width, dtype=torch.float64)
+        for number in range(blocks.start, blocks.stop):
+            for row in range(count):
+                values = rows[row, number * long : (number + 1) * long].to(dtype)
+                square, folded = _fold(values, signs)
+                squares[row] += square
+                sketch[row] += folded.double().cpu().roll(shifts[number]) * turns[number]
+        return squares, sketch
+
+    few = rows.device.type != "cpu" or rows.numel() < 2**16
+    parts = on_cores(read, len(shifts), few=few)
+    squares = torch.stack([squares for squares, _ in parts]).sum(0)
+    norms: NDArray[np.float64] = squares.sqrt().numpy()
+    return norms, torch.stack([sketch for _, sketch in parts]).sum(0)
+
+
+def _fold(values: Tensor, signs: Tensor) -> tuple[float, Tensor]:
+    """Return the square of a piece's norm, and its columns added up with signs (width,).
+
+    In NumPy where it can be, which stays on its thread.
+    """
+    width = signs.shape[1]
+    folds, rest = divmod(len(values), width)
+    if values.device.type == "cpu":
+        piece, own = values.numpy(), signs.numpy()
+        folded = np.einsum("fw,fw->w", piece[: folds * width].reshape(folds, width), own[:folds])
+        if rest:
+            folded[:rest] += piece[folds * width :] * own[folds, :rest]
+        return float(piece @ piece), torch.from_numpy(folded)
+    total = (values[: folds * width].reshape(folds, width) * signs[:folds]).sum(0)
+    if rest:
+        total[:rest] += values[folds * width :] * signs[folds, :rest]
+    return float(values @ values), total
 
 
 def _norm(row: Tensor) -> float:

@@ -71,6 +71,11 @@ class StrategyOptions(TypedDict, total=False):
     """Seed of the sampling of nodes, blocks and buckets, for runs that can be repeated."""
     device: str
     """Where the update matrix lives."""
+    verdict_distances: bool
+    """Whether verdicts say how far each update is from the aggregate, which costs about four times
+    a sum over the rows."""
+    on_round: Callable[[int, dict[str, float]], object] | None
+    """Called after each round with its number and a dict of floats."""
     root_update: Callable[[ArrayRecord], ArrayRecord] | None
     """What the server's own data say, for rules that ask for a ``root``."""
 

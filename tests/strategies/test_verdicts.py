@@ -143,3 +143,27 @@ def test_norms_beyond_float32_are_told() -> None:
     np.testing.assert_allclose(survey.norms, [1e30 * 5000**0.5] * 2 + [5000**0.5], rtol=1e-5)
     assert survey.distances(rows[2])[2] == pytest.approx(0, abs=1e-6)
     assert np.isfinite(survey.distances(rows[2])).all()
+
+
+def test_on_round_gets_floats_and_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    told: dict[int, dict[str, float]] = {}
+
+    def on_round(number: int, figures: dict[str, float]) -> None:
+        told[number] = figures
+        raise OSError("the tracker is away")
+
+    with caplog.at_level(logging.WARNING, "flwr"):
+        start(GMD(fraction_evaluate=0.0, on_round=on_round), 3)
+    assert list(told) == [1, 2, 3]
+    assert told[1]["rejected-non-finite"] == 1.0
+    assert all(type(value) is float for value in told[3].values())
+    assert {"waiting-seconds", "screening-seconds", "rule-seconds", "evaluation-seconds"} <= set(
+        told[2]
+    )
+    assert caplog.text.count("the tracker is away") == 1
+
+
+def test_distances_can_be_left_out() -> None:
+    result = start(GMD(fraction_evaluate=0.0, verdict_distances=False), 2)
+    assert {v.distance for v in result.verdicts} == {None}
+    assert all(v.norm for v in result.verdicts if v.accepted)
