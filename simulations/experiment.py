@@ -57,6 +57,8 @@ class RunResult:
         ``flwr run``.
     verdicts : sequence of Verdict
         What the server made of each client in each round (see :mod:`fl_bgmd.strategies`).
+    environment : dict
+        Versions and hardware, of a run that has been read.
     """
 
     config: Config
@@ -67,6 +69,7 @@ class RunResult:
     played: dict[str, int] = field(default_factory=dict)
     backend: str = "flwr"
     verdicts: Sequence[Verdict] = ()
+    environment: dict[str, Any] = field(default_factory=dict)
 
     @property
     def frame(self) -> "pd.DataFrame":
@@ -152,6 +155,7 @@ class RunResult:
             record["played"],
             record.get("backend", ""),  # older runs do not say
             read_verdicts(folder / "verdicts.jsonl"),
+            record.get("environment", {}),
         )
 
 
