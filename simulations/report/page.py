@@ -61,13 +61,13 @@ def write_page(
     text = json.dumps(_finite(data), allow_nan=False).replace("<", "\\u003c")
     page = (_ASSETS / "report.html").read_text(encoding="utf-8")
     for mark, value in {
+        "PLOTLY": get_plotlyjs(),
         "TITLE": escape(title),
         "ABOUT": escape(about),
         "TABLE": _table(table),
         "DATA": text,
-        "PLOTLY": get_plotlyjs(),
     }.items():
-        page = page.replace(f"<!--{mark}-->", value, 1)
+        page = page.replace(f"<!--{mark}-->", value)
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -94,7 +94,8 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)]
     lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in body]
     inner = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<section><h2>Final accuracy</h2><div class="wide"><table>{inner}</table></div></section>'
+    table = f'<div class="wide"><table>{inner}</table></div>'
+    return f"<section><h2>Final accuracy</h2>{table}</section>"
 
 
 def _curves(runs: Sequence[tuple[str, str, RunResult]]) -> list[dict[str, Any]]:
@@ -113,7 +114,7 @@ def _curves(runs: Sequence[tuple[str, str, RunResult]]) -> list[dict[str, Any]]:
 def _run(cell: str, name: str, run: RunResult) -> dict[str, Any]:
     """Return what the page shows of a run."""
     rounds = [entry for entry in run.rounds if int(entry["round"]) > 0]
-    classes = next((e["class-accuracies"] for e in reversed(run.rounds) if "class-accuracies" in e), [])
+    classes = run.last("class-accuracies", [])
     reasons: dict[str, int] = {}
     for verdict in run.verdicts:
         if not verdict.accepted:
