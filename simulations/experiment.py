@@ -242,6 +242,7 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
     if isinstance(grid, InProcessGrid):
         initial = held(initial)
     result = RunResult(config)
+    outcome: Result
     try:
         outcome = strategy.start(
             grid=adversary,

@@ -261,7 +261,9 @@ class RobustStrategy(DeclaredStrategy):
         self._alerts.of_ties(sent, state.ties)
         norms = self._alerts.accused(fresh)
         survey = self._survey = self._surveyed(fresh)
-        self._alerts.of_liars(state.round, intake, asked, dict(zip(fresh.nodes, survey.norms.tolist(), strict=True)))
+        self._alerts.of_liars(
+            state.round, intake, asked, dict(zip(fresh.nodes, survey.norms.tolist(), strict=True))
+        )
         current, stale = self._gathered(state, fresh, intake)
         buffers = intake.buffers[:count]
         return take_step(state, sent, current, stale, buffers, self.rule, self.settings), norms

@@ -5,10 +5,10 @@ Same calls in the same order as :meth:`flwr.serverapp.strategy.Strategy.start`.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
@@ -87,7 +87,7 @@ def run_rounds(
             messages = list(strategy.configure_train(number, arrays, train_config, grid))
             strategy.sent(messages)
             clock = time.perf_counter()
-            replies = list(grid.send_and_receive(messages, timeout=timeout))
+            replies: Iterable[Message] = list(grid.send_and_receive(messages, timeout=timeout))
             waited = time.perf_counter() - clock
             try:
                 moved, metrics = strategy.aggregate_train(number, replies)
@@ -197,7 +197,7 @@ def _from_result(result: Result) -> dict[str, Any]:
 
 
 def _to_result(state: dict[str, Any], arrays: ArrayRecord) -> RobustResult:
-    histories = {
+    histories: dict[str, Any] = {
         name: {number: MetricRecord(metrics) for number, metrics in state[name].items()}
         for name in _HISTORIES
     }

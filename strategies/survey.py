@@ -116,5 +116,5 @@ def _fold(values: Tensor, signs: Tensor) -> tuple[float, Tensor]:
 
 def _norm(row: Tensor) -> float:
     """Return the norm of a row that float32 cannot square."""
-    norms = [float(torch.linalg.vector_norm(part.double())) for part in row.split(1 << 18)]
+    norms = [float(torch.linalg.vector_norm(part.double())) for part in torch.split(row, 1 << 18)]
     return math.hypot(*norms)
