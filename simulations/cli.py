@@ -30,7 +30,7 @@ from .config import (
     parse,
     validate,
 )
-from .experiment import RunResult
+from .experiment import RunResult, evaluate_saved
 from .listings import attacks_table, keys_table
 from .papers import FIGURES, reproduce_figure
 from .progress import StudyProgress
@@ -348,6 +348,22 @@ def report(
 
 
 _NO_PLOTLY = "report.html is not written: plotly is missing (pip install 'fl-bgmd[plots]')"
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, Argument(parser=_path, metavar="FOLDER", help="Of a run")],
+    model: Annotated[Literal["final", "best"], Option(help="Which one")] = "final",
+) -> int:
+    """Evaluate a model that a run has left in its folder."""
+    try:
+        found = evaluate_saved(folder, model)
+    except OSError as error:
+        raise ConfigError(
+            f"folder is {str(folder)!r} ({error.strerror}); allowed: that of a run with save-model"
+        ) from error
+    CONSOLE.print(f"accuracy {found.accuracy:.4f}, loss {found.loss:.4f}")
+    return 0
 
 
 def _report_run(folder: Path, output: Path | None, title: str) -> int:

@@ -15,6 +15,8 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
+from safetensors.torch import load as from_safetensors
+from safetensors.torch import save as to_safetensors
 
 from fl_bgmd import __version__
 from fl_bgmd.attacks import AttackPlan, Bound
@@ -59,6 +61,8 @@ class RunResult:
         What the server made of each client in each round (see :mod:`fl_bgmd.strategies`).
     environment : dict
         Versions and hardware, of a run that has been read.
+    models : dict of str to bytes
+        The ``final`` and the ``best`` model as safetensors, with ``save-model``.
     """
 
     config: Config
@@ -70,6 +74,7 @@ class RunResult:
     backend: str = "flwr"
     verdicts: Sequence[Verdict] = ()
     environment: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def frame(self) -> "pd.DataFrame":
@@ -122,6 +127,8 @@ class RunResult:
         (folder / "rounds.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         verdicts = "".join(f"{verdict.to_json()}\n" for verdict in self.verdicts)
         (folder / "verdicts.jsonl").write_text(verdicts, encoding="utf-8")
+        for name, data in self.models.items():
+            (folder / f"{name}.safetensors").write_bytes(data)
         record = {
             "status": self.status,
             "error": self.error,
@@ -201,6 +208,7 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
     num_rounds, every = int(config["num-server-rounds"]), int(config["evaluate-every"])
     plan = AttackPlan.from_config(config)
     adversary = AdversarialGrid(grid, plan, int(config["num-clients"]), strategy.preview)
+    best: list[Any] = []  # how good, and the model
     started = clock = time.perf_counter()
 
     def measure(arrays: ArrayRecord) -> MetricRecord:
@@ -216,6 +224,9 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
             ).accuracy
         if plan.targeted:
             metrics["backdoor-success"] = max(success(bound, found) for bound in plan.targeted)
+        quality = metrics["validation-accuracy" if len(withheld) else "accuracy"]
+        if config["save-model"] and (not best or quality >= best[0]):
+            best[:] = [quality, as_safetensors(arrays)]
         return metrics
 
     def success(bound: Bound, plain: Evaluation) -> float:
@@ -259,10 +270,34 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
     result.rounds, result.verdicts = _history(outcome), strategy.verdicts
     if "accuracy" not in result.rounds[-1] and outcome.arrays:  # it ended between evaluations
         result.rounds[-1] |= dict(measure(outcome.arrays))
+    if config["save-model"] and outcome.arrays:
+        result.models["final"] = as_safetensors(outcome.arrays)
+    if best:
+        result.models["best"] = best[1]
     result.seconds = time.perf_counter() - started
     result.played = dict(adversary.played)
     _judge(result, plan)
     return result
+
+
+def as_safetensors(arrays: ArrayRecord) -> bytes:
+    """Return a model as a file's content; tensors that are shared are written twice."""
+    state = arrays.to_torch_state_dict()
+    return to_safetensors({key: value.contiguous().clone() for key, value in state.items()})
+
+
+def evaluate_saved(folder: Path, name: str = "final") -> Evaluation:
+    """Evaluate a model that a run has left in its folder on all test examples.
+
+    Raises ``OSError`` where there is none.
+    """
+    config = RunResult.read(folder).config
+    state = from_safetensors((folder / f"{name}.safetensors").read_bytes())
+    dataset = load(str(config["dataset"]), str(config["data-dir"]) or None)
+    shape, classes = dataset.input_shape, dataset.num_classes
+    model = build(str(config["model"]), input_shape=shape, num_classes=classes)
+    model.load_state_dict(state)
+    return evaluate(model, dataset, None, resolve_device("auto"))
 
 
 def _history(outcome: Result) -> list[dict[str, Any]]:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from fl_bgmd.strategies import Verdict
+from simulations import main
 from simulations.config import defaults
-from simulations.experiment import RunResult
+from simulations.experiment import RunResult, evaluate_saved
 from simulations.report.page import write_page
 
 pytest.importorskip("plotly", reason="plotly is not installed")
@@ -95,3 +96,18 @@ def test_a_browser_draws_every_cell_without_an_error(tmp_path: Path, width: int)
     assert found["known"] == ROUNDS * (CLIENTS - 1)
     assert found["marks"] == {"non-finite": ROUNDS, "hostile": 2 * ROUNDS}
     assert found["wide"] <= max(width, 500)
+
+
+def test_a_run_leaves_its_models_and_verdicts(tmp_path: Path) -> None:
+    arguments = ["run", "--strategy=gmd", "--num-server-rounds=2", "--dataset=mnist"]
+    arguments += ["--model=tiny-cnn", "--local-steps=1", "--backend=inprocess"]
+    assert main([*arguments, f"--folder={tmp_path}"]) == 0
+    [folder] = [path.parent for path in tmp_path.rglob("run.json")]
+    result = RunResult.read(folder)
+    assert len(result.verdicts) == 2 * 10
+    assert evaluate_saved(folder).accuracy == pytest.approx(result.final_accuracy, abs=1e-3)
+    assert evaluate_saved(folder, "best").accuracy == pytest.approx(result.best_accuracy, abs=1e-3)
+    assert (tmp_path / "report.html").is_file()
+    assert main(["evaluate", str(folder), "--model", "best"]) == 0
+    assert main(["report", str(folder)]) == 0
+    assert main(["evaluate", str(tmp_path)]) == 2
