@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fl_bgmd.strategies import Verdict
-from simulations import main
+from simulations.cli import main
 from simulations.config import defaults
 from simulations.experiment import RunResult, evaluate_saved
 from simulations.report.page import write_page
