@@ -30,6 +30,7 @@ from .config import (
     parse,
     validate,
 )
+from .experiment import RunResult, evaluate_saved
 from .listings import attacks_table, keys_table
 from .papers import FIGURES, reproduce_figure
 from .progress import StudyProgress
@@ -333,6 +334,8 @@ def report(
     """Draw table and figures of finished studies."""
     _require_plots()
     folders = [_path(text) for text in results]
+    if len(folders) == 1 and (folders[0] / "run.json").is_file():
+        return _report_run(folders[0], output, title)
     lines = read_lines(folders)
     study = Study(
         {line["row"]: {} for line in lines},
@@ -342,6 +345,39 @@ def report(
     )
     folder = _make_folder("output", output) if output is not None else folders[0]
     return _show(study, study, lines, folders[0], folder)
+
+
+_NO_PLOTLY = "report.html is not written: plotly is missing (pip install 'fl-bgmd[plots]')"
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, Argument(parser=_path, metavar="FOLDER", help="Of a run")],
+    model: Annotated[Literal["final", "best"], Option(help="Which one")] = "final",
+) -> int:
+    """Evaluate a model that a run has left in its folder."""
+    try:
+        found = evaluate_saved(folder, model)
+    except OSError as error:
+        raise ConfigError(
+            f"folder is {str(folder)!r} ({error.strerror}); allowed: that of a run with save-model"
+        ) from error
+    CONSOLE.print(f"accuracy {found.accuracy:.4f}, loss {found.loss:.4f}")
+    return 0
+
+
+def _report_run(folder: Path, output: Path | None, title: str) -> int:
+    """Write the page of a single run's folder."""
+    require("plotly", "report.html", "plots")
+    from .report.page import write_page
+
+    result = RunResult.read(folder)
+    cell = f"{result.config['strategy']} under {result.config['attack']}"
+    named = f"{cell}, seed {result.config['seed']}"
+    place = _make_folder("output", output) if output is not None else folder
+    path = write_page(place, [(cell, named, result)], title=title or cell)
+    CONSOLE.print(f"written: {path}", soft_wrap=True)
+    return 0
 
 
 def _run_study(
@@ -410,11 +446,22 @@ def _run_cells(
 
 def _show(study: Study, full: Study, lines: list[Line], folder: Path, output: Path) -> int:
     """Show the table of a study and write its report; return the exit status."""
+    from .report.page import has_plotly, runs_in, write_page
     from .report.study import heading, table_of, write_report
     from .report.tables import show
 
     show(TABLES, table_of(study, lines), heading(study, full, lines))
-    for path in (*write_report(study, full, lines, folder, output), folder / "cells.jsonl"):
+    written = [*write_report(study, full, lines, folder, output), folder / "cells.jsonl"]
+    if has_plotly():
+        frame = table_of(study, lines)
+        table = [[str(name) for name in frame], *frame.astype(str).to_numpy().tolist()]
+        about = heading(study, full, lines).replace("*", "")
+        name = study.title or study.name
+        runs = runs_in(lines, folder)
+        written.append(write_page(output, runs, title=name, about=about, table=table))
+    else:
+        CONSOLE.print(_NO_PLOTLY, soft_wrap=True)
+    for path in written:
         CONSOLE.print(f"written: {path}", soft_wrap=True)
     failed = [line for line in lines if line["status"] == "failed"]
     for line in failed:

@@ -208,6 +208,8 @@ class RunSettings:
         Rounds between evaluations on all test examples.
     round_timeout : float
         Seconds to wait for replies.
+    save_model : bool
+        Whether the run's folder gets the final and the best model as safetensors.
     checkpoint_dir : str
         Folder to save checkpoints to and resume from, one for each run.
     checkpoint_every : int
@@ -275,6 +277,7 @@ class RunSettings:
     client_threads: Annotated[Count, Le(256)] = 1
     evaluate_every: Count = 1
     round_timeout: Annotated[Positive, Operation()] = 3600.0
+    save_model: Annotated[bool, Operation(), Environment()] = True
     checkpoint_dir: Annotated[str, *_FOLDER, Operation(), Environment()] = ""
     checkpoint_every: Annotated[Count, Operation()] = 1
     checkpoint_keep: Annotated[Count, Operation()] = 3
@@ -297,7 +300,7 @@ class RunSettings:
 _RENAMED = {"byzantine_fraction": "assumed-byzantine-fraction"}
 """Keys of strategy options that are not called like them: the attack has one of that name."""
 
-_LEFT_OUT = ("mixing", "checkpoints", "seed", "device", "root_update")
+_LEFT_OUT = ("mixing", "checkpoints", "seed", "device", "on_round", "root_update")
 """Strategy options that follow from other keys, or are functions."""
 
 _APP_DEFAULTS = {"byzantine_fraction": 0.4}

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -15,6 +15,8 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
+from safetensors.torch import load as from_safetensors
+from safetensors.torch import save as to_safetensors
 
 from fl_bgmd import __version__
 from fl_bgmd.attacks import AttackPlan, Bound
@@ -26,7 +28,7 @@ from fl_bgmd.held import held
 from fl_bgmd.models import build
 from fl_bgmd.schedules import scheduled_learning_rate
 from fl_bgmd.shares import floor_share
-from fl_bgmd.strategies import RobustStrategy, RunEndedError
+from fl_bgmd.strategies import RobustStrategy, RunEndedError, Verdict
 
 from .adversary import AdversarialGrid
 from .config import SETTINGS, Config, strategy_for
@@ -55,6 +57,12 @@ class RunResult:
     backend : str
         Where the clients were: one of :data:`simulations.backends.BACKENDS`, ``flwr`` under
         ``flwr run``.
+    verdicts : sequence of Verdict
+        What the server made of each client in each round (see :mod:`fl_bgmd.strategies`).
+    environment : dict
+        Versions and hardware, of a run that has been read.
+    models : dict of str to bytes
+        The ``final`` and the ``best`` model as safetensors, with ``save-model``.
     """
 
     config: Config
@@ -64,6 +72,9 @@ class RunResult:
     seconds: float = 0.0
     played: dict[str, int] = field(default_factory=dict)
     backend: str = "flwr"
+    verdicts: Sequence[Verdict] = ()
+    environment: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def frame(self) -> "pd.DataFrame":
@@ -114,6 +125,10 @@ class RunResult:
         folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(entry, sort_keys=True) for entry in self.rounds]
         (folder / "rounds.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        verdicts = "".join(f"{verdict.to_json()}\n" for verdict in self.verdicts)
+        (folder / "verdicts.jsonl").write_text(verdicts, encoding="utf-8")
+        for name, data in self.models.items():
+            (folder / f"{name}.safetensors").write_bytes(data)
         record = {
             "status": self.status,
             "error": self.error,
@@ -146,7 +161,17 @@ class RunResult:
             record["seconds"],
             record["played"],
             record.get("backend", ""),  # older runs do not say
+            read_verdicts(folder / "verdicts.jsonl"),
+            record.get("environment", {}),
         )
+
+
+def read_verdicts(path: Path) -> list[Verdict]:
+    """Read a ``verdicts.jsonl``; older runs have none."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [Verdict.from_json(line) for line in file if line.strip()]
 
 
 def environment() -> dict[str, Any]:
@@ -183,6 +208,7 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
     num_rounds, every = int(config["num-server-rounds"]), int(config["evaluate-every"])
     plan = AttackPlan.from_config(config)
     adversary = AdversarialGrid(grid, plan, int(config["num-clients"]), strategy.preview)
+    best: list[Any] = []  # how good, and the model
     started = clock = time.perf_counter()
 
     def measure(arrays: ArrayRecord) -> MetricRecord:
@@ -198,6 +224,9 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
             ).accuracy
         if plan.targeted:
             metrics["backdoor-success"] = max(success(bound, found) for bound in plan.targeted)
+        quality = metrics["validation-accuracy" if len(withheld) else "accuracy"]
+        if config["save-model"] and (not best or quality >= best[0]):
+            best[:] = [quality, as_safetensors(arrays)]
         return metrics
 
     def success(bound: Bound, plain: Evaluation) -> float:
@@ -224,6 +253,7 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
     if isinstance(grid, InProcessGrid):
         initial = held(initial)
     result = RunResult(config)
+    outcome: Result
     try:
         outcome = strategy.start(
             grid=adversary,
@@ -237,13 +267,37 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
     except RunEndedError as error:
         outcome = error.result
         result.status, result.error = "failed", f"{type(error).__name__}: {error}"
-    result.rounds = _history(outcome)
+    result.rounds, result.verdicts = _history(outcome), strategy.verdicts
     if "accuracy" not in result.rounds[-1] and outcome.arrays:  # it ended between evaluations
         result.rounds[-1] |= dict(measure(outcome.arrays))
+    if config["save-model"] and outcome.arrays:
+        result.models["final"] = as_safetensors(outcome.arrays)
+    if best:
+        result.models["best"] = best[1]
     result.seconds = time.perf_counter() - started
     result.played = dict(adversary.played)
     _judge(result, plan)
     return result
+
+
+def as_safetensors(arrays: ArrayRecord) -> bytes:
+    """Return a model as a file's content; tensors that are shared are written twice."""
+    state = arrays.to_torch_state_dict()
+    return to_safetensors({key: value.contiguous().clone() for key, value in state.items()})
+
+
+def evaluate_saved(folder: Path, name: str = "final") -> Evaluation:
+    """Evaluate a model that a run has left in its folder on all test examples.
+
+    Raises ``OSError`` where there is none.
+    """
+    config = RunResult.read(folder).config
+    state = from_safetensors((folder / f"{name}.safetensors").read_bytes())
+    dataset = load(str(config["dataset"]), str(config["data-dir"]) or None)
+    shape, classes = dataset.input_shape, dataset.num_classes
+    model = build(str(config["model"]), input_shape=shape, num_classes=classes)
+    model.load_state_dict(state)
+    return evaluate(model, dataset, None, resolve_device("auto"))
 
 
 def _history(outcome: Result) -> list[dict[str, Any]]:

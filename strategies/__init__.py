@@ -26,6 +26,7 @@ from .rules import (
 )
 from .settings import OWN_OPTIONS
 from .step import Round
+from .verdicts import RobustResult, Verdict, Verdicts
 
 __all__ = [
     "BGMD",
@@ -48,11 +49,14 @@ __all__ = [
     "NormClipping",
     "NormThreshold",
     "RobustFilter",
+    "RobustResult",
     "RobustStrategy",
     "Round",
     "RowsError",
     "RunEndedError",
     "SignGuard",
     "TrimmedMean",
+    "Verdict",
+    "Verdicts",
     "options_of",
 ]

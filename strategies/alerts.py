@@ -5,8 +5,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
-
 from fl_bgmd.aggregators.norms import euclidean_norms
 from fl_bgmd.layout import ModelLayout
 from fl_bgmd.replies import Rejection
@@ -164,18 +162,6 @@ class Alerts:
         if not (self._strategy.bench_after and self._strategy.weights_tell):
             return {}
         return dict(zip(current.nodes, euclidean_norms(current.updates), strict=True))
-
-    def lengths(self, current: Round) -> dict[int, float]:
-        """Return about how long each node's update is; what is too long for its dtype is infinite.
-
-        One pass over the rows, and none where nobody needs it any more.
-        """
-        if _LIARS in self._said:
-            return {}
-        rows = current.updates
-        dtype = torch.promote_types(rows.dtype, torch.float32)
-        lengths = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
-        return dict(zip(current.nodes, lengths.tolist(), strict=True))
 
     def of_liars(self, number: int, intake: "Intake", asked: int, norms: dict[int, float]) -> None:
         """Say when more look hostile than are expected to be."""

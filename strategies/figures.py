@@ -50,6 +50,11 @@ class Figures:
         1 where the new model was refused.
     benched : int or None
         Nodes that sit out the next round.
+    screening_seconds, rule_seconds : float
+        Of looking at the replies; of mixings, rule and the server's step.
+    waiting_seconds, evaluation_seconds : float
+        For the clients' replies to training; of evaluation, the clients' and the server's. Of
+        runs that :meth:`.robust.RobustStrategy.start` conducts.
     aggregation_seconds : float
         For screening the replies and making a model of them; the wait for them does not count.
     """
@@ -70,6 +75,10 @@ class Figures:
     rule: Mapping[str, float] = field(default_factory=dict)
     diverged: int | None = None
     benched: int | None = None
+    screening_seconds: float | None = None
+    rule_seconds: float | None = None
+    waiting_seconds: float | None = None
+    evaluation_seconds: float | None = None
     aggregation_seconds: float | None = None
 
     @classmethod
@@ -80,7 +89,7 @@ class Figures:
         outcome: Outcome,
         after: State,
         roster: Roster,
-        seconds: float,
+        seconds: Mapping[str, float],
     ) -> Self:
         """Return what there is to say of a round that leads to the state ``after``."""
         result, replies = outcome.result, len(intake.accepted) + intake.rejected.total()
@@ -101,7 +110,7 @@ class Figures:
             rule={} if result is None else result.diagnostics,
             diverged=1 if outcome.diverged else None,
             benched=len(after.reputation.benched(after.round + 1)) or None,
-            aggregation_seconds=seconds,
+            **{f"{phase}_seconds": taken for phase, taken in seconds.items()},
         )
 
     def write(self, metrics: MetricRecord) -> None:

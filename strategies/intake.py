@@ -27,6 +27,7 @@ from .sent import Sent
 from .settings import Settings
 from .step import Round, State
 from .ties import count_once
+from .verdicts import ACCEPTED, Heard
 
 LOG = logging.getLogger("flwr.fl_bgmd")
 
@@ -53,8 +54,8 @@ class Intake:
     contents : list of RecordDict
         The accepted replies themselves but for their arrays, where they were to be kept: those of
         which no metric was dropped, each with a number of examples.
-    heard : list of Metadata
-        Of all replies.
+    metadata : list of Metadata
+        Of all replies, in their order.
     places : dict of int to tuple
         What the accepted replies were sorted by, by node.
     suspects : list of int
@@ -67,10 +68,14 @@ class Intake:
         How many metrics of accepted replies were dropped because they are not finite.
     first_dropped : str
         Which one was the first, and whose.
+    heard : list of Heard
+        All replies, in their order.
     bytes_up, bytes_rejected : int
         Bytes of arrays in accepted and in rejected replies.
     seconds : float
         What it took to look at them, without the wait for them.
+    waited : float
+        Seconds spent on waiting for them here.
     """
 
     rows: Tensor
@@ -78,16 +83,18 @@ class Intake:
     accepted: list[Screened] = field(default_factory=list)
     nodes: list[int] = field(default_factory=list)
     contents: list[RecordDict] = field(default_factory=list)
-    heard: list[Metadata] = field(default_factory=list)
+    metadata: list[Metadata] = field(default_factory=list)
     places: dict[int, Place] = field(default_factory=dict)
     suspects: list[int] = field(default_factory=list)
     rejected: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     dropped: int = 0
     first_dropped: str = ""
+    heard: list[Heard] = field(default_factory=list)
     bytes_up: int = 0
     bytes_rejected: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
 
     def as_round(self, state: State, sent: Sent, settings: Settings) -> tuple[State, Round]:
         """Return the accepted replies as rows, and the state with what they say is tied.
@@ -143,6 +150,12 @@ class _Reply:
     slot: int | None = None
     content: RecordDict | None = None
 
+    @property
+    def partition(self) -> int | None:
+        """The partition that it names."""
+        names_none, partition, _ = self.place
+        return None if names_none else partition
+
 
 def take_in(
     phase: str,
@@ -183,7 +196,7 @@ def take_in(
     else:
         arriving, slots = in_order(replies), None
     desk = _Desk(sent, len(arriving), rows, slots or {}, keep_contents, examples_key, screening)
-    seconds = 0.0
+    seconds, began = 0.0, time.perf_counter()
     for message in arriving:
         started = time.perf_counter()
         desk.look_at(message)
@@ -191,6 +204,7 @@ def take_in(
         seconds += time.perf_counter() - started
     started = time.perf_counter()
     intake = _sorted_out(desk.found, desk.rows, desk.buffers)
+    intake.waited = started - began - seconds
     intake.seconds = seconds + time.perf_counter() - started
     accepted, rejected = len(intake.accepted), intake.rejected.total()
     LOG.info("aggregate_%s: accepted %s replies, rejected %s", phase, accepted, rejected)
@@ -318,7 +332,9 @@ def _sorted_out(found: Sequence[_Reply], rows: Tensor, buffers: NDArray[Any]) ->
     intake, slots = Intake(rows, buffers), []
     for reply in sorted(found, key=lambda reply: reply.place):
         screened, node = reply.screened, reply.metadata.src_node_id
-        intake.heard.append(reply.metadata)
+        intake.metadata.append(reply.metadata)
+        verdict = ACCEPTED if screened.reason is None else screened.reason.value
+        intake.heard.append(Heard(node, reply.partition, verdict))
         if reply.slot is not None:
             slots.append(reply.slot)
             intake.accepted.append(screened)

@@ -12,6 +12,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from .declared import options_of
 from .figures import own_names
 from .settings import OWN_OPTIONS
+from .verdicts import RobustResult
 
 if TYPE_CHECKING:
     from .robust import RobustStrategy
@@ -84,7 +85,7 @@ def log_metrics(label: str, metrics: MetricRecord) -> None:
     LOG.info("\t└──> %s: %s", label, shown)
 
 
-def log_end(result: Result, num_rounds: int, seconds: float) -> None:
+def log_end(result: RobustResult, num_rounds: int, seconds: float) -> None:
     """Log how long a run took and a table of its results."""
     LOG.info("")
     LOG.info("Strategy execution finished in %.2fs (%s rounds)", seconds, num_rounds)
@@ -93,6 +94,8 @@ def log_end(result: Result, num_rounds: int, seconds: float) -> None:
     LOG.info("")
     LOG.info("\tGlobal model: %s", model_size(result.arrays))
     for line in table(result):
+        LOG.info("\t%s", line)
+    for line in result.verdicts.summary():
         LOG.info("\t%s", line)
     LOG.info("")
 

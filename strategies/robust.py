@@ -9,7 +9,6 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result
 from torch import Tensor
 
 from fl_bgmd.arrivals import Arrivals, as_they_arrive
@@ -31,6 +30,8 @@ from .sent import Sent, packed, round_seed
 from .stale import StaleUpdates, heard
 from .step import Outcome, Round, State, take_step
 from .storage import rows_in_file
+from .survey import Survey
+from .verdicts import RobustResult, Verdicts
 
 
 class RobustStrategy(DeclaredStrategy):
@@ -63,6 +64,8 @@ class RobustStrategy(DeclaredStrategy):
         self._before_run: State | None = None
         self._sent: Sent | None = None
         self._rows: Tensor | None = None
+        self._survey: Survey | None = None
+        self.verdicts = Verdicts()
         self._roster, self._alerts = Roster(self.settings), Alerts(self)
 
     def start(
@@ -75,7 +78,7 @@ class RobustStrategy(DeclaredStrategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
         should_stop: StopFn | None = None,
-    ) -> Result:
+    ) -> RobustResult:
         """Run the rounds, as :meth:`flwr.serverapp.strategy.Strategy.start`.
 
         With ``checkpoints`` the run resumes from the newest one; ``initial_arrays`` then only says
@@ -96,7 +99,7 @@ class RobustStrategy(DeclaredStrategy):
         """
         # What an earlier run left behind is not this one's.
         before = self._state = self._before_run or self._state
-        self._sent = None
+        self._sent, self.verdicts = None, Verdicts()
         self.warn_at_start()
         # Copies: what this strategy asks of clients is not the next one's.
         train, evaluate = (ConfigRecord(dict(c or {})) for c in (train_config, evaluate_config))
@@ -208,9 +211,17 @@ class RobustStrategy(DeclaredStrategy):
         self._roster.answered(server_round, intake)
         metrics = combined(intake, "train", self.combiners["train"], self.weighted_by_key)
         self._alerts.of_names(drop_own(metrics))
+        stepping = time.perf_counter()
         outcome, norms = self._step(sent, intake)
+        stepped = time.perf_counter()
         self._state = self._judge(intake, outcome, norms)
-        seconds = time.perf_counter() - started
+        self._keep_verdicts(intake, outcome)
+        seconds = {
+            "waiting": intake.waited,
+            "screening": intake.seconds,
+            "rule": stepped - stepping,
+            "aggregation": time.perf_counter() - started,
+        }
         Figures.of(sent, intake, outcome, self._state, self._roster, seconds).write(metrics)
         if self._state.empty_rounds >= self.max_empty_rounds:
             lack = f"had fewer than {self.min_valid_replies} valid replies"
@@ -262,7 +273,7 @@ class RobustStrategy(DeclaredStrategy):
 
     def _step(self, sent: Sent, intake: Intake) -> tuple[Outcome, dict[int, float]]:
         """Take the step of a round; return what it came to, and lengths that may accuse."""
-        state, asked = self._state, self._roster.num_asked
+        state, asked, self._survey = self._state, self._roster.num_asked, None
         count, least = len(intake.accepted), self.settings.least_replies
         if count < least:
             self._alerts.of_liars(state.round, intake, asked, {})
@@ -272,7 +283,10 @@ class RobustStrategy(DeclaredStrategy):
         state, fresh = intake.as_round(state, sent, self.settings)
         self._alerts.of_ties(sent, state.ties)
         norms = self._alerts.accused(fresh)
-        self._alerts.of_liars(state.round, intake, asked, norms or self._alerts.lengths(fresh))
+        survey = self._survey = self._surveyed(fresh)
+        self._alerts.of_liars(
+            state.round, intake, asked, dict(zip(fresh.nodes, survey.norms.tolist(), strict=True))
+        )
         current, stale = self._gathered(state, fresh, intake)
         buffers, rows = intake.buffers[:count], [current]
         del fresh, current  # the step lets go of the rows before it makes a model
@@ -305,6 +319,26 @@ class RobustStrategy(DeclaredStrategy):
         reputation = self._roster.judge(state, intake, weights or [], norms)
         stale = state.stale.without(reputation.benched(state.round + 1))
         return replace(state, reputation=reputation, stale=stale)
+
+    def _surveyed(self, fresh: Round) -> Survey:
+        seed, distances = self._seed(self._state.round, 2), self.settings.verdict_distances
+        return Survey.of(fresh.updates, seed, distances=distances)
+
+    def _keep_verdicts(self, intake: Intake, outcome: Outcome) -> None:
+        """Keep what the round made of each client."""
+        survey, result, reputation = self._survey, outcome.result, self._state.reputation
+        number, asked, self._survey = self._state.round, self._roster.nodes_asked, None
+        near = None if survey is None or result is None else survey.distances(result.vector)
+        self.verdicts.add(
+            number,
+            intake.heard,
+            asked=asked,
+            sat_out=reputation.benched(number) - asked,
+            benched=reputation.benched(number + 1),
+            norms=None if survey is None else survey.norms.tolist(),
+            distances=None if near is None else near.tolist(),
+            weights=outcome.weights,
+        )
 
     def preview(
         self, updates: Tensor, nodes: list[int], examples: list[float], rounds: int

@@ -53,6 +53,11 @@ class Roster:
         asked = {sent.message_id: sent.dst_node_id for sent in self._asked if sent.message_id}
         return asked or None
 
+    @property
+    def nodes_asked(self) -> set[int]:
+        """The nodes that the messages of the phase went to."""
+        return {sent.dst_node_id for sent in self._asked}
+
     def ask(
         self,
         grid: Grid,
@@ -99,12 +104,12 @@ class Roster:
 
     def answered(self, server_round: int, intake: Intake) -> None:
         """Take note of who has replied to training by the deadline, and in what order."""
-        answers = {reply.reply_to_message_id for reply in intake.heard}
+        answers = {reply.reply_to_message_id for reply in intake.metadata}
         self._unanswered |= {sent.message_id for sent in self._asked} - answers - {""}
         self._places |= intake.places
         # The error reply that Flower makes up for a dead node does not name it.
         silent = {sent.dst_node_id for sent in self._asked}
-        silent -= {reply.src_node_id for reply in intake.heard}
+        silent -= {reply.src_node_id for reply in intake.metadata}
         for node in sorted(silent):
             LOG.warning("round %s: no reply from node %s", server_round, node)
 

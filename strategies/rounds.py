@@ -18,7 +18,9 @@ from fl_bgmd.replies import arrays_from_state, arrays_to_state
 
 from .declared import options_of
 from .errors import EmptyRoundsError, RunEndedError
+from .live import Live
 from .reporting import log_end, log_metrics, log_start, values_of
+from .verdicts import RobustResult, Verdicts
 
 if TYPE_CHECKING:
     from .robust import RobustStrategy
@@ -39,14 +41,14 @@ def run_rounds(
     evaluate_config: ConfigRecord,
     evaluate_fn: EvaluateFn | None,
     should_stop: StopFn | None,
-) -> Result:
+) -> RobustResult:
     """Run the rounds from the newest checkpoint, or from the first, to ``num_rounds``.
 
     Ends sooner where ``should_stop`` says so of a round, also of the one a checkpoint is of.
     """
     checkpoints = strategy.settings.folder
     log_start(strategy, arrays, num_rounds, train_config, evaluate_config)
-    result = Result()
+    result = RobustResult(verdicts=strategy.verdicts)
     identity = _identity(strategy, arrays, train_config)
     first, has_moved, stopped = 1, False, False
     if checkpoints is not None and (found := checkpoints.load(identity)) is not None:
@@ -59,6 +61,8 @@ def run_rounds(
         arrays = arrays_from_state(state["arrays"])
         result = _to_result(state["history"], arrays)
         strategy.load_state_dict(state["strategy"])
+        if "verdicts" in state:  # older checkpoints have none
+            strategy.verdicts = result.verdicts = Verdicts.from_dict(state["verdicts"])
         has_moved = bool(state["moved"])
         if hasattr(grid, "load_state_dict"):
             if state["grid"] is None:
@@ -74,7 +78,7 @@ def run_rounds(
         evaluated = evaluate_fn(0, arrays)
         _keep(result.evaluate_metrics_serverapp, 0, evaluated, "Initial global evaluation")
 
-    started = time.monotonic()
+    started, live = time.monotonic(), Live(strategy.settings.on_round)
     try:
         number = first - 1
         while number < num_rounds and not stopped:
@@ -83,8 +87,10 @@ def run_rounds(
             LOG.info("[ROUND %s/%s]", number, num_rounds)
             messages = list(strategy.configure_train(number, arrays, train_config, grid))
             strategy.sent(messages)
+            clock = time.perf_counter()
             replies = arriving(grid, messages, timeout)
             replies = handed_to(strategy.aggregate_train, replies)
+            waited = time.perf_counter() - clock  # more follows where they are taken one by one
             try:
                 moved, metrics = strategy.aggregate_train(number, replies)
             except EmptyRoundsError as error:
@@ -93,7 +99,11 @@ def run_rounds(
             if moved is not None:
                 has_moved = has_moved or moved is not arrays
                 arrays = result.arrays = moved
+            if metrics is not None:
+                here = metrics.get("waiting-seconds", 0.0)
+                metrics["waiting-seconds"] = waited + (here if isinstance(here, float) else 0.0)
             _keep(result.train_metrics_clientapp, number, metrics, _TRAINED)
+            clock = time.perf_counter()
             messages = list(strategy.configure_evaluate(number, arrays, evaluate_config, grid))
             strategy.sent(messages)
             replies = arriving(grid, messages, timeout)
@@ -103,6 +113,10 @@ def run_rounds(
             if evaluate_fn is not None:
                 evaluated = evaluate_fn(number, arrays)
                 _keep(result.evaluate_metrics_serverapp, number, evaluated, "Global evaluation")
+            if number in result.train_metrics_clientapp:
+                seconds = time.perf_counter() - clock
+                result.train_metrics_clientapp[number]["evaluation-seconds"] = seconds
+            live.tell(number, result)
             stopped = should_stop is not None and should_stop(number, result)
             if checkpoints is not None and (
                 number % checkpoints.every == 0 or number == num_rounds or stopped
@@ -112,6 +126,7 @@ def run_rounds(
                     "moved": has_moved,
                     "history": _from_result(result),
                     "strategy": strategy.state_dict(),
+                    "verdicts": strategy.verdicts.to_dict(),
                     "grid": grid.state_dict() if hasattr(grid, "state_dict") else None,
                 }
                 checkpoints.save(number, state, identity)
@@ -185,9 +200,9 @@ def _from_result(result: Result) -> dict[str, Any]:
     }
 
 
-def _to_result(state: dict[str, Any], arrays: ArrayRecord) -> Result:
-    histories = {
+def _to_result(state: dict[str, Any], arrays: ArrayRecord) -> RobustResult:
+    histories: dict[str, Any] = {
         name: {number: MetricRecord(metrics) for number, metrics in state[name].items()}
         for name in _HISTORIES
     }
-    return Result(arrays=arrays, **histories)
+    return RobustResult(arrays=arrays, **histories)

@@ -157,6 +157,13 @@ class Settings:
     rows_dir : path
         Folder on a disk with room for the rows of a round; by default that of temporary files,
         which must not be in memory itself.
+    verdict_distances : bool
+        Whether verdicts say how far each update is from the aggregate, which costs about four
+        times a sum over the rows.
+    on_round : callable, optional
+        Called after each round with its number and a dict of floats: all of the round's figures,
+        ``accepted`` and the like as in the metrics, evaluation as ``evaluate-...`` and
+        ``server-...``. What it raises is logged once and ends nothing.
     root_update : callable, optional
         What the server's own data say, for rules that ask for a ``root``: a function from the
         arrays of the model to those that the server has trained on its data the way that clients
@@ -205,6 +212,13 @@ class Settings:
     device: Annotated[str, _accepted_by(resolve_device), Operation()] = "auto"
     rows: Annotated[Literal["auto", "memory", "file"], Operation()] = "auto"
     rows_dir: Annotated[str | Path, Operation()] = ""
+    verdict_distances: Annotated[bool, Operation(), OwnRounds()] = True
+    on_round: Annotated[
+        Callable[[int, dict[str, float]], object] | None,
+        Operation(),
+        OwnRounds(),
+        Allowed("a function of the round and a dict of floats, or None"),
+    ] = None
     root_update: Annotated[
         Callable[[ArrayRecord], ArrayRecord] | None,
         Allowed("a function from the model's arrays to those the server has trained, or None"),

@@ -75,6 +75,11 @@ class StrategyOptions(TypedDict, total=False):
     """Where the updates of a round are kept, one row for each client."""
     rows_dir: str | Path
     """Folder on a disk with room for the rows of a round."""
+    verdict_distances: bool
+    """Whether verdicts say how far each update is from the aggregate, which costs about four times
+    a sum over the rows."""
+    on_round: Callable[[int, dict[str, float]], object] | None
+    """Called after each round with its number and a dict of floats."""
     root_update: Callable[[ArrayRecord], ArrayRecord] | None
     """What the server's own data say, for rules that ask for a ``root``."""
 

@@ -79,6 +79,8 @@ BAD: dict[str, list[Any]] = {
     "weighting": ["size", ""],
     "compressor": ["zip", "", "top-k:0", "top-k:2", "qsgd:0", "none:1", "low-rank:x"],
     "error-feedback": ["maybe", "", 1, 0.0],
+    "verdict-distances": ["maybe", "", 1, 0.0],
+    "save-model": ["maybe", "", 1, 0.0],
     "downlink-compressor": ["top-k:0.1", "qsgd:0", ""],
     "shared-coordinates": ["maybe", "", 1, 0.0],
     "attack": ["smile", "", "bit-flip:-1", "bit-flip:nan", "bit-flip:inf", "zero:1", "bit-flip:"],

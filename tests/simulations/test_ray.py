@@ -50,7 +50,8 @@ def test_ray_and_in_process_runs_agree_to_the_bit(backend: str) -> None:
     ray = run(config, backend=backend, resources=ClientResources(num_cpus=1.0))
     here = run(config, backend="inprocess")
     assert ray.status == here.status == "finished", ray.error
-    timings = {"seconds", "aggregation-seconds"}
+    phases = ("aggregation", "screening", "rule", "waiting", "evaluation")
+    timings = {"seconds", *(f"{phase}-seconds" for phase in phases)}
     for there, local in zip(ray.rounds, here.rounds, strict=True):
         assert {k: v for k, v in there.items() if k not in timings} == {
             k: v for k, v in local.items() if k not in timings

@@ -315,7 +315,9 @@ def train_round(
 
 def without_time(metrics: MetricRecord, *ignored: str) -> dict[str, Any]:
     return {
-        key: value for key, value in metrics.items() if key not in ("aggregation-seconds", *ignored)
+        key: value
+        for key, value in metrics.items()
+        if not key.endswith("-seconds") and key not in ignored
     }
 
 

@@ -1,0 +1,120 @@
+"""How long the updates of a round are and how far from the aggregate, in one pass over the rows.
+
+The pass comes before the rule, which may overwrite the rows, and the distances are wanted after
+it: so the pass keeps a sketch of each row (Charikar, Chen and Farach-Colton's CountSketch: sums of
+columns with random signs), whose distances are those of the rows to a few percent.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fl_bgmd.aggregators.norms import euclidean_norms
+from fl_bgmd.aggregators.rows import on_cores
+
+WIDTH = 2048
+"""Columns of a sketch: a distance is right to about 1 / sqrt(2048), 2 %."""
+
+_FOLDS = 64
+"""Times :data:`WIDTH`: how many columns of a row are read at a time."""
+
+_MOST_NUMBERS = 2**23
+"""Of all the rows' sketches: with more rows they are narrower, and distances less precise."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over the rows keeps.
+
+    Attributes
+    ----------
+    norms : ndarray
+        float64 (n,): Euclidean norms. Infinite only beyond the range of float64.
+    sketch : Tensor or None
+        float64 (n, width), on the CPU; None where no distances are wanted.
+    seed : int
+        What signs and places are drawn from.
+    """
+
+    norms: NDArray[np.float64]
+    sketch: Tensor | None
+    seed: int
+
+    @classmethod
+    def of(cls, rows: Tensor, seed: int, *, distances: bool = True) -> Self:
+        """Read the rows (n, d) once, in pieces; they stay as they are."""
+        if not distances:
+            return cls(euclidean_norms(rows), None, seed)
+        width = max(64, min(WIDTH, _MOST_NUMBERS // max(1, len(rows))))
+        norms, sketch = _read(rows, width, seed)
+        long = np.flatnonzero(~np.isfinite(norms))
+        for row in long:  # its square is beyond float32
+            norms[row] = _norm(rows[row])
+        return cls(norms, sketch, seed)
+
+    def distances(self, vector: Tensor) -> NDArray[np.float64] | None:
+        """Return about how far each row is from ``vector`` (d,): float64 (n,)."""
+        if self.sketch is None:
+            return None
+        _, sketch = _read(vector[None], self.sketch.shape[1], self.seed)
+        far: NDArray[np.float64] = torch.linalg.vector_norm(self.sketch - sketch, dim=1).numpy()
+        return far
+
+
+def _read(rows: Tensor, width: int, seed: int) -> tuple[NDArray[np.float64], Tensor]:
+    """Return the rows' norms, float64 (n,), and their sketches, float64 (n, width)."""
+    count, size = rows.shape
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    draw = torch.Generator().manual_seed(seed % 2**63)
+    signs = torch.randint(0, 2, (_FOLDS, width), generator=draw).mul_(2).sub_(1)
+    signs = signs.to(rows.device, dtype)
+    long = _FOLDS * width
+    shifts = torch.randint(0, width, (-(-size // long),), generator=draw).tolist()
+    turns = torch.randint(0, 2, (len(shifts),), generator=draw).mul_(2).sub_(1).tolist()
+
+    def read(blocks: slice) -> tuple[Tensor, Tensor]:
+        squares = torch.zeros(count, dtype=torch.float64)
+        sketch = torch.zeros(count, width, dtype=torch.float64)
+        for number in range(blocks.start, blocks.stop):
+            for row in range(count):
+                values = rows[row, number * long : (number + 1) * long].to(dtype)
+                square, folded = _fold(values, signs)
+                squares[row] += square
+                sketch[row] += folded.double().cpu().roll(shifts[number]) * turns[number]
+        return squares, sketch
+
+    few = rows.device.type != "cpu" or rows.numel() < 2**16
+    parts = on_cores(read, len(shifts), few=few)
+    squares = torch.stack([squares for squares, _ in parts]).sum(0)
+    norms: NDArray[np.float64] = squares.sqrt().numpy()
+    return norms, torch.stack([sketch for _, sketch in parts]).sum(0)
+
+
+def _fold(values: Tensor, signs: Tensor) -> tuple[float, Tensor]:
+    """Return the square of a piece's norm, and its columns added up with signs (width,).
+
+    In NumPy where it can be, which stays on its thread.
+    """
+    width = signs.shape[1]
+    folds, rest = divmod(len(values), width)
+    if values.device.type == "cpu":
+        piece, own = values.numpy(), signs.numpy()
+        folded = np.einsum("fw,fw->w", piece[: folds * width].reshape(folds, width), own[:folds])
+        if rest:
+            folded[:rest] += piece[folds * width :] * own[folds, :rest]
+        return float(piece @ piece), torch.from_numpy(folded)
+    total = (values[: folds * width].reshape(folds, width) * signs[:folds]).sum(0)
+    if rest:
+        total[:rest] += values[folds * width :] * signs[folds, :rest]
+    return float(values @ values), total
+
+
+def _norm(row: Tensor) -> float:
+    """Return the norm of a row that float32 cannot square."""
+    norms = [float(torch.linalg.vector_norm(part.double())) for part in torch.split(row, 1 << 18)]
+    return math.hypot(*norms)
