@@ -212,7 +212,7 @@ def run(
 @_takes_settings("strategy", "attack")
 def compare(
     given: Config,
-    rows: Annotated[
+    specs: Annotated[
         list[str] | None,
         Argument(metavar="[ROWS]..."),
     ] = None,
@@ -238,7 +238,7 @@ def compare(
     ROWS are strategies, with options and mixings as in bgmd:0.3+nearest-neighbor, or one TOML file
     with a study.
     """
-    named = [*strategies, *(rows or ())]
+    named = [*strategies, *(specs or ())]
     if any(name.endswith(".toml") for name in named):
         if len(named) > 1 or attack is not None:
             raise ConfigError(
