@@ -128,6 +128,8 @@ def _entry(accuracies: Sequence[float], seeds: int) -> str:
     """Return the mean with the least and the largest, and how many there are if some lack."""
     if not accuracies:
         return "-"
+    if seeds == 1:
+        return f"{accuracies[0]:.1f}"
     lack = f", {len(accuracies)} of {seeds} seeds" if len(accuracies) < seeds else ""
     average = sum(accuracies) / len(accuracies)
     return f"{average:.1f} ({min(accuracies):.1f} to {max(accuracies):.1f}{lack})"

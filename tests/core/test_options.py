@@ -77,7 +77,13 @@ def test_the_older_api_checks_its_options_too(cls: type[legacy.LegacyStrategy]) 
     own = {name: values for name, values in checked(cls.rule_type).items() if name != "seed"}
     fedavg = {"fraction_fit": ["1"], "min_fit_clients": [2.5], "accept_failures": [1]}
     foreign = ("weighted_by_key", "arrayrecord_key", "configrecord_key", "downlink_compressor")
-    foreign += ("bench_after", "bench_rounds", "node_wait_timeout", "too_few_nodes")
+    foreign += (
+        "bench_after",
+        "bench_rounds",
+        "node_wait_timeout",
+        "too_few_nodes",
+        "verdict_distances",
+    )
     foreign += ("fraction_train", "min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
     for name, values in {**own, **fedavg, "parameter_names": ["weight"]}.items():
         for value in values if name not in foreign else ():
