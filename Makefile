@@ -65,7 +65,8 @@ test-flwr-min: ## The test suite with the oldest flwr supported, in .venv-flwr-m
 	$(PYTHON) -m venv $(VENV)-flwr-min
 	$(VENV)-flwr-min/bin/python -m pip install --quiet --disable-pip-version-check \
 		--editable ".[dev]" "flwr[simulation]==$(FLWR_MIN)"
-	$(VENV)-flwr-min/bin/python -m pytest -m "not slow and not deployment"
+	OMP_NUM_THREADS=1 $(VENV)-flwr-min/bin/python -m pytest -n $(TEST_JOBS) --maxprocesses 8 \
+		--dist worksteal -m "not slow and not deployment"
 
 test-deployment: $(READY) ## One SuperLink and five SuperNodes as network namespaces (root)
 	$(BIN)/python -m pytest -m deployment
