@@ -231,7 +231,7 @@ def test_tables_have_the_mean_the_scatter_and_the_worst_case_last(
         "",
         "| rule | none | worst case |",
         "| --- | ---: | ---: |",
-        "| bgmd | 90.0 (90.0 to 90.0) | 90.0 (none) |",
+        "| bgmd | 90.0 | 90.0 (none) |",
     ]
 
 
