@@ -109,7 +109,10 @@ def _finished(
             for future in as_completed(waiting):
                 yield waiting[future], future.result()
         except KeyboardInterrupt:
-            workers.shutdown(wait=False, cancel_futures=True)
+            # One that is still starting would miss the queues that end with this process.
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            workers.shutdown(cancel_futures=True)
             raise
 
 
