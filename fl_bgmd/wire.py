@@ -36,20 +36,14 @@ EXAMPLES = "num-examples"
 PARTITION = "partition-id"
 """The metric, and the key of a node's configuration, with the number of its partition."""
 
-_KEYS = {
-    "round": "server-round",
-    "seed": "round-seed",
-    "compressor": "compressor",
-    "error_feedback": "error-feedback",
-    "compression_seed": "compression-seed",
+_TERMS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "round": ("server-round", int),
+    "seed": ("round-seed", int),
+    "compressor": ("compressor", str),
+    "error_feedback": ("error-feedback", bool),
+    "compression_seed": ("compression-seed", int),
 }
-_READ: dict[str, Callable[[Any], Any]] = {
-    "round": int,
-    "seed": int,
-    "compressor": str,
-    "error_feedback": bool,
-    "compression_seed": int,
-}
+"""Fields of :class:`Terms`: the key of each in a configuration, and its type there."""
 
 
 # ---------------------------------------------------------------------------------------- down
@@ -81,7 +75,7 @@ class Terms:
 
     def to_config(self, config: ConfigRecord) -> None:
         """Write the terms into a round's configuration, what is None left out."""
-        for name, key in _KEYS.items():
+        for name, (key, _) in _TERMS.items():
             value = getattr(self, name)
             if value is not None and (name != "error_feedback" or self.compressor is not None):
                 config[key] = value
@@ -90,9 +84,9 @@ class Terms:
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Read the terms in a configuration; what is missing has its default."""
         found: dict[str, Any] = {}
-        for name, key in _KEYS.items():
+        for name, (key, read) in _TERMS.items():
             if key in config:
-                found[name] = _READ[name](config[key])
+                found[name] = read(config[key])
         return cls(**found)
 
     @classmethod
