@@ -5,8 +5,8 @@ round on one thread: of a bare loop (gradients, stack, the same rule, step), on 
 ``inprocess``, with honest clients and with a fifth that lies, and ``vectorized``, and of the
 gradients' floating-point operations alone at the speed of a matrix product on this machine. All
 take turns, and of each the fastest round counts; in brackets the ratio to the bare loop. Then the
-wall-clock seconds of a round of clients that only send back what they get, in process, on this
-project's grid on Ray and on Flower's Ray engine, which takes minutes (``--no-ray`` leaves it out).
+wall-clock seconds of a round of clients that only send back what they get, in process, on a process
+for each core (``--jobs``), on this project's grid on Ray and on Flower's Ray engine, which takes minutes (``--no-ray`` leaves it out).
 """
 
 import argparse
@@ -38,6 +38,7 @@ from fl_bgmd.strategies import Mean, RobustStrategy
 from simulations.adversary import AdversarialGrid
 from simulations.config import Config, validate
 from simulations.grid import InProcessGrid, Prepare
+from simulations.process_grid import ProcessGrid
 from simulations.ray_grid import RayGrid
 
 ECHO_CASES = ((1000, 1000), (100, 1_163_978), (10, 11_173_962))
@@ -82,6 +83,18 @@ def echo_in_process(clients: int, parameters: int, rounds: int) -> float:
     arrays = ArrayRecord({"w": torch.zeros(parameters)})
     grid = InProcessGrid(echo, clients, {})
     return seconds_per_round(grid, echo_strategy(clients), arrays, rounds)
+
+
+def load_echo() -> ClientApp:
+    """Return the echo clients."""
+    return echo
+
+
+def echo_on_processes(clients: int, parameters: int, rounds: int) -> float:
+    """Seconds a round of the same clients on a process for each core."""
+    arrays = ArrayRecord({"w": torch.zeros(parameters)})
+    with ProcessGrid(load_echo, clients, {}, jobs=os.cpu_count() or 1) as grid:
+        return seconds_per_round(grid, echo_strategy(clients), arrays, rounds)
 
 
 def echo_on_ray(clients: int, parameters: int, rounds: int) -> float:
@@ -237,11 +250,12 @@ def main() -> None:
     if options.no_ray:
         return
     table = Table(title="Wall-clock seconds a round of echo clients (to Flower's engine)")
-    for column in ("clients x parameters", "in process", "ray", "Flower's engine"):
+    for column in ("clients x parameters", "in process", "processes", "ray", "Flower's engine"):
         table.add_column(column)
+    ours = (echo_in_process, echo_on_processes, echo_on_ray)
     for clients, parameters in ECHO_CASES:
         theirs = echo_on_flower(clients, parameters, min(3, rounds))
-        mine = (way(clients, parameters, rounds) for way in (echo_in_process, echo_on_ray))
+        mine = (way(clients, parameters, rounds) for way in ours)
         cells = [f"{seconds:.3f} ({seconds / theirs:.3f})" for seconds in mine]
         table.add_row(f"{clients} x {parameters:,}", *cells, f"{theirs:.3f}")
     console.print(table)

@@ -2,8 +2,8 @@
 
 Server and clients of one process need not write a model as bytes for each other. The grid that
 knows so (:class:`fl_bgmd.simulations.grid.InProcessGrid`) sends :class:`HeldArray`; a client app
-answers in the form in which it was asked (:func:`answer`). Nothing that was on a wire, or pickled,
-is one: both make a plain :class:`flwr.app.Array` of it.
+answers in the form in which it was asked (:func:`answer`). Nothing that was on a wire, or that
+somebody else pickled, is one: both make a plain :class:`flwr.app.Array` of it.
 """
 
 from collections.abc import Mapping
@@ -53,6 +53,11 @@ class HeldArray(Array):
             held = held.view()
             held.flags.writeable = False
         return held
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is still values: nobody has changed an attribute of it."""
+        return self.__dict__["_held"] is not None
 
     @property
     def data(self) -> bytes:

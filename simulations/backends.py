@@ -24,6 +24,7 @@ from fl_bgmd.flower import simulate
 from .config import Config, ConfigError, named, validate
 from .experiment import OnRound, RunResult, run_experiment
 from .grid import InProcessGrid
+from .process_grid import ProcessGrid
 
 BACKENDS = ("ray", "flower", "inprocess", "vectorized")
 
@@ -143,6 +144,7 @@ def run(
     *,
     backend: str = "inprocess",
     resources: ClientResources | None = None,
+    jobs: int = 1,
     on_round: OnRound | None = None,
     **settings: Any,
 ) -> RunResult:
@@ -160,6 +162,9 @@ def run(
         Where the clients are: one of :data:`BACKENDS`.
     resources : ClientResources, optional
         What Ray sets aside for a client.
+    jobs : int
+        Processes that play the clients, with backend ``inprocess``; the result is the same to the
+        bit. Scripts then need the usual ``if __name__ == "__main__"``.
     on_round : callable, optional
         Called after each round with its number and the accuracy, None where it was not evaluated.
     **settings
@@ -168,18 +173,26 @@ def run(
     Raises
     ------
     ConfigError
-        For an unknown key, or a value that is not allowed.
+        For an unknown key, or a value that is not allowed; for several jobs elsewhere.
     MissingExtraError
         For backend ``ray`` where Ray is not installed.
     """
     whole = validate({**(config or {}), **named(settings)})
-    return run_validated(whole, backend, resources or ClientResources(), on_round)
+    return run_validated(whole, backend, resources or ClientResources(), on_round, jobs)
 
 
 def run_validated(
-    config: Config, backend: str, resources: ClientResources, on_round: OnRound | None
+    config: Config,
+    backend: str,
+    resources: ClientResources,
+    on_round: OnRound | None,
+    jobs: int = 1,
 ) -> RunResult:
     """Run a validated configuration; see :func:`run`."""
+    if jobs < 1 or (jobs > 1 and backend != "inprocess"):
+        raise ConfigError(
+            f"jobs is {jobs} with backend {backend}; allowed: 1, more with backend inprocess"
+        )
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     if backend in ON_RAY:
@@ -195,6 +208,9 @@ def run_validated(
             result = _run_on_ray(config, resources, on_round)
         elif backend == "flower":
             result = _run_on_flower(config, resources, on_round)
+        elif jobs > 1:
+            with ProcessGrid(_load_app, int(config["num-clients"]), config, jobs=jobs) as workers:
+                result = run_experiment(workers, config, on_round)
         else:
             prepare = prepare_together if backend == "vectorized" else None
             grid = InProcessGrid(client_app, int(config["num-clients"]), config, prepare)
@@ -203,6 +219,10 @@ def run_validated(
         result = RunResult(config, status="failed", error=f"{type(error).__name__}: {error}")
     result.backend = backend
     return result
+
+
+def _load_app() -> ClientApp:
+    return client_app
 
 
 def _run_on_ray(config: Config, resources: ClientResources, on_round: OnRound | None) -> RunResult:

@@ -174,7 +174,10 @@ Backend = Annotated[
     Literal[BACKENDS],  # type: ignore[valid-type]
     Option(help="Where the clients are"),
 ]
-Jobs = Annotated[int, Option(help="Runs at a time (not on Ray)", metavar="N")]
+Jobs = Annotated[
+    int,
+    Option(help="Processes: runs at a time, or clients of the one run (not on Ray)", metavar="N"),
+]
 Seeds = Annotated[int | None, Option(help="Runs of each cell, from --seed on", metavar="N")]
 Chosen = Annotated[list[str] | None, Option(help="Of the study: only this one (repeatable)")]
 Cpus = Annotated[float, Option("--client-resources-num-cpus", metavar="X", hidden=True)]
@@ -195,6 +198,7 @@ DataDir = Annotated[str, Option(help="Default: $FL_BGMD_DATA or ~/.cache/fl-bgmd
 def run(
     given: Config,
     backend: Backend = "ray",
+    jobs: Jobs = 1,
     folder: Folder = None,
     num_cpus: Cpus = 1.0,
     num_gpus: Gpus = 0.0,
@@ -205,7 +209,9 @@ def run(
     attack = str(given.pop("attack", SETTINGS["attack"].default))
     study = Study(strategy_rows([strategy]), attack_columns([attack]), given, name="run")
     resources = _resources(study, backend, num_cpus, num_gpus)
-    return _run_study(study, folder, backend=backend, resources=resources, verbose=verbose)
+    return _run_study(
+        study, folder, backend=backend, jobs=jobs, resources=resources, verbose=verbose
+    )
 
 
 @app.command()

@@ -8,7 +8,6 @@ import json
 import logging
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,6 +23,7 @@ from fl_bgmd.attacks.plan import FORMER
 from .backends import ON_RAY, ClientResources, run_validated
 from .config import SETTINGS, STRATEGY_KEYS, Config, ConfigError, Environment, defaults
 from .experiment import OnRound, RunResult
+from .process_grid import interrupts_held_back
 from .study import Cell, cell_name, told
 
 Line = dict[str, Any]
@@ -52,7 +52,8 @@ def run_cells(
     interrupted study resumes; ``found`` is what :func:`finished_before` said of it, where that has
     been asked already. Lines of other cells stay in ``cells.jsonl``. ``on_done`` is called
     after each cell that was run. More than one job runs in processes of their own, with the cores
-    shared out among them. Lines come in the order of ``cells``.
+    shared out among them; where a single run is left to do, in process, its clients do. Lines come
+    in the order of ``cells``.
 
     Raises
     ------
@@ -93,19 +94,18 @@ def _finished(
     jobs: int,
     tell: OnProgress,
 ) -> Iterator[tuple[Cell, RunResult]]:
-    if jobs == 1:
+    if jobs == 1 or (len(cells) == 1 and backend == "inprocess"):
         for cell in cells:
-            heard = _teller(tell, cell.name)
-            yield cell, run_validated(cell.config, backend, resources or ClientResources(), heard)
+            heard, what = _teller(tell, cell.name), resources or ClientResources()
+            yield cell, run_validated(cell.config, backend, what, heard, jobs)
         return
     with pool(jobs, tell) as workers:
-        # Interrupts are the parent's to answer: the workers inherit that they are blocked.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        waiting = {
-            workers.submit(_run_in_worker, cell.config, backend, cell.name): cell for cell in cells
-        }
         try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            with interrupts_held_back():
+                waiting = {
+                    workers.submit(_run_in_worker, cell.config, backend, cell.name): cell
+                    for cell in cells
+                }
             for future in as_completed(waiting):
                 yield waiting[future], future.result()
         except KeyboardInterrupt:

@@ -276,11 +276,16 @@ def test_rows_and_columns_are_named_once(
 
 @pytest.mark.parametrize(
     "command",
-    [["run", *SMALL], ["compare", *SMALL, "--attack=none", "--seeds=2", "--jobs=2"]],
-    ids=["run", "grid"],
+    [
+        ["run", *SMALL],
+        ["run", *SMALL, "--jobs=2"],
+        ["compare", *SMALL, "--attack=none", "--seeds=2", "--jobs=2"],
+    ],
+    ids=["run", "clients", "grid"],
 )
+@pytest.mark.parametrize("wait", [0.5, 5], ids=["starting", "computing"])
 def test_an_interrupted_command_ends_at_once_with_a_word(
-    command: list[str], tmp_path: Path
+    command: list[str], wait: float, tmp_path: Path
 ) -> None:
     results = tmp_path / "results"
     many = [*command, "--num-server-rounds=100000", f"--results-dir={results}"]
@@ -298,7 +303,7 @@ def test_an_interrupted_command_ends_at_once_with_a_word(
             deadline = time.monotonic() + 120
             while not results.exists() and time.monotonic() < deadline:
                 time.sleep(0.1)
-            time.sleep(5)
+            time.sleep(wait)
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does
             assert process.wait(timeout=30) == 130
         finally:

@@ -44,10 +44,10 @@ SMALL: Config = {
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("backend", ["ray", "flower"])
-def test_ray_and_in_process_runs_agree_to_the_bit(backend: str) -> None:
+@pytest.mark.parametrize(("backend", "jobs"), [("ray", 1), ("flower", 1), ("inprocess", 2)])
+def test_runs_agree_to_the_bit_wherever_their_clients_are(backend: str, jobs: int) -> None:
     config = validate(SMALL)
-    ray = run(config, backend=backend, resources=ClientResources(num_cpus=1.0))
+    ray = run(config, backend=backend, resources=ClientResources(num_cpus=1.0), jobs=jobs)
     here = run(config, backend="inprocess")
     assert ray.status == here.status == "finished", ray.error
     phases = ("aggregation", "screening", "rule", "waiting", "evaluation")
@@ -58,6 +58,12 @@ def test_ray_and_in_process_runs_agree_to_the_bit(backend: str) -> None:
         }
     assert ray.rounds[-1]["accepted"] == 4
     assert ray.played == here.played == {"ipm": 2, "delayed": 1}
+
+
+def test_several_jobs_inside_a_run_are_for_clients_of_this_machine() -> None:
+    for backend in ("ray", "flower", "vectorized"):
+        with pytest.raises(ConfigError, match=rf"jobs is 2 with backend {backend}; allowed: 1, "):
+            run(SMALL, backend=backend, jobs=2)
 
 
 def test_more_resources_than_the_machine_has_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""The grid on Ray's actors: real workers, which fail in all the ways that clients make them."""
+"""Grids on Ray's actors and on processes: real workers, which fail in all ways that there are."""
 
 import os
 import signal
@@ -20,7 +20,10 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 
-from simulations.ray_grid import MOST_PER_CALL, RayGrid
+from simulations.config import Config
+from simulations.pooled_grid import MOST_PER_CALL, PooledGrid
+from simulations.process_grid import ProcessGrid
+from simulations.ray_grid import RayGrid
 
 pytestmark = [
     pytest.mark.ray,
@@ -57,9 +60,15 @@ def build() -> ClientApp:
     return app
 
 
-@pytest.fixture(scope="module")
-def grid() -> Iterator[RayGrid]:
-    with RayGrid(build(), N, {"rate": 0.5}) as made:
+@pytest.fixture(scope="module", params=["ray", "processes"])
+def grid(request: pytest.FixtureRequest) -> Iterator[PooledGrid]:
+    settings: Config = {"rate": 0.5}
+    made = (
+        RayGrid(build(), N, settings)
+        if request.param == "ray"
+        else ProcessGrid(build, N, settings, jobs=2)
+    )
+    with made:
         yield made
 
 
@@ -79,7 +88,7 @@ def told(message: Message) -> dict[str, Any]:
 
 
 def test_replies_come_in_the_order_of_the_messages_with_the_clients_own_values(
-    grid: RayGrid, tmp_path: Path
+    grid: PooledGrid, tmp_path: Path
 ) -> None:
     replies = list(grid.send_and_receive(ask(tmp_path)))
     assert [reply.metadata.src_node_id for reply in replies] == list(range(1, N + 1))
@@ -90,7 +99,7 @@ def test_replies_come_in_the_order_of_the_messages_with_the_clients_own_values(
         assert array.numpy().tolist() == [node, node + 1, node + 2]
 
 
-def test_what_clients_keep_is_theirs_whoever_plays_them(grid: RayGrid, tmp_path: Path) -> None:
+def test_what_clients_keep_is_theirs_whoever_plays_them(grid: PooledGrid, tmp_path: Path) -> None:
     before = [told(reply)["seen"] for reply in grid.send_and_receive(ask(tmp_path))]
     saved = grid.state_dict()
     after = [told(reply)["seen"] for reply in grid.send_and_receive(ask(tmp_path))]
@@ -100,14 +109,14 @@ def test_what_clients_keep_is_theirs_whoever_plays_them(grid: RayGrid, tmp_path:
     assert again == after
 
 
-def test_an_exception_is_the_reply_of_its_client_alone(grid: RayGrid, tmp_path: Path) -> None:
+def test_an_exception_is_the_reply_of_its_client_alone(grid: PooledGrid, tmp_path: Path) -> None:
     replies = list(grid.send_and_receive(ask(tmp_path, node_3="raise")))
     assert [reply.has_error() for reply in replies] == [node == 3 for node in range(1, N + 1)]
     assert replies[2].error.reason == "RuntimeError: node 3 has no data"
 
 
 def test_a_dead_worker_is_replaced_and_its_clients_are_asked_again(
-    grid: RayGrid, tmp_path: Path
+    grid: PooledGrid, tmp_path: Path
 ) -> None:
     replies = list(grid.send_and_receive(ask(tmp_path, node_5="die once")))
     assert [told(reply)["node"] for reply in replies] == list(range(1, N + 1))
@@ -115,7 +124,7 @@ def test_a_dead_worker_is_replaced_and_its_clients_are_asked_again(
 
 
 def test_a_client_that_kills_its_process_each_time_costs_only_itself(
-    grid: RayGrid, tmp_path: Path
+    grid: PooledGrid, tmp_path: Path
 ) -> None:
     replies = list(grid.send_and_receive(ask(tmp_path, node_2="die")))
     assert replies[1].error.reason.startswith("the client's process died: ")
@@ -126,7 +135,7 @@ def test_a_client_that_kills_its_process_each_time_costs_only_itself(
     assert all(reply.has_content() for reply in grid.send_and_receive(ask(tmp_path)))
 
 
-def test_stragglers_are_cut_off_at_the_deadline(grid: RayGrid, tmp_path: Path) -> None:
+def test_stragglers_are_cut_off_at_the_deadline(grid: PooledGrid, tmp_path: Path) -> None:
     started = time.monotonic()
     replies = list(grid.send_and_receive(ask(tmp_path, node_1="sleep"), timeout=5))
     assert time.monotonic() - started < 200
@@ -134,7 +143,7 @@ def test_stragglers_are_cut_off_at_the_deadline(grid: RayGrid, tmp_path: Path) -
     assert len(list(grid.send_and_receive(ask(tmp_path)))) == N
 
 
-def test_replies_can_be_pulled_as_they_finish(grid: RayGrid, tmp_path: Path) -> None:
+def test_replies_can_be_pulled_as_they_finish(grid: PooledGrid, tmp_path: Path) -> None:
     numbers = list(grid.push_messages(ask(tmp_path)))
     found: list[Message] = []
     deadline = time.monotonic() + 120
@@ -145,8 +154,13 @@ def test_replies_can_be_pulled_as_they_finish(grid: RayGrid, tmp_path: Path) -> 
     assert not list(grid.pull_messages(numbers))
 
 
-def test_small_clients_share_calls_and_large_ones_do_not(grid: RayGrid, tmp_path: Path) -> None:
+def test_small_clients_share_calls_and_large_ones_do_not(grid: PooledGrid, tmp_path: Path) -> None:
     [small, *_], [large, *_] = ask(tmp_path), ask(tmp_path, size=300_000)
     assert grid.clients_per_call(small.content, 10_000) == MOST_PER_CALL
     assert grid.clients_per_call(large.content, 10_000) == 1
     assert grid.clients_per_call(small.content, 1) == 1
+
+
+def test_a_pool_of_no_processes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"jobs is 0; allowed: 1 or more"):
+        ProcessGrid(build, N, {}, jobs=0)
