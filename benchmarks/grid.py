@@ -6,7 +6,8 @@ round on one thread: of a bare loop (gradients, stack, the same rule, step), on 
 gradients' floating-point operations alone at the speed of a matrix product on this machine. All
 take turns, and of each the fastest round counts; in brackets the ratio to the bare loop. Then the
 wall-clock seconds of a round of clients that only send back what they get, in process, on a process
-for each core (``--jobs``), on this project's grid on Ray and on Flower's Ray engine, which takes minutes (``--no-ray`` leaves it out).
+for each core (``--jobs``), on this project's grid on Ray and on Flower's Ray engine, which takes
+minutes (``--no-ray`` leaves it out).
 """
 
 import argparse

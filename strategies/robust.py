@@ -30,7 +30,6 @@ from .sent import Sent, packed, round_seed
 from .stale import StaleUpdates, heard
 from .step import Outcome, Round, State, take_step
 from .storage import rows_in_file
-from .survey import Survey
 from .verdicts import RobustResult, Verdicts
 
 
@@ -64,7 +63,6 @@ class RobustStrategy(DeclaredStrategy):
         self._before_run: State | None = None
         self._sent: Sent | None = None
         self._rows: Tensor | None = None
-        self._survey: Survey | None = None
         self.verdicts = Verdicts()
         self._roster, self._alerts = Roster(self.settings), Alerts(self)
 
@@ -273,7 +271,7 @@ class RobustStrategy(DeclaredStrategy):
 
     def _step(self, sent: Sent, intake: Intake) -> tuple[Outcome, dict[int, float]]:
         """Take the step of a round; return what it came to, and lengths that may accuse."""
-        state, asked, self._survey = self._state, self._roster.num_asked, None
+        state, asked = self._state, self._roster.num_asked
         count, least = len(intake.accepted), self.settings.least_replies
         if count < least:
             self._alerts.of_liars(state.round, intake, asked, {})
@@ -282,15 +280,16 @@ class RobustStrategy(DeclaredStrategy):
         self._alerts.of_replies(state.round, intake, asked)
         state, fresh = intake.as_round(state, sent, self.settings)
         self._alerts.of_ties(sent, state.ties)
-        norms = self._alerts.accused(fresh)
-        survey = self._survey = self._surveyed(fresh)
-        self._alerts.of_liars(
-            state.round, intake, asked, dict(zip(fresh.nodes, survey.norms.tolist(), strict=True))
-        )
+        norms, nodes = self._alerts.accused(fresh), fresh.nodes
         current, stale = self._gathered(state, fresh, intake)
         buffers, rows = intake.buffers[:count], [current]
         del fresh, current  # the step lets go of the rows before it makes a model
-        return take_step(state, sent, rows.pop(), stale, buffers, self.rule, self.settings), norms
+        seed = self._seed(state.round, 2)
+        outcome = take_step(state, sent, rows.pop(), stale, buffers, self.rule, self.settings, seed)
+        assert outcome.survey is not None
+        long = dict(zip(nodes, outcome.survey.norms.tolist(), strict=True))
+        self._alerts.of_liars(state.round, intake, asked, long)
+        return outcome, norms
 
     def _gathered(self, state: State, fresh: Round, intake: Intake) -> tuple[Round, StaleUpdates]:
         """Return all rows of a round, and what its nodes have sent last if it succeeds.
@@ -320,15 +319,11 @@ class RobustStrategy(DeclaredStrategy):
         stale = state.stale.without(reputation.benched(state.round + 1))
         return replace(state, reputation=reputation, stale=stale)
 
-    def _surveyed(self, fresh: Round) -> Survey:
-        seed, distances = self._seed(self._state.round, 2), self.settings.verdict_distances
-        return Survey.of(fresh.updates, seed, distances=distances)
-
     def _keep_verdicts(self, intake: Intake, outcome: Outcome) -> None:
         """Keep what the round made of each client."""
-        survey, result, reputation = self._survey, outcome.result, self._state.reputation
-        number, asked, self._survey = self._state.round, self._roster.nodes_asked, None
-        near = None if survey is None or result is None else survey.distances(result.vector)
+        survey, reputation = outcome.survey, self._state.reputation
+        number, asked = self._state.round, self._roster.nodes_asked
+        near = None if survey is None else survey.distances
         self.verdicts.add(
             number,
             intake.heard,

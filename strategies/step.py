@@ -1,6 +1,6 @@
 """A round as a pure step: from one state to the next, or back to the old one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ from .reputation import Reputation
 from .sent import Sent
 from .settings import Settings
 from .stale import StaleUpdates
+from .survey import Sketch, Survey
 from .ties import Tied, find_ties
 
 
@@ -166,6 +167,8 @@ class Outcome:
         How many of the rows came in this round: the first ones.
     stale : int
         How many are behind them.
+    survey : Survey or None
+        Of the rows that came in this round; None where the step was not tried.
     """
 
     state: State
@@ -175,6 +178,7 @@ class Outcome:
     diverged: bool = False
     fresh: int = 0
     stale: int = 0
+    survey: Survey | None = None
 
     @property
     def weights(self) -> list[float] | None:
@@ -192,6 +196,7 @@ def take_step(
     buffers: NDArray[Any],
     rule: Rule,
     settings: Settings,
+    seed: int,
 ) -> Outcome:
     """Aggregate the rows of a round and move the model.
 
@@ -211,7 +216,9 @@ def take_step(
     rule : Rule
         Mixings and rule.
     settings : Settings
-        Those of the server's optimizer count.
+        Those of the server's optimizer count, and whether distances are wanted.
+    seed : int
+        What is drawn from to keep track of rows that are overwritten.
 
     Returns
     -------
@@ -227,10 +234,14 @@ def take_step(
     counts = len(buffers), len(current.nodes) - len(buffers)
     # Replies near the end of the range may overflow anywhere: the model is looked at below.
     with np.errstate(all="ignore"):
+        look = _look(current.updates[: counts[0]], rule, settings, seed)
         try:
             result, drawn = aggregate(rule, current, state)
         except ValueError as error:
-            return Outcome(state.emptied(), sent.model, None, f"the rule failed: {error}", True)
+            why = f"the rule failed: {error}"
+            return Outcome(state.emptied(), sent.model, None, why, True, survey=look(None))
+        survey = look(result.vector)
+        del look
         share = current.byzantine_fraction if settings.estimated else None
         del current
         moved, optimizer = descend(
@@ -242,7 +253,8 @@ def take_step(
         moved = moved.astype(sent.layout.dtype, copy=False)
         Tied(sent.layout.directions, state.ties).level(moved)
     if not sent.layout.holds(moved):
-        return Outcome(state, sent.model, result, "the new one is not finite", True, *counts)
+        why = "the new one is not finite"
+        return Outcome(state, sent.model, result, why, True, *counts, survey)
     arrays = sent.layout.to_arrays(moved, middle_of(sent.layout, buffers))
     after = replace(
         following(state, rule, result, drawn, share),
@@ -250,7 +262,16 @@ def take_step(
         empty_rounds=0,
         stale=stale,
     )
-    return Outcome(after, arrays, result, "", False, *counts)
+    return Outcome(after, arrays, result, "", False, *counts, survey)
+
+
+def _look(
+    rows: Tensor, rule: Rule, settings: Settings, seed: int
+) -> Callable[[Tensor | None], Survey]:
+    """Return what says, of the aggregate or None, how the rows of the round relate to it."""
+    if rule.mixings:  # they overwrite the rows
+        return Sketch.of(rows, seed, distances=settings.verdict_distances).survey
+    return lambda vector: Survey.of(rows, vector if settings.verdict_distances else None)
 
 
 def following(

@@ -1,8 +1,8 @@
 """How long the updates of a round are and how far from the aggregate, in one pass over the rows.
 
-The pass comes before the rule, which may overwrite the rows, and the distances are wanted after
-it: so the pass keeps a sketch of each row (Charikar, Chen and Farach-Colton's CountSketch: sums of
-columns with random signs), whose distances are those of the rows to a few percent.
+The distances are wanted after the rule. Where mixings overwrite the rows before, a sketch of each
+is kept (Charikar, Chen and Farach-Colton's CountSketch: sums of columns with random signs), whose
+distances are those of the rows to a few percent.
 """
 
 import math
@@ -27,22 +27,54 @@ _MOST_NUMBERS = 2**23
 """Of all the rows' sketches: with more rows they are narrower, and distances less precise."""
 
 
+_PIECE = 2**15
+"""Columns of a row that are compared at a time."""
+
+
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over the rows keeps.
+    """What is known of the rows of a round.
 
     Attributes
     ----------
     norms : ndarray
         float64 (n,): Euclidean norms. Infinite only beyond the range of float64.
-    sketch : Tensor or None
+    distances : ndarray or None
+        float64 (n,): from the aggregate; None where they are not wanted, or there is none.
+    """
+
+    norms: NDArray[np.float64]
+    distances: NDArray[np.float64] | None = None
+
+    @classmethod
+    def of(cls, rows: Tensor, vector: Tensor | None) -> Self:
+        """Compare the rows (n, d) with the aggregate (d,), if there is one."""
+        if vector is None:
+            return cls(euclidean_norms(rows))
+        squares, apart = _compared(rows, vector)
+        norms, distances = np.sqrt(squares), np.sqrt(apart)
+        for row in np.flatnonzero(~(np.isfinite(norms) & np.isfinite(distances))):
+            norms[row] = _norm(rows[row])  # a square is beyond float32
+            distances[row] = _norm(rows[row], vector)
+        return cls(norms, distances)
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What is kept of rows that are going to be overwritten.
+
+    Attributes
+    ----------
+    norms : ndarray
+        float64 (n,): Euclidean norms. Infinite only beyond the range of float64.
+    values : Tensor or None
         float64 (n, width), on the CPU; None where no distances are wanted.
     seed : int
         What signs and places are drawn from.
     """
 
     norms: NDArray[np.float64]
-    sketch: Tensor | None
+    values: Tensor | None
     seed: int
 
     @classmethod
@@ -51,19 +83,40 @@ class Survey:
         if not distances:
             return cls(euclidean_norms(rows), None, seed)
         width = max(64, min(WIDTH, _MOST_NUMBERS // max(1, len(rows))))
-        norms, sketch = _read(rows, width, seed)
-        long = np.flatnonzero(~np.isfinite(norms))
-        for row in long:  # its square is beyond float32
+        norms, values = _read(rows, width, seed)
+        for row in np.flatnonzero(~np.isfinite(norms)):  # its square is beyond float32
             norms[row] = _norm(rows[row])
-        return cls(norms, sketch, seed)
+        return cls(norms, values, seed)
 
-    def distances(self, vector: Tensor) -> NDArray[np.float64] | None:
-        """Return about how far each row is from ``vector`` (d,): float64 (n,)."""
-        if self.sketch is None:
-            return None
-        _, sketch = _read(vector[None], self.sketch.shape[1], self.seed)
-        far: NDArray[np.float64] = torch.linalg.vector_norm(self.sketch - sketch, dim=1).numpy()
-        return far
+    def survey(self, vector: Tensor | None) -> Survey:
+        """Return about how far each row was from the aggregate (d,), if there is one."""
+        if self.values is None or vector is None:
+            return Survey(self.norms)
+        _, sketch = _read(vector[None], self.values.shape[1], self.seed)
+        far: NDArray[np.float64] = torch.linalg.vector_norm(self.values - sketch, dim=1).numpy()
+        return Survey(self.norms, far)
+
+
+def _compared(rows: Tensor, vector: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the squares of the rows' norms and of their distances from a vector (d,)."""
+    count, size = rows.shape
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    vector = vector.to(rows.device, dtype)
+
+    def compare(blocks: slice) -> Tensor:
+        found = torch.zeros(2, count, dtype=torch.float64)
+        for number in range(blocks.start, blocks.stop):
+            columns = slice(number * _PIECE, (number + 1) * _PIECE)
+            for row in range(count):
+                values = rows[row, columns].to(dtype)
+                apart = values - vector[columns]
+                found[0, row] += float(values @ values)
+                found[1, row] += float(apart @ apart)
+        return found
+
+    few = rows.device.type != "cpu" or rows.numel() < 2**16
+    squares, apart = torch.stack(on_cores(compare, -(-size // _PIECE), few=few)).sum(0).numpy()
+    return squares, apart
 
 
 def _read(rows: Tensor, width: int, seed: int) -> tuple[NDArray[np.float64], Tensor]:
@@ -114,7 +167,12 @@ def _fold(values: Tensor, signs: Tensor) -> tuple[float, Tensor]:
     return float(values @ values), total
 
 
-def _norm(row: Tensor) -> float:
-    """Return the norm of a row that float32 cannot square."""
-    norms = [float(torch.linalg.vector_norm(part.double())) for part in torch.split(row, 1 << 18)]
+def _norm(row: Tensor, vector: Tensor | None = None) -> float:
+    """Return the norm of a row that float32 cannot square, or its distance from a vector."""
+    norms = []
+    for start in range(0, len(row), 1 << 18):
+        part = row[start : start + (1 << 18)].double()
+        if vector is not None:
+            part = part - vector[start : start + (1 << 18)].to(part)
+        norms.append(float(torch.linalg.vector_norm(part)))
     return math.hypot(*norms)

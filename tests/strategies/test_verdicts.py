@@ -10,10 +10,11 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
 from fl_bgmd.strategies import GMD, MultiKrum, RobustStrategy, Verdict, Verdicts
 from simulations.grid import InProcessGrid
-from strategies.survey import Survey
+from strategies.survey import Sketch, Survey
 from strategies.verdicts import Heard
 
 SIZE = 12
@@ -123,26 +124,54 @@ def test_benched_nodes_have_verdicts_as_well() -> None:
     assert found == [("non-finite", True), ("benched", False), ("non-finite", True)]
 
 
-@pytest.mark.parametrize("shape", [(10, 100_000), (3, 32_768), (70, 5_000), (2, 1)])
-def test_norms_are_exact_and_distances_are_right_to_a_few_percent(shape: tuple[int, int]) -> None:
+def _rows(shape: tuple[int, int]) -> Tensor:
     draw = torch.Generator().manual_seed(4)
-    rows = torch.randn(shape, generator=draw) + torch.linspace(0, 3, shape[0])[:, None]
-    vector, kept = rows.mean(0), rows.clone()
-    survey = Survey.of(rows, 2**63 - 1)
+    return torch.randn(shape, generator=draw) + torch.linspace(0, 3, shape[0])[:, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(10, 100_000), (3, 32_768), (70, 5_000), (2, 1)])
+def test_norms_and_distances_of_rows_that_stay_are_exact(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    rows = _rows(shape).to(dtype)
+    vector, kept = rows.float().mean(0), rows.clone()
+    survey = Survey.of(rows, vector)
     assert torch.equal(rows, kept)
     exact = rows.double().norm(dim=1).numpy()
     np.testing.assert_allclose(survey.norms, exact, rtol=1e-5)
+    assert survey.distances is not None
+    far = (rows.double() - vector.double()).norm(dim=1).numpy()
+    np.testing.assert_allclose(survey.distances, far, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(Survey.of(rows, None).norms, exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(10, 100_000), (3, 32_768), (70, 5_000), (2, 1)])
+def test_distances_of_rows_that_are_overwritten_are_right_to_a_few_percent(
+    shape: tuple[int, int],
+) -> None:
+    rows = _rows(shape)
+    vector, kept = rows.mean(0), rows.clone()
+    sketch = Sketch.of(rows, 2**63 - 1)
+    assert torch.equal(rows, kept)
+    exact = rows.double().norm(dim=1).numpy()
     far = (rows - vector).double().norm(dim=1).numpy()
-    np.testing.assert_allclose(survey.distances(vector), far, rtol=0.12, atol=1e-6)
+    rows.zero_()
+    survey = sketch.survey(vector)
+    np.testing.assert_allclose(survey.norms, exact, rtol=1e-5)
+    assert survey.distances is not None
+    np.testing.assert_allclose(survey.distances, far, rtol=0.12, atol=1e-6)
 
 
-def test_norms_beyond_float32_are_told() -> None:
+@pytest.mark.parametrize("overwritten", [False, True])
+def test_norms_beyond_float32_are_told(overwritten: bool) -> None:
     rows = torch.full((3, 5000), -1e30)
     rows[2] = 1
-    survey = Survey.of(rows, 0)
+    survey = Sketch.of(rows, 0).survey(rows[2]) if overwritten else Survey.of(rows, rows[2])
     np.testing.assert_allclose(survey.norms, [1e30 * 5000**0.5] * 2 + [5000**0.5], rtol=1e-5)
-    assert survey.distances(rows[2])[2] == pytest.approx(0, abs=1e-6)
-    assert np.isfinite(survey.distances(rows[2])).all()
+    assert survey.distances is not None
+    assert survey.distances[2] == pytest.approx(0, abs=1e-6)
+    assert np.isfinite(survey.distances).all()
 
 
 def test_on_round_gets_floats_and_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
