@@ -158,8 +158,8 @@ class Settings:
         Folder on a disk with room for the rows of a round; by default that of temporary files,
         which must not be in memory itself.
     verdict_distances : bool
-        Whether verdicts say how far each update is from the aggregate, which costs about four
-        times a sum over the rows.
+        Whether verdicts say how far each update is from the aggregate, which costs about as much as
+        a sum over the rows, with mixings four times as much.
     on_round : callable, optional
         Called after each round with its number and a dict of floats: all of the round's figures,
         ``accepted`` and the like as in the metrics, evaluation as ``evaluate-...`` and

@@ -76,8 +76,8 @@ class StrategyOptions(TypedDict, total=False):
     rows_dir: str | Path
     """Folder on a disk with room for the rows of a round."""
     verdict_distances: bool
-    """Whether verdicts say how far each update is from the aggregate, which costs about four times
-    a sum over the rows."""
+    """Whether verdicts say how far each update is from the aggregate, which costs about as much as
+    a sum over the rows, with mixings four times as much."""
     on_round: Callable[[int, dict[str, float]], object] | None
     """Called after each round with its number and a dict of floats."""
     root_update: Callable[[ArrayRecord], ArrayRecord] | None
