@@ -106,7 +106,7 @@ def read(path: Path) -> Found:
 
 
 def measure_all(wanted: Sequence[Cell], path: Path, jobs: int) -> None:
-    """Measure what the file lacks in so many processes; add each cell to it as it ends."""
+    """Measure what the file lacks in ``jobs`` processes; add each cell to it as it ends."""
     done = read(path)
     missing = [cell for cell in wanted if cell not in done]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from fl_bgmd.held import num_bytes
 PULL_BYTES = 2**24
 """About what one pull may bring: smaller replies are pulled together."""
 
-_SHARE = 32  # one pull brings a reply of so many, or fewer, whatever their size
+_SHARE = 32  # one pull brings at most one reply in this many, whatever their size
 _FIRST_PAUSE, _LONGER, _LONGEST_PAUSE = 0.02, 1.5, 3.0  # seconds between two looks at the grid
 
 Method = TypeVar("Method", bound=Callable[..., Any])

@@ -200,7 +200,7 @@ class CompressionMod:
         feedback = terms.error_feedback if self.error_feedback is None else self.error_feedback
         # A client that is hostile for a round does not spoil its own honest rounds' memory.
         feedback = feedback and marked(reply.content) is None
-        # What is no contraction would make the memory grow for ever.
+        # What is no contraction would make the memory grow forever.
         feedback = feedback and compressor.delta(len(update)) > 0
         if feedback:
             update = update + kept(context, _ERROR, update)

@@ -46,7 +46,7 @@ class ClientResources:
     Raises
     ------
     ConfigError
-        For more than one machine has (Flower would wait for it for ever), and for an address
+        For more than one machine has (Flower would wait for it forever), and for an address
         where no cluster answers.
     """
 

@@ -148,12 +148,12 @@ class Alerts:
                 )
 
     def of_stale(self, count: int, kept: int) -> None:
-        """Say that there is no room for the last updates of so many."""
+        """Say that there is no room for the last updates of all clients."""
         if kept < count:
             self.once(
                 "stale",
-                "stale_bytes is %s, with room for the last updates of %s of %s clients: those "
-                "heard of least recently are dropped",
+                "stale_bytes is %s, with room for the last updates of %s of %s clients: the "
+                "oldest are dropped",
                 *(self._strategy.settings.stale_bytes, kept, count),
             )
 

@@ -25,7 +25,7 @@ def attach(interface: str) -> socket.socket:
 
 
 def forward(first: str, second: str, delay: float, loss: float) -> None:
-    """Forward frames both ways for ever."""
+    """Forward frames both ways forever."""
     ends = attach(first), attach(second)
     other = {ends[0]: ends[1], ends[1]: ends[0]}
     chance = random.Random(0)

@@ -132,8 +132,8 @@ def chained(
 ) -> Chain | None:
     """Return mixings as one; None where they must be applied one by one.
 
-    That is where the Gram matrix of so many rows is the dearer way, with rows beyond the range of
-    squares, and where digits are at stake.
+    That is where the Gram matrix of this many rows costs more, where the rows' squares are out of
+    range, and where digits would be lost.
     """
     updates = check_updates(updates)
     if not has_cheap_gram(*updates.shape):

@@ -144,7 +144,7 @@ def flame(
 
     FLAME of Nguyen et al. (USENIX Security 2022), Algorithm 1. Its clustering is HDBSCAN by cosine
     distances for clusters of at least ``n / 2 + 1``, one neighbor and a single cluster allowed:
-    that is single linkage up to the distance at which so many hang together. All norms set the
+    that is single linkage up to the distance at which one cluster is that large. All norms set the
     median that the rows are clipped to. Distances are those of the updates, where the paper has
     whole models, which on the way to convergence all point the same way.
 

@@ -111,7 +111,7 @@ def _covered(pairs: Sequence[int], left: int, budget: int) -> Iterator[int]:
     if most == 0:
         yield left
         return
-    if sum(counts) > 2 * budget * most:  # no so many rows touch all pairs
+    if sum(counts) > 2 * budget * most:  # too few rows are left to touch all pairs
         return
     row = counts.index(most)
     yield from _covered(pairs, left & ~(1 << row), budget - 1)
