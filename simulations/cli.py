@@ -36,14 +36,15 @@ from .papers import FIGURES, reproduce_figure
 from .progress import StudyProgress
 from .runner import Line, finished_before, read_lines, run_cells
 from .study import (
-    PAPERS,
     Cell,
     Study,
     attack_columns,
+    own_studies,
     papers,
     read_study,
     split_attacks,
     strategy_rows,
+    study_named,
 )
 
 EXIT_RUN_FAILED, EXIT_BAD_CONFIG, EXIT_NO_DATA, EXIT_INTERRUPTED = 1, 2, 3, 130
@@ -51,6 +52,12 @@ EXIT_RUN_FAILED, EXIT_BAD_CONFIG, EXIT_NO_DATA, EXIT_INTERRUPTED = 1, 2, 3, 130
 CONSOLE = Console()
 # Wide enough for any table: in a narrow terminal lines wrap, and no number is cut off.
 TABLES = Console(width=1000)
+
+
+def reproducible() -> list[str]:
+    """Return what ``fl-bgmd reproduce`` knows by name."""
+    return [*papers(), *FIGURES, *own_studies()]
+
 
 SHOWN = (
     *("strategy", "attack", "byzantine-fraction", "num-server-rounds", "num-clients", "dataset"),
@@ -268,7 +275,7 @@ def compare(
     )
 
 
-@app.command(epilog="NAMES: " + ", ".join((*papers(), *FIGURES)))
+@app.command(epilog="NAMES: " + ", ".join(reproducible()))
 def reproduce(
     name: Annotated[str, Argument(metavar="NAME")],
     seeds: Annotated[int | None, Option(help="Default: as many as the paper", metavar="N")] = None,
@@ -286,20 +293,21 @@ def reproduce(
     results_dir: Annotated[Path, Option(parser=_path, metavar="DIR")] = Path("results"),
     output: Output = None,
 ) -> int:
-    """Reproduce a table or figure of the papers."""
+    """Reproduce a table or figure of the papers, or of this project's own documentation."""
     for option, number in (("seeds", seeds), ("jobs", jobs)):
         if number is not None and number < 1:
             raise ConfigError(f"{option} is {number}; allowed: 1 or more")
-    if name not in (*papers(), *FIGURES):
-        raise ConfigError(f"name is {name!r}; allowed: {', '.join((*papers(), *FIGURES))}")
+    if name not in reproducible():
+        raise ConfigError(f"name is {name!r}; allowed: {', '.join(reproducible())}")
     if output is not None:
         _make_folder("output", output)
-    if name in papers():
-        study = read_study(PAPERS / f"{name}.toml")
+    if name not in FIGURES:
+        study = study_named(name)
         shorter = study.changed(
             rows=row, columns=column, seeds=seeds, epochs=epochs, config={"device": device}
         )
-        folder = results_dir.resolve() / f"{name}-{shorter.epochs:g}-epochs"
+        length = "" if shorter.epochs is None else f"-{shorter.epochs:g}-epochs"
+        folder = results_dir.resolve() / f"{name}{length}"
         _make_folder("results-dir", folder)
         return _run_study(
             shorter,

@@ -22,6 +22,7 @@ from fl_bgmd.options import OptionError
 from .config import Config, ConfigError, Value, validate
 
 PAPERS = Path(__file__).resolve().parent / "papers"
+STUDIES = Path(__file__).resolve().parent / "studies"
 
 Keys = Mapping[str, Value]
 
@@ -280,18 +281,26 @@ def papers() -> list[str]:
     return sorted(path.stem for path in PAPERS.glob("*.toml"))
 
 
+def own_studies() -> list[str]:
+    """Return the names of this project's own studies that are files."""
+    return sorted(path.stem for path in STUDIES.glob("*.toml"))
+
+
+def study_named(name: str) -> Study:
+    """Read a table of the papers, or a study of this project's own."""
+    return read_study((PAPERS if name in papers() else STUDIES) / f"{name}.toml")
+
+
 def read_study(path: Path) -> Study:
     """Read a study's file.
+
+    ``base`` in it names another file beside it, whose keys it has where it sets none; tables are
+    merged.
 
     Raises :class:`ConfigError` for a file that is no TOML, and for a key that is unknown or
     missing.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"study is {str(path)!r} ({error}); allowed: a TOML file with rows and columns"
-        ) from None
+    table = _read_table(path)
     known = {f.name.replace("_", "-") for f in fields(Study)} - {"name"}
     for key in table:
         if key not in known:
@@ -310,3 +319,24 @@ def read_study(path: Path) -> Study:
         return Study(name=path.stem, **given)
     except ConfigError as error:
         raise ConfigError(f"{path.name}: {error}") from None
+
+
+def _read_table(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return what a file and the ones that it is based on say."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"study is {str(path)!r} ({error}); allowed: a TOML file with rows and columns"
+        ) from None
+    base = table.pop("base", None)
+    if base is None:
+        return table
+    found = (path.parent / str(base)).resolve()
+    if found in (*seen, path.resolve()):
+        raise ConfigError(f"{path.name}: base is {base!r}; allowed: a file not based on this one")
+    merged = _read_table(found, (*seen, path.resolve()))
+    for key, value in table.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = {**merged[key], **value} if both else value
+    return merged

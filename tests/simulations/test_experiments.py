@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, StepLR
 from fl_bgmd.devices import to_input
 from fl_bgmd.schedules import scheduled_learning_rate
 from fl_bgmd.strategies import Mean
-from simulations import cli, study
+from simulations import study
 from simulations.cli import main
 from simulations.config import ConfigError, validate
 from simulations.experiment import RunResult
@@ -27,7 +27,7 @@ from simulations.papers.figures import draw_complexity, draw_speedup, draw_toy, 
 from simulations.report.study import heading, table_of
 from simulations.report.tables import markdown
 from simulations.runner import finished_before, line_of
-from simulations.study import PAPERS, Cell, Study, papers, read_study
+from simulations.study import Cell, Study, own_studies, papers, read_study, study_named
 
 TINY = """
 title = "Tiny"
@@ -161,7 +161,7 @@ def test_grey_images_are_channels_last_too() -> None:
 
 
 def paper(name: str) -> Study:
-    return read_study(PAPERS / f"{name}.toml")
+    return study_named(name)
 
 
 @pytest.mark.parametrize("name", papers())
@@ -178,6 +178,15 @@ def test_every_run_of_every_experiment_can_be_configured(name: str) -> None:
         assert cell.config["byzantine-selection"] == (
             "fixed" if name.endswith("authors-code") else "per-round"
         )
+
+
+@pytest.mark.parametrize("name", own_studies())
+def test_every_run_of_our_own_studies_can_be_configured(name: str) -> None:
+    table = study_named(name)
+    cells = table.cells()
+    assert len({cell.name for cell in cells}) == len(cells) > 10
+    assert table.seeds >= 3
+    assert {cell.config["strategy"] for cell in cells} >= {"mean", "bgmd+nearest-neighbor"}
 
 
 def test_the_set_ups_are_the_paper_s() -> None:
@@ -202,8 +211,7 @@ def test_figures_of_the_paper_are_numbers_or_dashes() -> None:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
-    for module in (study, cli):
-        monkeypatch.setattr(module, "PAPERS", tmp_path)
+    monkeypatch.setattr(study, "PAPERS", tmp_path)
     (tmp_path / "tiny.toml").write_text(TINY, encoding="utf-8")
     return read_study(tmp_path / "tiny.toml")
 
@@ -360,7 +368,9 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
 
 def test_every_name_can_be_reproduced() -> None:
     assert {"table2-fashion-mnist", "table3-mnist", "table4-cifar10", "fig-memory"} <= {*papers()}
-    assert not set(FIGURES) & set(papers())
+    assert len({*FIGURES, *papers(), *own_studies()}) == sum(
+        map(len, (FIGURES, papers(), own_studies()))
+    )
 
 
 # ---------------------------------------------------------------------- Data and Diggavi

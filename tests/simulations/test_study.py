@@ -404,3 +404,32 @@ def test_run_from_python_takes_keys_by_name() -> None:
     assert told == [0, 1, 2]
     assert result.config["dataset"] == "mnist"
     assert result.played == {"zero": 8}
+
+
+# ---------------------------------------------------------------------------------- bases
+
+
+def test_a_file_has_what_its_base_says_where_it_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "first.toml").write_text(
+        'title = "first"\nseeds = 2\nrows = ["gmd", "cmd"]\ncolumns = ["none", "ipm"]\n'
+        '[config]\ndataset = "mnist"\nbatch-size = 16\n'
+    )
+    (tmp_path / "second.toml").write_text(
+        'base = "first.toml"\ntitle = "second"\ncolumns = ["alie"]\n[config]\nbatch-size = 32\n'
+    )
+    (tmp_path / "third.toml").write_text('base = "second.toml"\n[rows.own]\nstrategy = "mean"\n')
+    second, third = (read_study(tmp_path / f"{name}.toml") for name in ("second", "third"))
+    assert (second.title, second.seeds, [*second.rows]) == ("second", 2, ["gmd", "cmd"])
+    assert ([*second.columns], dict(second.config)) == (
+        ["alie"],
+        {"dataset": "mnist", "batch-size": 32},
+    )
+    assert [*third.rows] == ["own"]
+
+
+@pytest.mark.parametrize("base", ["a.toml", "b.toml", "nowhere.toml"])
+def test_a_base_that_is_none_is_refused(base: str, tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(f'base = "{base}"\nrows = ["gmd"]\n')
+    (tmp_path / "b.toml").write_text('base = "a.toml"\n')
+    with pytest.raises(ConfigError, match=r"nowhere\.toml|allowed: a file not based on this one"):
+        read_study(tmp_path / "a.toml")
