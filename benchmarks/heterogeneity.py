@@ -11,9 +11,9 @@ prints, along the way, for the clients' whole gradients ``g_i`` (of up to 1,000 
   the updates and nothing else the same rows may come from n - f honest clients, R and the senders
   of ``c``, whose mean is zero, and from f hostile ones, the rest: whatever moves the model towards
   ``g`` moves it away from the optimum of that world (with ``c`` a little longer their mean is
-  ``-e g``). Shown are the length of ``c`` relative to the median gradient's, with the R that makes
-  it shortest, and its median distance from the honest gradients relative to theirs from each
-  other: at 1 or below nothing about a single ``c`` is unusual.
+  ``-e g``). Shown are the length of ``c`` relative to the median gradient's, with an R that makes
+  it short (the attack ``other-world``), and its median distance from the honest gradients relative
+  to theirs from each other: at 1 or below nothing about a single ``c`` is unusual.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fl_bgmd.attacks import balanced_rows
 from fl_bgmd.data import Dataset, load, normalize, partition
 from fl_bgmd.devices import to_input
 from fl_bgmd.evaluation import evaluate
@@ -83,10 +84,8 @@ def other_world(gradients: Tensor, hostile: int) -> tuple[float, float]:
     found = []
     for liars in itertools.combinations(range(clients), hostile):
         honest = [i for i in range(clients) if i not in liars]
-        kept = min(
-            itertools.combinations(honest, clients - 2 * hostile),
-            key=lambda rows: gram[np.ix_(rows, rows)].sum(),
-        )
+        inside = torch.from_numpy(gram[np.ix_(honest, honest)])
+        kept = [honest[row] for row in balanced_rows(inside, clients - 2 * hostile)]
         square = gram[np.ix_(kept, kept)].sum() / hostile**2
         squares = gram[honest, honest]
         across = -gram[np.ix_(kept, honest)].sum(0) / hostile

@@ -32,7 +32,17 @@ from .updates import (
 )
 
 # isort: split
-from .collusion import alie, alie_deviations, ipm, mimic, mimic_victim, min_max, min_sum
+from .collusion import (
+    alie,
+    alie_deviations,
+    balanced_rows,
+    ipm,
+    mimic,
+    mimic_victim,
+    min_max,
+    min_sum,
+    other_world,
+)
 
 # isort: split
 from .block_memory import (
@@ -74,6 +84,7 @@ __all__ = [
     "attack",
     "backdoor",
     "badnets",
+    "balanced_rows",
     "bars",
     "base_name",
     "bit_flip",
@@ -111,6 +122,7 @@ __all__ = [
     "optimal_alie",
     "optimal_ipm",
     "optimal_min_max",
+    "other_world",
     "patch",
     "random",
     "random_labels",

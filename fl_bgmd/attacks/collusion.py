@@ -200,3 +200,38 @@ def squared_distances(gram: Tensor) -> Tensor:
     """Return all squared distances between rows, (m, m), from their inner products."""
     squares = gram.diagonal()
     return (squares[:, None] + squares[None, :] - 2 * gram).clamp_min(0)
+
+
+@attack("this project", sweep=(1.0, 1.5))
+def other_world(honest: Tensor, num_byzantine: int, length: Positive = 1.0) -> Tensor:
+    """Return what makes the mean of other clients zero, those who could be the honest ones.
+
+    Of n clients f are hostile. With n - 2f honest ones, R, they are as many as the honest clients,
+    and with ``-sum_R / f`` their mean is zero. Nobody who sees the updates and nothing else can
+    tell whether those are the honest clients, at an optimum, and the other f the hostile ones. R
+    is chosen so that the lie is short.
+
+    Parameters
+    ----------
+    honest : Tensor
+        (n - f, d): the honest updates.
+    num_byzantine : int
+        f.
+    length : float
+        Multiple of that vector.
+    """
+    kept = balanced_rows(honest @ honest.T, max(0, len(honest) - num_byzantine))
+    return -length / num_byzantine * honest[kept].sum(0)
+
+
+def balanced_rows(gram: Tensor, count: int) -> list[int]:
+    """Return ``count`` rows whose sum is short, given their inner products (m, m).
+
+    Greedily: of all rows the one whose loss makes the sum shortest is left out, again and again.
+    """
+    kept, gram = list(range(len(gram))), gram.double()
+    while len(kept) > count:
+        part = gram[kept][:, kept]
+        # |s - x_i|^2 = |s|^2 - 2 s x_i + |x_i|^2
+        kept.pop(int((part.diagonal() - 2 * part.sum(0)).argmin()))
+    return kept
