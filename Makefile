@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 FLWR_MIN := $(shell sed -n 's/.*"flwr>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install simulate laboratory test test-quick test-slow test-flwr-min test-deployment benchmark lint config format clean
+.PHONY: help install simulate laboratory test test-quick test-slow test-flwr-min test-deployment benchmark lint config format release clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -83,6 +83,9 @@ format: $(READY) ## Format the code
 config: $(READY) ## Write what follows from the options' declarations: pyproject.toml, strategies/typed.py
 	$(BIN)/python -m simulations.config
 	$(BIN)/python -m strategies.generate
+
+release: $(READY) ## Build sdist and wheel and try them in clean environments (TRIAL=1: any commit)
+	$(BIN)/python .ci/release $(if $(TRIAL),--trial)
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) $(VENV)-flwr-min .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
