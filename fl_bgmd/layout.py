@@ -79,7 +79,11 @@ class ModelLayout:
             offset = specs[-1].offset + specs[-1].size if specs else 0
             specs.append(ArraySpec(key, value.shape, dtype, offset))
         if not self.directions or self.num_directions == 0:
-            raise ValueError("the model holds no floating-point array to train")
+            kinds = ", ".join(sorted({str(spec.dtype) for spec in self.buffers})) or "nothing"
+            raise ValueError(
+                f"the model holds no floating-point array to train, but {kinds}; allowed: "
+                "parameters (tree models, as of XGBoost, have none that could be averaged)"
+            )
         wide = any(spec.dtype == np.float64 for spec in self.directions)
         self.dtype = np.dtype(np.float64 if wide else np.float32)
         self.values = self._flatten(values, self.directions, self.dtype)
