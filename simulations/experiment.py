@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 OnRound = Callable[[int, float | None], None]
 
 
+_SUMMED = ("seconds", "bytes-up", "bytes-down", "accepted", "rejected")
+
+
 @dataclass
 class RunResult:
     """What a run left behind.
@@ -91,6 +94,18 @@ class RunResult:
             for entry in self.rounds
             if "accuracy" in entry
         }
+
+    @property
+    def milestones(self) -> list[dict[str, Any]]:
+        """The evaluated rounds, each with the sums over the rounds since the one before."""
+        found, sums = [], dict.fromkeys(_SUMMED, 0.0)
+        for entry in self.rounds:
+            for key in sums:
+                sums[key] += float(entry.get(key, 0))
+            if "accuracy" in entry:
+                found.append({"round": entry["round"], "accuracy": entry["accuracy"], **sums})
+                sums = dict.fromkeys(_SUMMED, 0.0)
+        return found
 
     @property
     def final_accuracy(self) -> float:

@@ -180,9 +180,12 @@ def _end_with_parent() -> None:
 def finished_before(cells: Sequence[Cell], folder: Path) -> dict[str, Line]:
     """Return the lines of the finished cells that ``folder`` holds, by their names.
 
+    A line of its ``cells.jsonl`` is enough: what is published of a study is continued by it.
+
     Raises :class:`ConfigError` for one that was run with another configuration.
     """
     found = {}
+    told = {name_of(line): line for line in _lines_of(folder / "cells.jsonl")}
     for cell in cells:
         record = folder / cell.name / "run.json"
         if record.is_file():
@@ -190,7 +193,22 @@ def finished_before(cells: Sequence[Cell], folder: Path) -> dict[str, Line]:
             if result.status != "failed":
                 _refuse_another(result.config, cell, folder)
                 found[cell.name] = line_of(cell, result)
+        elif (line := told.get(cell.name)) is not None and line["status"] != "failed":
+            _refuse_another(line["setting"], cell, folder)
+            found[cell.name] = line
     return found
+
+
+def result_of(line: Line, folder: Path) -> RunResult | None:
+    """Return the run of a line: what its folder holds, or the line's own history, if any."""
+    home = folder / name_of(line)
+    if (home / "run.json").is_file():
+        return RunResult.read(home)
+    if "history" not in line:
+        return None
+    told = ("status", "error", "seconds", "played")
+    config = {**defaults(), **line["setting"]}
+    return RunResult(config, rounds=line["history"], **{key: line[key] for key in told})
 
 
 def _refuse_another(stored: Config, cell: Cell, folder: Path) -> None:
@@ -231,6 +249,7 @@ def line_of(cell: Cell, result: RunResult) -> Line:
         "played": result.played,
         "seconds": result.seconds,
         "seconds-per-round": result.seconds_per_round,
+        "history": result.milestones,
         "choice": dict(cell.choice),
         "varies": list(cell.varies),
         "setting": {key: value for key, value in cell.config.items() if key not in _PLACES},

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..experiment import RunResult
-from ..runner import Line, name_of
+from ..runner import Line, result_of
 from ..study import Study, rounds_per_epoch
 from .plots import AXES, MOST_PANELS, Runs, plot_curves, plot_heat_map
 from .tables import (
@@ -62,13 +62,12 @@ def table_of(study: Study, lines: Sequence[Line]) -> pd.DataFrame:
 
 
 def runs_of(lines: Sequence[Line], folder: Path) -> Runs:
-    """Return the runs of lines that are in a study's folder."""
+    """Return the runs of lines, as far as a study's folder or the lines themselves hold them."""
     runs: dict[tuple[str, str], list[RunResult]] = {}
     for line in lines:
-        home = folder / name_of(line)
-        if (home / "run.json").is_file():
-            place = row_of(line), line["column"]
-            runs.setdefault(place, []).append(RunResult.read(home))
+        result = result_of(line, folder)
+        if result is not None:
+            runs.setdefault((row_of(line), line["column"]), []).append(result)
     return runs
 
 

@@ -16,7 +16,7 @@ from simulations.config import ConfigError
 from simulations.experiment import RunResult
 from simulations.report.study import table_of
 from simulations.report.tables import WORST, accuracies, accuracy_means, chosen
-from simulations.runner import line_of
+from simulations.runner import line_of, result_of, run_cells
 from simulations.study import Study, attack_columns, read_study, split_attacks, strategy_rows
 
 SMALL = {
@@ -433,3 +433,30 @@ def test_a_base_that_is_none_is_refused(base: str, tmp_path: Path) -> None:
     (tmp_path / "b.toml").write_text('base = "a.toml"\n')
     with pytest.raises(ConfigError, match=r"nowhere\.toml|allowed: a file not based on this one"):
         read_study(tmp_path / "a.toml")
+
+
+# ------------------------------------------------------------------------------- continued
+
+
+def test_what_is_published_of_a_study_is_enough_to_continue_it(tmp_path: Path) -> None:
+    study = Study(strategy_rows(["gmd"]), attack_columns(["none", "zero"]), SMALL, seeds=1)
+    first, then = tmp_path / "first", tmp_path / "then"
+    lines = run_cells(study.cells(), first)
+    then.mkdir()
+    kept, _ = (first / "cells.jsonl").read_text().splitlines()
+    (then / "cells.jsonl").write_text(kept + "\n")
+    ran: list[str] = []
+    again = run_cells(study.cells(), then, on_done=lambda cell, _: ran.append(cell.name))
+    assert ran == ["gmd/zero/seed-0"]
+    assert again[0] == lines[0]
+    assert again[1]["final-accuracy"] == lines[1]["final-accuracy"]
+    whole, told = (result_of(lines[0], folder) for folder in (first, then))
+    assert whole is not None
+    assert told is not None
+    assert told.accuracies == whole.accuracies
+    assert told.bytes_up_to(3) == whole.bytes_up_to(3) > 0
+    assert told.total("accepted") == whole.total("accepted") == 30
+    assert len(told.rounds) == 2 < len(whole.rounds)
+    other = Study(study.rows, study.columns, {**SMALL, "batch-size": 8})
+    with pytest.raises(ConfigError, match="batch-size 16 and not 8"):
+        run_cells(other.cells(), then)
