@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from fl_bgmd.flower import simulate
 from .config import Config, ConfigError, named, validate
 from .experiment import OnRound, RunResult, run_experiment
 from .grid import InProcessGrid
+from .trackers import check_log
 
 BACKENDS = ("ray", "flower", "inprocess", "vectorized")
 
@@ -144,6 +146,7 @@ def run(
     backend: str = "inprocess",
     resources: ClientResources | None = None,
     on_round: OnRound | None = None,
+    folder: Path | str | None = None,
     **settings: Any,
 ) -> RunResult:
     """Run one configuration and return its result.
@@ -162,6 +165,8 @@ def run(
         What Ray sets aside for a client.
     on_round : callable, optional
         Called after each round with its number and the accuracy, None where it was not evaluated.
+    folder : path, optional
+        Gets what the run leaves behind (:meth:`.experiment.RunResult.write`).
     **settings
         More keys.
 
@@ -170,20 +175,29 @@ def run(
     ConfigError
         For an unknown key, or a value that is not allowed.
     MissingExtraError
-        For backend ``ray`` where Ray is not installed.
+        For backend ``ray`` where Ray is not installed, ``log_to`` where TensorBoard is not.
     """
     whole = validate({**(config or {}), **named(settings)})
-    return run_validated(whole, backend, resources or ClientResources(), on_round)
+    place = None if folder is None else Path(folder)
+    result = run_validated(whole, backend, resources or ClientResources(), on_round, place)
+    if place is not None:
+        result.write(place)
+    return result
 
 
 def run_validated(
-    config: Config, backend: str, resources: ClientResources, on_round: OnRound | None
+    config: Config,
+    backend: str,
+    resources: ClientResources,
+    on_round: OnRound | None,
+    folder: Path | None = None,
 ) -> RunResult:
-    """Run a validated configuration; see :func:`run`."""
+    """Run a validated configuration; see :func:`run`. ``folder`` gets files of ``log-to`` only."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     if backend in ON_RAY:
         require("ray", f"backend {backend}", "simulation")
+    check_log(config, folder)
     if backend == "vectorized":
         for key, allowed in (("downlink-compressor", "none"), ("precision", "fp32")):
             if config[key] != allowed:
@@ -192,20 +206,22 @@ def run_validated(
                 )
     try:
         if backend == "ray":
-            result = _run_on_ray(config, resources, on_round)
+            result = _run_on_ray(config, resources, on_round, folder)
         elif backend == "flower":
-            result = _run_on_flower(config, resources, on_round)
+            result = _run_on_flower(config, resources, on_round, folder)
         else:
             prepare = prepare_together if backend == "vectorized" else None
             grid = InProcessGrid(client_app, int(config["num-clients"]), config, prepare)
-            result = run_experiment(grid, config, on_round)
+            result = run_experiment(grid, config, on_round, folder)
     except Exception as error:
         result = RunResult(config, status="failed", error=f"{type(error).__name__}: {error}")
     result.backend = backend
     return result
 
 
-def _run_on_ray(config: Config, resources: ClientResources, on_round: OnRound | None) -> RunResult:
+def _run_on_ray(
+    config: Config, resources: ClientResources, on_round: OnRound | None, folder: Path | None
+) -> RunResult:
     from .ray_grid import RayGrid
 
     resources = _addressed(resources, config)
@@ -217,7 +233,7 @@ def _run_on_ray(config: Config, resources: ClientResources, on_round: OnRound | 
         num_gpus=resources.num_gpus,
         address=resources.ray_address,
     ) as grid:
-        return run_experiment(grid, config, on_round)
+        return run_experiment(grid, config, on_round, folder)
 
 
 def _addressed(resources: ClientResources, config: Config) -> ClientResources:
@@ -229,7 +245,7 @@ def _addressed(resources: ClientResources, config: Config) -> ClientResources:
 
 
 def _run_on_flower(
-    config: Config, resources: ClientResources, on_round: OnRound | None
+    config: Config, resources: ClientResources, on_round: OnRound | None, folder: Path | None
 ) -> RunResult:
     resources = _addressed(resources, config)
     results: list[RunResult] = []
@@ -237,7 +253,7 @@ def _run_on_flower(
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
-        results.append(run_experiment(grid, config, on_round))
+        results.append(run_experiment(grid, config, on_round, folder))
 
     app = ConfiguredClientApp(client_app, config)
     simulate(server_app, app, config["num-clients"], resources.to_backend_config())

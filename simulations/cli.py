@@ -45,6 +45,7 @@ from .study import (
     split_attacks,
     strategy_rows,
 )
+from .trackers import check_log
 
 EXIT_RUN_FAILED, EXIT_BAD_CONFIG, EXIT_NO_DATA, EXIT_INTERRUPTED = 1, 2, 3, 130
 
@@ -399,6 +400,8 @@ def _run_study(
     if backend in ON_RAY:
         require("ray", f"backend {backend}", "simulation")
     cells = study.cells()
+    for cell in cells:
+        check_log(cell.config, folder or Path())
     _tell_limits(cell.config for cell in cells)
     for cell in cells:
         if cell.config["checkpoint-dir"]:

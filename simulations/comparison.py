@@ -11,6 +11,7 @@ from .config import named
 from .experiment import RunResult
 from .runner import Line, OnProgress, run_cells
 from .study import Cell, Study, attack_columns, strategy_rows
+from .trackers import check_log
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,6 +95,8 @@ def compare(
     rows, columns = strategy_rows(strategies), attack_columns(attacks)
     study = Study(rows, columns, named(settings), seeds=seeds)
     cells = study.cells()
+    for cell in cells:
+        check_log(cell.config, None if folder is None else Path(folder))
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch if folder is None else folder)
         lines = run_cells(

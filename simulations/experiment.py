@@ -33,6 +33,7 @@ from fl_bgmd.strategies import RobustStrategy, RunEndedError, Verdict
 from .adversary import AdversarialGrid
 from .config import SETTINGS, Config, strategy_for
 from .grid import InProcessGrid
+from .trackers import FigureLog, check_log
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -188,17 +189,22 @@ def environment() -> dict[str, Any]:
     }
 
 
-def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) -> RunResult:
+def run_experiment(
+    grid: Grid, config: Config, on_round: OnRound | None = None, folder: Path | None = None
+) -> RunResult:
     """Run a validated configuration on any grid, from its newest checkpoint where there is one.
 
     ``on_round(round, accuracy or None)`` is called after each round (0: before the first).
+    ``folder`` is where the run's files go, for ``log-to``.
     """
+    check_log(config, folder)
     dataset = load(str(config["dataset"]), str(config["data-dir"]) or None)
     torch.manual_seed(int(config["seed"]))
     model = build(
         str(config["model"]), input_shape=dataset.input_shape, num_classes=dataset.num_classes
     )
-    strategy = build_strategy(config)
+    log = FigureLog(config, folder)
+    strategy = build_strategy(config, on_round=log)
     scheme, seed = str(config["partition"]), int(config["seed"])
     # Shares that cannot be are refused before anything starts.
     validation = float(config["validation-fraction"])
@@ -267,6 +273,8 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
     except RunEndedError as error:
         outcome = error.result
         result.status, result.error = "failed", f"{type(error).__name__}: {error}"
+    finally:
+        log.close()
     result.rounds, result.verdicts = _history(outcome), strategy.verdicts
     if "accuracy" not in result.rounds[-1] and outcome.arrays:  # it ended between evaluations
         result.rounds[-1] |= dict(measure(outcome.arrays))
@@ -333,10 +341,11 @@ def checkpoints_of(config: Config) -> Checkpoints | None:
     )
 
 
-def build_strategy(config: Config) -> RobustStrategy:
-    """Build the strategy that a validated configuration names."""
+def build_strategy(config: Config, **options: Any) -> RobustStrategy:
+    """Build the strategy that a validated configuration names; ``options`` it does not hold."""
     return strategy_for(
         config,
+        **options,
         server_learning_rate=_server_learning_rate(config),
         checkpoints=checkpoints_of(config),
     )

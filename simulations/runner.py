@@ -73,7 +73,7 @@ def run_cells(
         for line in (*others, *written.values()):
             lines.write(json.dumps(line) + "\n")
         lines.flush()
-        for cell, result in _finished(waiting, backend, resources, jobs, tell):
+        for cell, result in _finished(waiting, folder, backend, resources, jobs, tell):
             result.write(folder / cell.name)
             written[cell.name] = line_of(cell, result)
             lines.write(json.dumps(written[cell.name]) + "\n")
@@ -88,6 +88,7 @@ def run_cells(
 
 def _finished(
     cells: Sequence[Cell],
+    folder: Path,
     backend: str,
     resources: ClientResources | None,
     jobs: int,
@@ -95,14 +96,16 @@ def _finished(
 ) -> Iterator[tuple[Cell, RunResult]]:
     if jobs == 1:
         for cell in cells:
-            heard = _teller(tell, cell.name)
-            yield cell, run_validated(cell.config, backend, resources or ClientResources(), heard)
+            heard, home = _teller(tell, cell.name), folder / cell.name
+            given = resources or ClientResources()
+            yield cell, run_validated(cell.config, backend, given, heard, home)
         return
     with pool(jobs, tell) as workers:
         # Interrupts are the parent's to answer: the workers inherit that they are blocked.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         waiting = {
-            workers.submit(_run_in_worker, cell.config, backend, cell.name): cell for cell in cells
+            workers.submit(_run_in_worker, cell.config, backend, cell.name, folder): cell
+            for cell in cells
         }
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -159,11 +162,11 @@ def _prepare_worker(threads: int, log_level: int, news: Any) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _run_in_worker(config: Config, backend: str, name: str) -> RunResult:
+def _run_in_worker(config: Config, backend: str, name: str, folder: Path) -> RunResult:
     def tell(number: int, accuracy: float | None) -> None:
         _NEWS[0].put((name, number, accuracy))
 
-    return run_validated(config, backend, ClientResources(), tell)
+    return run_validated(config, backend, ClientResources(), tell, folder / name)
 
 
 def _end_with_parent() -> None:
