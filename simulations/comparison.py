@@ -15,6 +15,7 @@ from .trackers import check_log
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,33 @@ class StudyResult:
         from .report.study import table_of
 
         return table_of(self.study, self.lines)
+
+    def figure(self, metric: str = "accuracy", axis: str = "rounds") -> "Figure":
+        """Return a matplotlib figure of a number of the rounds: a panel for each column.
+
+        Means over the seeds with their standard deviation as bands. ``axis`` is ``rounds``,
+        ``seconds`` or ``bytes``. Raises ``ValueError`` for another one, and for a ``metric`` that
+        no round has.
+        """
+        from .report.notebook import study_figure
+
+        return study_figure(self, metric, axis)
+
+    def heat_map(self) -> "Figure":
+        """Return a matplotlib figure of the final accuracies, with the worst of each row."""
+        from .report.notebook import study_heat_map
+
+        return study_heat_map(self)
+
+    def __repr__(self) -> str:
+        """Return the table."""
+        return f"<StudyResult: {len(self.lines)} runs>\n{self.table.to_string(index=False)}"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        from .report.notebook import study_html
+
+        return study_html(self)
 
 
 def compare(

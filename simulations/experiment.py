@@ -5,7 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -37,6 +37,7 @@ from .trackers import FigureLog, check_log
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 OnRound = Callable[[int, float | None], None]
 
@@ -83,6 +84,35 @@ class RunResult:
         import pandas as pd
 
         return pd.DataFrame(self.rounds).set_index("round")
+
+    @property
+    def verdict_frame(self) -> "pd.DataFrame":
+        """The verdicts as a pandas frame, one line each."""
+        import pandas as pd
+
+        columns = [*Verdict.__dataclass_fields__]
+        return pd.DataFrame([asdict(verdict) for verdict in self.verdicts], columns=columns)
+
+    def figure(self, metric: str = "accuracy", axis: str = "rounds") -> "Figure":
+        """Return a matplotlib figure of a number of the rounds.
+
+        ``axis`` is ``rounds``, ``seconds`` or ``bytes``. Raises ``ValueError`` for another one, and
+        for a ``metric`` that no round has.
+        """
+        from .report.notebook import run_figure
+
+        return run_figure(self, metric, axis)
+
+    def __repr__(self) -> str:
+        """Return what a run came to: its rounds and models would fill the screen."""
+        cell = f"{self.config.get('strategy')} under {self.config.get('attack')}"
+        return f"<RunResult: {cell}, {self.status}, final accuracy {self.final_accuracy:.4f}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        from .report.notebook import run_html
+
+        return run_html(self)
 
     @property
     def accuracies(self) -> dict[int, float]:

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from .figure import Drawing
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#56B4E9", "#E69F00")
 """Okabe and Ito's colors for all kinds of sight, but the yellow, which fades on white."""
@@ -17,18 +20,17 @@ MOST_LABELS = 12
 """Curves that can still be named at their ends."""
 
 
-def panels(high: int, wide: int, width: float, height: float, **settings: Any) -> tuple[Any, Any]:
+def panels(
+    high: int, wide: int, width: float, height: float, **settings: Any
+) -> tuple["Drawing", Any]:
     """Return a figure and its ``high`` x ``wide`` panels, each ``width`` x ``height`` inches."""
-    import matplotlib as mpl
     from cycler import cycler
 
-    mpl.use("Agg")  # draws into files, also where there is no screen
-    from matplotlib import pyplot as plt
+    from .figure import Drawing
 
-    size = (width * wide, height * high)
-    figure, grid = plt.subplots(
-        high, wide, figsize=size, layout="constrained", squeeze=False, **settings
-    )
+    # Without pyplot: no window, no screen, and no notebook's settings are touched.
+    figure = Drawing(figsize=(width * wide, height * high), layout="constrained")
+    grid = figure.subplots(high, wide, squeeze=False, **settings)
     styles = [(color, DASHES[i % len(DASHES)]) for i, color in enumerate(COLORS * len(DASHES))]
     colors, dashes = zip(*styles, strict=True)
     for panel in grid.flat:
@@ -37,19 +39,17 @@ def panels(high: int, wide: int, width: float, height: float, **settings: Any) -
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Write a figure to a PNG file and a PDF beside it, and forget it; return the path.
+    """Write a figure to a PNG file and a PDF beside it; return the path.
 
     The folder may be new. The PDF has its letters as fonts that publishers take (type 42), and no
     date: the same figure is the same file.
     """
     import matplotlib as mpl
-    from matplotlib import pyplot as plt
 
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     with mpl.rc_context({"pdf.fonttype": 42}):
         figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
-    plt.close(figure)
     return path
 
 

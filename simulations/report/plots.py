@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,9 @@ from ..experiment import RunResult
 from ..listings import plain
 from .drawing import band, name_ends, panels, save
 from .tables import percent
+
+if TYPE_CHECKING:
+    from .figure import Drawing
 
 Runs = Mapping[tuple[str, str], Sequence[RunResult]]
 """The runs of a study, one for each seed, by row and column."""
@@ -46,7 +49,7 @@ def plot_curves(runs: Runs, metric: str, axis: str, title: str, folder: Path) ->
     return save(figure, folder / f"{metric}-{axis}.png")
 
 
-def draw_curves(runs: Runs, metric: str, axis: str, title: str) -> Any:
+def draw_curves(runs: Runs, metric: str, axis: str, title: str) -> "Drawing":
     """Return the figure of :func:`plot_curves`."""
     from matplotlib.ticker import MaxNLocator
 
@@ -97,6 +100,11 @@ def _curves(
 
 def plot_heat_map(means: pd.DataFrame, title: str, folder: Path) -> Path:
     """Draw mean accuracies, rows x columns of which the last is the worst, to ``heatmap.png``."""
+    return save(draw_heat_map(means, title), folder / "heatmap.png")
+
+
+def draw_heat_map(means: pd.DataFrame, title: str) -> "Drawing":
+    """Return the figure of :func:`plot_heat_map`."""
     values = means.to_numpy() * 100
     high, wide = values.shape
     figure, [[axes]] = panels(1, 1, 2.5 + 0.55 * wide, 1.8 + 0.34 * high)
@@ -110,7 +118,7 @@ def plot_heat_map(means: pd.DataFrame, title: str, folder: Path) -> Path:
         axes.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, label="final test accuracy (%)")
-    return save(figure, folder / "heatmap.png")
+    return figure
 
 
 def plot_data_attacks(dataset: Dataset, folder: Path, examples: int = 5, seed: int = 0) -> Path:
