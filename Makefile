@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 FLWR_MIN := $(shell sed -n 's/.*"flwr>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install simulate laboratory test test-quick test-slow test-flwr-min test-deployment benchmark lint config format release clean
+.PHONY: help install simulate laboratory test test-quick test-slow test-flwr-min test-deployment benchmark docs lint config format release clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -71,6 +71,10 @@ test-flwr-min: ## The test suite with the oldest flwr supported, in .venv-flwr-m
 test-deployment: $(READY) ## One SuperLink and five SuperNodes as network namespaces (root)
 	$(BIN)/python -m pytest -m deployment
 
+docs: $(READY) ## The documentation site, in site/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	$(BIN)/mkdocs build --quiet
+
 lint: $(READY) ## Linters and type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -88,4 +92,4 @@ release: $(READY) ## Build sdist and wheel and try them in clean environments (T
 	$(BIN)/python .ci/release $(if $(TRIAL),--trial)
 
 clean: ## Remove the environment and caches
-	rm -rf $(VENV) $(VENV)-flwr-min .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(VENV)-flwr-min site .mypy_cache .pytest_cache .ruff_cache .hypothesis dist

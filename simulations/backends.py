@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .config import Config, ConfigError, named, validate
 from .experiment import OnRound, RunResult, run_experiment
 from .grid import InProcessGrid
 from .process_grid import ProcessGrid
+from .trackers import check_log
 
 BACKENDS = ("ray", "flower", "inprocess", "vectorized")
 
@@ -146,6 +148,7 @@ def run(
     resources: ClientResources | None = None,
     jobs: int = 1,
     on_round: OnRound | None = None,
+    folder: Path | str | None = None,
     **settings: Any,
 ) -> RunResult:
     """Run one configuration and return its result.
@@ -167,6 +170,8 @@ def run(
         bit. Scripts then need the usual ``if __name__ == "__main__"``.
     on_round : callable, optional
         Called after each round with its number and the accuracy, None where it was not evaluated.
+    folder : path, optional
+        Gets what the run leaves behind (:meth:`.experiment.RunResult.write`).
     **settings
         More keys.
 
@@ -175,10 +180,14 @@ def run(
     ConfigError
         For an unknown key, or a value that is not allowed; for several jobs elsewhere.
     MissingExtraError
-        For backend ``ray`` where Ray is not installed.
+        For backend ``ray`` where Ray is not installed, ``log_to`` where TensorBoard is not.
     """
     whole = validate({**(config or {}), **named(settings)})
-    return run_validated(whole, backend, resources or ClientResources(), on_round, jobs)
+    place = None if folder is None else Path(folder)
+    result = run_validated(whole, backend, resources or ClientResources(), on_round, place, jobs)
+    if place is not None:
+        result.write(place)
+    return result
 
 
 def run_validated(
@@ -186,9 +195,10 @@ def run_validated(
     backend: str,
     resources: ClientResources,
     on_round: OnRound | None,
+    folder: Path | None = None,
     jobs: int = 1,
 ) -> RunResult:
-    """Run a validated configuration; see :func:`run`."""
+    """Run a validated configuration; see :func:`run`. ``folder`` gets files of ``log-to`` only."""
     if jobs < 1 or (jobs > 1 and backend != "inprocess"):
         raise ConfigError(
             f"jobs is {jobs} with backend {backend}; allowed: 1, more with backend inprocess"
@@ -197,6 +207,7 @@ def run_validated(
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     if backend in ON_RAY:
         require("ray", f"backend {backend}", "simulation")
+    check_log(config, folder)
     if backend == "vectorized":
         for key, allowed in (("downlink-compressor", "none"), ("precision", "fp32")):
             if config[key] != allowed:
@@ -205,16 +216,16 @@ def run_validated(
                 )
     try:
         if backend == "ray":
-            result = _run_on_ray(config, resources, on_round)
+            result = _run_on_ray(config, resources, on_round, folder)
         elif backend == "flower":
-            result = _run_on_flower(config, resources, on_round)
+            result = _run_on_flower(config, resources, on_round, folder)
         elif jobs > 1:
             with ProcessGrid(_load_app, int(config["num-clients"]), config, jobs=jobs) as workers:
-                result = run_experiment(workers, config, on_round)
+                result = run_experiment(workers, config, on_round, folder)
         else:
             prepare = prepare_together if backend == "vectorized" else None
             grid = InProcessGrid(client_app, int(config["num-clients"]), config, prepare)
-            result = run_experiment(grid, config, on_round)
+            result = run_experiment(grid, config, on_round, folder)
     except Exception as error:
         result = RunResult(config, status="failed", error=f"{type(error).__name__}: {error}")
     result.backend = backend
@@ -225,7 +236,9 @@ def _load_app() -> ClientApp:
     return client_app
 
 
-def _run_on_ray(config: Config, resources: ClientResources, on_round: OnRound | None) -> RunResult:
+def _run_on_ray(
+    config: Config, resources: ClientResources, on_round: OnRound | None, folder: Path | None
+) -> RunResult:
     from .ray_grid import RayGrid
 
     resources = _addressed(resources, config)
@@ -237,7 +250,7 @@ def _run_on_ray(config: Config, resources: ClientResources, on_round: OnRound | 
         num_gpus=resources.num_gpus,
         address=resources.ray_address,
     ) as grid:
-        return run_experiment(grid, config, on_round)
+        return run_experiment(grid, config, on_round, folder)
 
 
 def _addressed(resources: ClientResources, config: Config) -> ClientResources:
@@ -249,7 +262,7 @@ def _addressed(resources: ClientResources, config: Config) -> ClientResources:
 
 
 def _run_on_flower(
-    config: Config, resources: ClientResources, on_round: OnRound | None
+    config: Config, resources: ClientResources, on_round: OnRound | None, folder: Path | None
 ) -> RunResult:
     resources = _addressed(resources, config)
     results: list[RunResult] = []
@@ -257,7 +270,7 @@ def _run_on_flower(
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
-        results.append(run_experiment(grid, config, on_round))
+        results.append(run_experiment(grid, config, on_round, folder))
 
     app = ConfiguredClientApp(client_app, config)
     simulate(server_app, app, config["num-clients"], resources.to_backend_config())

@@ -31,7 +31,7 @@ from .config import (
     validate,
 )
 from .experiment import RunResult, evaluate_saved
-from .listings import attacks_table, keys_table
+from .listings import print_attacks, print_keys
 from .papers import FIGURES, reproduce_figure
 from .progress import StudyProgress
 from .runner import Line, finished_before, read_lines, run_cells
@@ -46,12 +46,11 @@ from .study import (
     strategy_rows,
     study_named,
 )
+from .trackers import check_log
 
 EXIT_RUN_FAILED, EXIT_BAD_CONFIG, EXIT_NO_DATA, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 CONSOLE = Console()
-# Wide enough for any table: in a narrow terminal lines wrap, and no number is cut off.
-TABLES = Console(width=1000)
 
 
 def reproducible() -> list[str]:
@@ -413,6 +412,8 @@ def _run_study(
     if backend in ON_RAY:
         require("ray", f"backend {backend}", "simulation")
     cells = study.cells()
+    for cell in cells:
+        check_log(cell.config, folder or Path())
     _tell_limits(cell.config for cell in cells)
     for cell in cells:
         if cell.config["checkpoint-dir"]:
@@ -464,7 +465,7 @@ def _show(study: Study, full: Study, lines: list[Line], folder: Path, output: Pa
     from .report.study import heading, table_of, write_report
     from .report.tables import show
 
-    show(TABLES, table_of(study, lines), heading(study, full, lines))
+    show(CONSOLE, table_of(study, lines), heading(study, full, lines))
     written = [*write_report(study, full, lines, folder, output), folder / "cells.jsonl"]
     if has_plotly():
         frame = table_of(study, lines)
@@ -523,7 +524,7 @@ def keys(
     found = [key for key in SETTINGS if fnmatch.fnmatchcase(key, f"*{pattern}*")]
     if not found:
         raise ConfigError(f"pattern is {pattern!r}; allowed: part of {', '.join(SETTINGS)}")
-    CONSOLE.print(keys_table(SETTINGS[key] for key in found))
+    print_keys(CONSOLE, (SETTINGS[key] for key in found))
     return 0
 
 
@@ -539,7 +540,7 @@ def attacks(
     if picture is not None:
         _require_plots()
         _make_folder("picture", picture)
-    CONSOLE.print(attacks_table())  # mostly text, which folds
+    print_attacks(CONSOLE)
     if picture is not None:
         from .report.plots import plot_data_attacks
 

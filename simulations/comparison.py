@@ -11,9 +11,11 @@ from .config import named
 from .experiment import RunResult
 from .runner import Line, OnProgress, run_cells
 from .study import Cell, Study, attack_columns, strategy_rows
+from .trackers import check_log
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,33 @@ class StudyResult:
         from .report.study import table_of
 
         return table_of(self.study, self.lines)
+
+    def figure(self, metric: str = "accuracy", axis: str = "rounds") -> "Figure":
+        """Return a matplotlib figure of a number of the rounds: a panel for each column.
+
+        Means over the seeds with their standard deviation as bands. ``axis`` is ``rounds``,
+        ``seconds`` or ``bytes``. Raises ``ValueError`` for another one, and for a ``metric`` that
+        no round has.
+        """
+        from .report.notebook import study_figure
+
+        return study_figure(self, metric, axis)
+
+    def heat_map(self) -> "Figure":
+        """Return a matplotlib figure of the final accuracies, with the worst of each row."""
+        from .report.notebook import study_heat_map
+
+        return study_heat_map(self)
+
+    def __repr__(self) -> str:
+        """Return the table."""
+        return f"<StudyResult: {len(self.lines)} runs>\n{self.table.to_string(index=False)}"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        from .report.notebook import study_html
+
+        return study_html(self)
 
 
 def compare(
@@ -94,6 +123,8 @@ def compare(
     rows, columns = strategy_rows(strategies), attack_columns(attacks)
     study = Study(rows, columns, named(settings), seeds=seeds)
     cells = study.cells()
+    for cell in cells:
+        check_log(cell.config, None if folder is None else Path(folder))
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch if folder is None else folder)
         lines = run_cells(

@@ -210,6 +210,8 @@ class RunSettings:
         Seconds to wait for replies.
     save_model : bool
         Whether the run's folder gets the final and the best model as safetensors.
+    log_to : str
+        What the figures of each round are written for, as files in the run's folder.
     checkpoint_dir : str
         Folder to save checkpoints to and resume from, one for each run.
     checkpoint_every : int
@@ -278,6 +280,7 @@ class RunSettings:
     evaluate_every: Count = 1
     round_timeout: Annotated[Positive, Operation()] = 3600.0
     save_model: Annotated[bool, Operation(), Environment()] = True
+    log_to: Annotated[Literal["none", "tensorboard"], Operation(), Environment()] = "none"
     checkpoint_dir: Annotated[str, *_FOLDER, Operation(), Environment()] = ""
     checkpoint_every: Annotated[Count, Operation()] = 1
     checkpoint_keep: Annotated[Count, Operation()] = 3

@@ -5,7 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -33,9 +33,11 @@ from fl_bgmd.strategies import RobustStrategy, RunEndedError, Verdict
 from .adversary import AdversarialGrid
 from .config import SETTINGS, Config, strategy_for
 from .grid import InProcessGrid
+from .trackers import FigureLog, check_log
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 OnRound = Callable[[int, float | None], None]
 
@@ -85,6 +87,35 @@ class RunResult:
         import pandas as pd
 
         return pd.DataFrame(self.rounds).set_index("round")
+
+    @property
+    def verdict_frame(self) -> "pd.DataFrame":
+        """The verdicts as a pandas frame, one line each."""
+        import pandas as pd
+
+        columns = [*Verdict.__dataclass_fields__]
+        return pd.DataFrame([asdict(verdict) for verdict in self.verdicts], columns=columns)
+
+    def figure(self, metric: str = "accuracy", axis: str = "rounds") -> "Figure":
+        """Return a matplotlib figure of a number of the rounds.
+
+        ``axis`` is ``rounds``, ``seconds`` or ``bytes``. Raises ``ValueError`` for another one, and
+        for a ``metric`` that no round has.
+        """
+        from .report.notebook import run_figure
+
+        return run_figure(self, metric, axis)
+
+    def __repr__(self) -> str:
+        """Return what a run came to: its rounds and models would fill the screen."""
+        cell = f"{self.config.get('strategy')} under {self.config.get('attack')}"
+        return f"<RunResult: {cell}, {self.status}, final accuracy {self.final_accuracy:.4f}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        from .report.notebook import run_html
+
+        return run_html(self)
 
     @property
     def accuracies(self) -> dict[int, float]:
@@ -203,17 +234,22 @@ def environment() -> dict[str, Any]:
     }
 
 
-def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) -> RunResult:
+def run_experiment(
+    grid: Grid, config: Config, on_round: OnRound | None = None, folder: Path | None = None
+) -> RunResult:
     """Run a validated configuration on any grid, from its newest checkpoint where there is one.
 
     ``on_round(round, accuracy or None)`` is called after each round (0: before the first).
+    ``folder`` is where the run's files go, for ``log-to``.
     """
+    check_log(config, folder)
     dataset = load(str(config["dataset"]), str(config["data-dir"]) or None)
     torch.manual_seed(int(config["seed"]))
     model = build(
         str(config["model"]), input_shape=dataset.input_shape, num_classes=dataset.num_classes
     )
-    strategy = build_strategy(config)
+    log = FigureLog(config, folder)
+    strategy = build_strategy(config, on_round=log)
     scheme, seed = str(config["partition"]), int(config["seed"])
     # Shares that cannot be are refused before anything starts.
     validation = float(config["validation-fraction"])
@@ -282,6 +318,8 @@ def run_experiment(grid: Grid, config: Config, on_round: OnRound | None = None) 
     except RunEndedError as error:
         outcome = error.result
         result.status, result.error = "failed", f"{type(error).__name__}: {error}"
+    finally:
+        log.close()
     result.rounds, result.verdicts = _history(outcome), strategy.verdicts
     if "accuracy" not in result.rounds[-1] and outcome.arrays:  # it ended between evaluations
         result.rounds[-1] |= dict(measure(outcome.arrays))
@@ -348,10 +386,11 @@ def checkpoints_of(config: Config) -> Checkpoints | None:
     )
 
 
-def build_strategy(config: Config) -> RobustStrategy:
-    """Build the strategy that a validated configuration names."""
+def build_strategy(config: Config, **options: Any) -> RobustStrategy:
+    """Build the strategy that a validated configuration names; ``options`` it does not hold."""
     return strategy_for(
         config,
+        **options,
         server_learning_rate=_server_learning_rate(config),
         checkpoints=checkpoints_of(config),
     )

@@ -2,38 +2,57 @@
 
 from collections.abc import Iterable
 
-from rich.markup import escape
-from rich.table import Table
+from rich.console import Console
 
 from fl_bgmd.attacks import ATTACKS
 from fl_bgmd.options import Option
 
-
-def attacks_table() -> Table:
-    """Return the list of attacks for the terminal."""
-    table = Table(title="Attacks")
-    for column in ("name", "place", "knows", "options", "authors' code", "source"):
-        table.add_column(column, no_wrap=column in ("name", "place", "knows"))
-    for name, attack in ATTACKS.items():
-        options = "\n".join(
-            f"{option.key}={plain(option.default)}: {option.help}"
-            for option in attack.options.values()
-        )
-        codes = ", ".join(f"{value:g} {data}" for data, value in attack.authors_code.items())
-        table.add_row(name, attack.place, attack.knows, options, codes.strip(), attack.source)
-    return table
+from .terminal import print_table
 
 
-def keys_table(options: Iterable[Option]) -> Table:
-    """Return keys of the run configuration for the terminal."""
-    table = Table(title="Run configuration")
-    for column in ("key", "default", "allowed", "help"):
-        table.add_column(column, no_wrap=column == "key")
+def print_attacks(console: Console) -> None:
+    """Print the list of attacks."""
+    rows = [
+        {
+            "name": name,
+            "place": attack.place,
+            "knows": attack.knows,
+            "options": "\n".join(
+                f"{option.key}={plain(option.default)}: {option.help}"
+                for option in attack.options.values()
+            ),
+            "authors' code": ", ".join(f"{v:g} {data}" for data, v in attack.authors_code.items()),
+            "source": attack.source,
+        }
+        for name, attack in ATTACKS.items()
+    ]
+    print_table(
+        console,
+        {heading: [row[heading] for row in rows] for heading in rows[0]},
+        dropped=("authors' code", "options", "place"),
+        elsewhere="all columns: fl-bgmd attacks | less -S",
+        prose=("options", "authors' code", "source"),
+        title="Attacks",
+    )
+
+
+def print_keys(console: Console, options: Iterable[Option]) -> None:
+    """Print keys of the run configuration."""
+    columns: dict[str, list[str]] = {"key": [], "default": [], "allowed": [], "help": []}
     for option in options:
         given = option.default
         default = (given or "(empty)") if isinstance(given, str) else plain(given)
-        table.add_row(option.name, default, escape(option.allowed), escape(option.help))
-    return table
+        entries = (option.name, default, option.allowed, option.help)
+        for column, text in zip(columns.values(), entries, strict=True):
+            column.append(text)
+    print_table(
+        console,
+        columns,
+        dropped=("allowed", "default"),
+        elsewhere="all columns: fl-bgmd keys | less -S",
+        prose=("allowed", "help"),
+        title="Run configuration",
+    )
 
 
 def plain(value: object) -> str:

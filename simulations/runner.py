@@ -74,7 +74,7 @@ def run_cells(
         for line in (*others, *written.values()):
             lines.write(json.dumps(line) + "\n")
         lines.flush()
-        for cell, result in _finished(waiting, backend, resources, jobs, tell):
+        for cell, result in _finished(waiting, folder, backend, resources, jobs, tell):
             result.write(folder / cell.name)
             written[cell.name] = line_of(cell, result)
             lines.write(json.dumps(written[cell.name]) + "\n")
@@ -89,6 +89,7 @@ def run_cells(
 
 def _finished(
     cells: Sequence[Cell],
+    folder: Path,
     backend: str,
     resources: ClientResources | None,
     jobs: int,
@@ -96,14 +97,15 @@ def _finished(
 ) -> Iterator[tuple[Cell, RunResult]]:
     if jobs == 1 or (len(cells) == 1 and backend == "inprocess"):
         for cell in cells:
-            heard, what = _teller(tell, cell.name), resources or ClientResources()
-            yield cell, run_validated(cell.config, backend, what, heard, jobs)
+            heard, home = _teller(tell, cell.name), folder / cell.name
+            given = resources or ClientResources()
+            yield cell, run_validated(cell.config, backend, given, heard, home, jobs)
         return
     with pool(jobs, tell) as workers:
         try:
             with interrupts_held_back():
                 waiting = {
-                    workers.submit(_run_in_worker, cell.config, backend, cell.name): cell
+                    workers.submit(_run_in_worker, cell.config, backend, cell.name, folder): cell
                     for cell in cells
                 }
             for future in as_completed(waiting):
@@ -159,11 +161,11 @@ def _prepare_worker(threads: int, log_level: int, news: Any) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _run_in_worker(config: Config, backend: str, name: str) -> RunResult:
+def _run_in_worker(config: Config, backend: str, name: str, folder: Path) -> RunResult:
     def tell(number: int, accuracy: float | None) -> None:
         _NEWS[0].put((name, number, accuracy))
 
-    return run_validated(config, backend, ClientResources(), tell)
+    return run_validated(config, backend, ClientResources(), tell, folder / name)
 
 
 def _end_with_parent() -> None:

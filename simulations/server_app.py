@@ -19,9 +19,10 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment that the run configuration describes."""
     config = validate(context.run_config)
-    result = run_experiment(grid, config)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config['strategy']}-{context.run_id}"
-    folder = result.write(Path(str(config["results-dir"])).resolve() / name)
+    folder = Path(str(config["results-dir"])).resolve() / name
+    result = run_experiment(grid, config, folder=folder)
+    result.write(folder)
     LOG.info(
         "%s: final accuracy %.4f, best %.4f, results in %s",
         result.status,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -12,8 +13,11 @@ from fl_bgmd.data import Dataset
 
 from ..experiment import RunResult
 from ..listings import plain
-from .drawing import band, panels, save
+from .drawing import band, name_ends, panels, save
 from .tables import percent
+
+if TYPE_CHECKING:
+    from .figure import Drawing
 
 Runs = Mapping[tuple[str, str], Sequence[RunResult]]
 """The runs of a study, one for each seed, by row and column."""
@@ -36,30 +40,43 @@ AXES: Mapping[str, tuple[str, Callable[[RunResult], Sequence[float]]]] = {
 
 
 def plot_curves(runs: Runs, metric: str, axis: str, title: str, folder: Path) -> Path:
-    """Draw a figure of the rounds, one panel for each column, to ``METRIC-AXIS.png``.
+    """Draw a figure of the rounds, one panel for each column, to ``METRIC-AXIS.png`` and ``.pdf``.
 
     ``axis`` is one of :data:`AXES`; seconds are of wall clock, evaluation included. Means over the
     seeds with their standard deviations as bands.
     """
+    figure = draw_curves(runs, metric, axis, title)
+    return save(figure, folder / f"{metric}-{axis}.png")
+
+
+def draw_curves(runs: Runs, metric: str, axis: str, title: str) -> "Drawing":
+    """Return the figure of :func:`plot_curves`."""
+    from matplotlib.ticker import MaxNLocator
+
     columns = list(dict.fromkeys(column for _, column in runs))
-    wide = min(4, len(columns))
-    figure, grid = panels(-(-len(columns) // wide), wide, 3.7 + 2.5 / wide, 3.1, sharey=True)
+    numbers = {row: number for number, row in enumerate(dict.fromkeys(row for row, _ in runs))}
+    wide = min(3, len(columns))
+    letters = max(map(len, numbers))
+    width = 3.2 + 2.0 / wide + 0.055 * letters
+    figure, grid = panels(-(-len(columns) // wide), wide, width, 3.1, sharey=True)
     for panel, column in zip(grid.flat, columns, strict=False):
         for (row, of), results in runs.items():
             x, values = _curves(results, metric, axis)
             if of == column and len(x):
                 states = {result.status for result in results} - {"finished"}
-                band(panel, x, values, f"{row} ({', '.join(states)})" if states else row)
+                label = f"{row} ({', '.join(sorted(states))})" if states else row
+                band(panel, x, values, label, number=numbers[row])
         panel.set_title(column, fontsize=9)
         panel.grid(alpha=0.3)
         panel.set_xlabel(AXES[axis][0])
+        panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     for panel in grid.flat[len(columns) :]:
         panel.set_axis_off()
     grid[0, 0].set_ylabel("test accuracy (%)" if metric == "accuracy" else metric)
-    if grid[0, 0].has_data():
-        grid[0, 0].legend(fontsize=7)
     figure.suptitle(title, fontsize=10)
-    return save(figure, folder / f"{metric}-{axis}.png")
+    for panel in grid.flat[: len(columns)]:
+        name_ends(panel)
+    return figure
 
 
 def _curves(
@@ -83,18 +100,25 @@ def _curves(
 
 def plot_heat_map(means: pd.DataFrame, title: str, folder: Path) -> Path:
     """Draw mean accuracies, rows x columns of which the last is the worst, to ``heatmap.png``."""
+    return save(draw_heat_map(means, title), folder / "heatmap.png")
+
+
+def draw_heat_map(means: pd.DataFrame, title: str) -> "Drawing":
+    """Return the figure of :func:`plot_heat_map`."""
     values = means.to_numpy() * 100
     high, wide = values.shape
     figure, [[axes]] = panels(1, 1, 2.5 + 0.55 * wide, 1.8 + 0.34 * high)
-    image = axes.imshow(values, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+    image = axes.imshow(values, vmin=0, vmax=100, cmap="cividis", aspect="auto")
     axes.set_xticks(range(wide), means.columns, rotation=45, ha="right")
     axes.set_yticks(range(high), means.index)
-    axes.axvline(wide - 1.5, color="black", lw=1.5)
+    axes.axvline(wide - 1.5, color="white", lw=3)
     for i, j in np.ndindex(high, wide):
-        axes.text(j, i, percent(values[i, j] / 100), ha="center", va="center", fontsize=7)
+        color = "white" if values[i, j] < 50 else "black"  # also of NaN, which is drawn white
+        text = percent(values[i, j] / 100)
+        axes.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, label="final test accuracy (%)")
-    return save(figure, folder / "heatmap.png")
+    return figure
 
 
 def plot_data_attacks(dataset: Dataset, folder: Path, examples: int = 5, seed: int = 0) -> Path:

@@ -8,13 +8,12 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from fl_bgmd.attacks import ATTACKS
 
 from ..runner import Line
 from ..study import told
+from ..terminal import print_table
 
 FAILED = "failed"
 WORST = "worst"
@@ -35,14 +34,43 @@ def write_markdown(folder: Path, *parts: str | pd.DataFrame) -> Path:
 
 
 def show(console: Console, frame: pd.DataFrame, heading: str) -> None:
-    """Print a table in the terminal, and below it what it stands on."""
-    table = Table(caption=escape(heading.replace("*", "")), caption_justify="left")
-    for name in frame:
-        text = is_text(frame[name])
-        table.add_column(escape(str(name)), justify="left" if text else "right", no_wrap=True)
-    for row in frame.itertuples(index=False):
-        table.add_row(*(escape(str(value)) for value in row))
-    console.print(table)
+    """Print a study's table in the terminal, and below it what it stands on."""
+    print_table(
+        console,
+        {str(name): [str(value) for value in frame[name]] for name in frame},
+        dropped=_dropped(frame),
+        elsewhere="all columns: table.md",
+        right=[str(name) for name in frame if not is_text(frame[name])],
+        caption=heading.replace("*", ""),
+    )
+
+
+_OF_DETAILS = (
+    *("MB down", "accepted", "MB up", "best", "s / round", "rejected", "backdoor", "worst class"),
+    "status",
+)
+
+
+def _dropped(frame: pd.DataFrame) -> list[str]:
+    """Return the columns that a narrow terminal can do without, the first to go first.
+
+    Of one column's details those that say nothing of the accuracy; of several attacks the one that
+    does the least harm to any row. What never goes: the rows' names, the accuracy, the worst case.
+    """
+    names = [str(name) for name in frame]
+    if "status" in names:
+        empty = [name for name in _OF_DETAILS if set(frame[name]) == {"-"}]
+        return empty + [name for name in _OF_DETAILS if name not in empty]
+    beside = [name for name in names if name.endswith(" success")]
+    attacks = [name for name in names[1:] if name not in (WORST, "none", "worst class", *beside)]
+    attacks.sort(key=lambda name: _least(list(frame[name])), reverse=True)
+    return [*beside, *(["worst class"] if "worst class" in names else []), *attacks]
+
+
+def _least(entries: Iterable[object]) -> float:
+    """Return the least of the numbers that entries begin with, infinity without any."""
+    found = (re.match(r"[*]*(\d+(\.\d+)?)", str(text)) for text in entries)
+    return min((float(number.group(1)) for number in found if number), default=math.inf)
 
 
 _NUMBER = re.compile(r"\**[-+]?[\d.,]+(e[-+]?\d+)?%?( ± [\d.e+-]+)?( \(.*\))?\**")

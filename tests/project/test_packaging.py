@@ -280,8 +280,13 @@ def test_core_imports_no_extra() -> None:
             "from fl_bgmd.simulations import run; run(backend='ray')",
             "ray is needed for backend ray: pip install 'fl-bgmd[simulation]'",
         ),
+        (
+            "tensorboard",
+            "from fl_bgmd.simulations import run; run(log_to='tensorboard', folder='nowhere')",
+            "tensorboard is needed for log-to tensorboard: pip install 'fl-bgmd[tensorboard]'",
+        ),
     ],
-    ids=["resnet18", "blur", "ray"],
+    ids=["resnet18", "blur", "ray", "tensorboard"],
 )
 def test_a_missing_package_is_named_with_its_extra(missing: str, code: str, message: str) -> None:
     blocked = f"import sys; sys.modules[{missing!r}] = None\n"
@@ -297,6 +302,11 @@ def test_a_missing_package_is_named_with_its_extra(missing: str, code: str, mess
             "matplotlib",
             ["run", "--backend=inprocess"],
             "matplotlib is needed for plots: pip install 'fl-bgmd[plots]'",
+        ),
+        (
+            "tensorboard",
+            ["run", "--log-to=tensorboard"],
+            "tensorboard is needed for log-to tensorboard: pip install 'fl-bgmd[tensorboard]'",
         ),
     ],
 )

@@ -81,6 +81,7 @@ BAD: dict[str, list[Any]] = {
     "error-feedback": ["maybe", "", 1, 0.0],
     "verdict-distances": ["maybe", "", 1, 0.0],
     "save-model": ["maybe", "", 1, 0.0],
+    "log-to": ["tensorbord", "", "wandb"],
     "downlink-compressor": ["top-k:0.1", "qsgd:0", ""],
     "shared-coordinates": ["maybe", "", 1, 0.0],
     "attack": ["smile", "", "bit-flip:-1", "bit-flip:nan", "bit-flip:inf", "zero:1", "bit-flip:"],

@@ -162,9 +162,11 @@ def test_flwr_run_from_a_neutral_directory(superlink: dict[str, str], tmp_path: 
     assert record["status"] == "finished"
 
 
-def test_the_lines_of_the_readme_run_and_stop_what_they_started(tmp_path: Path) -> None:
+def test_the_lines_of_the_docs_run_and_stop_what_they_started(tmp_path: Path) -> None:
     """As they stand there, but for the port, the folders and the size of the run."""
-    section = (ROOT / "README.md").read_text().split("## The same app with `flwr run`")[1]
+    section = (
+        (ROOT / "docs" / "command-line.md").read_text().split("## The same app with `flwr run`")[1]
+    )
     lines, port = section.split("```")[1], str(free_port())
     small = f"num-clients=4 num-server-rounds=1 local-steps=1 results-dir='{tmp_path / 'results'}'"
     for shown, here in (
