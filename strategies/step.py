@@ -133,6 +133,8 @@ class Round:
         (d,): the server's own update, where it has one.
     last : Tensor or None
         (d,): the last aggregate, where the rule or a mixing asks for it.
+    step_size : float
+        The server's learning rate in this round.
     """
 
     updates: Tensor
@@ -144,6 +146,7 @@ class Round:
     generator: torch.Generator | None = None
     root: Tensor | None = None
     last: Tensor | None = None
+    step_size: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -228,7 +231,7 @@ def take_step(
     # Replies near the end of the range may overflow anywhere: the model is looked at below.
     with np.errstate(all="ignore"):
         try:
-            result, drawn = aggregate(rule, current, state)
+            result, drawn = aggregate(rule, current, state, rate)
         except ValueError as error:
             return Outcome(state.emptied(), sent.model, None, f"the rule failed: {error}", True)
         share = current.byzantine_fraction if settings.estimated else None
@@ -262,9 +265,11 @@ def following(
 
 
 def aggregate(
-    rule: Rule, current: Round, state: State, *, overwrite: bool = True
+    rule: Rule, current: Round, state: State, step_size: float
 ) -> tuple[Aggregate, Tensor]:
     """Apply a rule in a state; return its result and the generator's next state.
+
+    ``step_size`` is the server's learning rate in the round.
 
     Raises ``ValueError`` where the rule fails.
     """
@@ -279,7 +284,8 @@ def aggregate(
         nodes=current.nodes,
         root=current.root,
         last=state.last,
-        overwrite=overwrite,
+        step_size=step_size,
+        overwrite=True,
     )
     width = current.updates.shape[1]
     if result.vector.shape != (width,):
