@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_bgmd.aggregators import Aggregate, Rule
+from fl_bgmd.aggregators import Aggregate, Rule, project
 from fl_bgmd.layout import ModelLayout
 
 from .optimizer import descend
@@ -51,6 +51,8 @@ class State:
         What nodes sent last, where ``stale_updates`` asks for it.
     share : float or None
         The hostile share that was prepared for in the last round, where it is estimated.
+    center : Tensor or None
+        (d,): the model that the run began with, where the model is kept near it.
     """
 
     seed: int
@@ -65,6 +67,7 @@ class State:
     last: Tensor | None = None
     stale: StaleUpdates = field(default_factory=StaleUpdates)
     share: float | None = None
+    center: Tensor | None = None
 
     def assumed(self, settings: Settings) -> float:
         """Return the hostile share to prepare for, as far as it is known."""
@@ -242,6 +245,9 @@ def take_step(
             state.optimizer,
             lambda parameters: settings.optimizer(parameters, rate),
         )
+        center = kept_near(state, sent, settings)
+        if settings.projection_radius:
+            moved = project(torch.from_numpy(moved), settings.projection_radius, center).numpy()
         moved = moved.astype(sent.layout.dtype, copy=False)
         Tied(sent.layout.directions, state.ties).level(moved)
     if not sent.layout.holds(moved):
@@ -252,6 +258,7 @@ def take_step(
         optimizer=optimizer,
         empty_rounds=0,
         stale=stale,
+        center=center,
     )
     return Outcome(after, arrays, result, "", False, *counts)
 
@@ -262,6 +269,16 @@ def following(
     """Return a state with what a rule's result, and an estimate, leave to the next round."""
     last = result.vector if rule.uses("last") else None
     return replace(state, generator=drawn, memory=result.memory, last=last, share=share)
+
+
+def kept_near(state: State, sent: Sent, settings: Settings) -> Tensor | None:
+    """Return the center of the ball that the model stays in, None for zero and for no ball."""
+    if not settings.projection_radius or settings.projection_center == "origin":
+        return None
+    if state.center is not None:
+        return state.center
+    # Until a round has moved it the model is the one that the run began with.
+    return torch.from_numpy(sent.own_layout.values.copy())
 
 
 def aggregate(

@@ -308,6 +308,14 @@ class Rule:
         """Whether the rule or a mixing makes use of one of its inputs."""
         return any(bound.uses(name) for bound in (self.rule, *self.mixings))
 
+    @property
+    def norm_order(self) -> float | None:
+        """The order of the norms that clients are to report, None where nobody asks for any.
+
+        That of the rule's option ``order``, 2 where it has none.
+        """
+        return float(self.rule.values.get("order", 2.0)) if self.uses("norms") else None
+
     def tolerated(self, n: int, rows: int) -> float:
         """Return the hostile share of the rows that came of n clients.
 
