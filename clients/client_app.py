@@ -25,13 +25,15 @@ from fl_bgmd.wire import EXAMPLES, PARTITION, mark, server_round
 from .together import train_together
 from .training import Corrupt, Job, LocalTraining, Trained, train
 
-# Hostile clients adhere to the compression: Option I of Ghosh et al. Momentum is that of honest
-# updates, or of lies too: one of the two is at work, as client-momentum-of-lies says.
+# Hostile clients adhere to the compression (Option I of Ghosh et al.) or send anything (Option II),
+# as compress-lies says. Momentum is that of honest updates, or of lies too: one of the two is at
+# work, as client-momentum-of-lies says.
 app = ClientApp(
     mods=[
+        ByzantineMod(compressed=False),
         CompressionMod(),
         MomentumMod(lies=True),
-        ByzantineMod(),
+        ByzantineMod(compressed=True),
         MomentumMod(lies=False),
     ]
 )

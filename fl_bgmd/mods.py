@@ -12,6 +12,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
+from fl_bgmd.aggregators.norms import norms_of_order
 from fl_bgmd.attacks import ATTACKS, AttackPlan, Bound, View, build_attacks
 from fl_bgmd.attacks.plan import refuse_former
 from fl_bgmd.client_state import keep, kept
@@ -33,6 +34,7 @@ __all__ = ["ByzantineMod", "CompressionMod", "MomentumMod", "role"]
 
 _PAST = "fl-bgmd.past-update"
 _ERROR = "fl-bgmd.compression-error"
+_COMPRESSED = "compress-lies"
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ class ByzantineMod:
         ``per-round`` or ``fixed``. Run config: ``byzantine-selection``.
     seed : int, optional
         Run config: ``seed``.
+    compressed : bool, optional
+        For an app that has the mod before and behind :class:`CompressionMod`: act only where the
+        run configuration's ``compress-lies`` (by default true) says the same. By default always.
     strength, preset : None
         Gone: an error names what takes their place.
     """
@@ -67,6 +72,7 @@ class ByzantineMod:
     fraction: float | None = None
     selection: str | None = None
     seed: int | None = None
+    compressed: bool | None = None
     strength: InitVar[None] = None
     preset: InitVar[None] = None
 
@@ -82,6 +88,12 @@ class ByzantineMod:
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Run the client, then replace its update if it is hostile in this round."""
+        elsewhere = self.compressed is not None and (
+            self.compressed != context.run_config.get(_COMPRESSED, True)
+        )
+        if elsewhere:
+            return call_next(message, context)
+        error = context.state.array_records.get(_ERROR)
         reply = call_next(message, context)
         plan = self.plan(context)
         is_train = message.metadata.message_type.split(".")[0] == MessageType.TRAIN
@@ -125,6 +137,11 @@ class ByzantineMod:
         else:
             trained.replace(bound.lie(view))
         mark(reply, str(bound))
+        # Nor does a lie that nobody compresses spoil the memory of the client's honest rounds.
+        if error is not None:
+            context.state[_ERROR] = error
+        elif _ERROR in context.state:
+            del context.state[_ERROR]
         return reply
 
     def plan(self, context: Context) -> AttackPlan:
@@ -207,9 +224,16 @@ class CompressionMod:
         data = compressor.encode(update, _generator(terms, context))
         if feedback:
             keep(context, _ERROR, update - compressor.decode(data, len(update)))
-        norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
-        trained.pack(data, compressor, norm)
+        trained.pack(data, compressor, _norm(update, terms.norm_order))
         return reply
+
+
+def _norm(update: Tensor, order: float | None) -> float:
+    """Return a norm of an update, Euclidean for None; whatever an update that is not finite has."""
+    if order is None or not bool(torch.isfinite(update).all()):
+        return float(torch.linalg.vector_norm(update, dtype=torch.float64))
+    [norm] = norms_of_order(update[None], order)
+    return float(norm)
 
 
 def _own_specs(context: Context) -> list[object]:

@@ -42,6 +42,7 @@ _TERMS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "compressor": ("compressor", str),
     "error_feedback": ("error-feedback", bool),
     "compression_seed": ("compression-seed", int),
+    "norm_order": ("norm-order", float),
 }
 """Fields of :class:`Terms`: the key of each in a configuration, and its type there."""
 
@@ -65,6 +66,8 @@ class Terms:
         Whether clients keep what the compression lost.
     compression_seed : int, optional
         What the coordinates that the server chose for all follow from.
+    norm_order : float, optional
+        Of the norm that clients are to report with packed updates; None: Euclidean.
     """
 
     round: int = 0
@@ -72,6 +75,7 @@ class Terms:
     compressor: str | None = None
     error_feedback: bool = True
     compression_seed: int | None = None
+    norm_order: float | None = None
 
     def to_config(self, config: ConfigRecord) -> None:
         """Write the terms into a round's configuration, what is None left out."""

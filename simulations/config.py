@@ -165,6 +165,8 @@ class RunSettings:
         Share of a client's last update in what it sends, round for round; 0: none.
     client_momentum_of_lies : bool
         Whether what hostile clients send by themselves goes through it too.
+    compress_lies : bool
+        Whether what they send by themselves is compressed (Option I of Ghosh et al.).
     precision : str
         Precision of the clients' forward and backward passes.
     lr_schedule : str
@@ -234,6 +236,7 @@ class RunSettings:
     weight_decay: NonNegative = 0.0
     client_momentum: Annotated[float, Ge(0), Lt(1)] = 0.0
     client_momentum_of_lies: bool = False
+    compress_lies: bool = True
     precision: Literal["fp32", "bf16"] = "fp32"
     lr_schedule: Schedule = "constant"
     server_lr_schedule: Schedule = "constant"
@@ -510,6 +513,11 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(
             f"compressor is 'none' with strategy {config['strategy']!r}; allowed: a compressor, "
             "since clients report norms with packed updates only"
+        )
+    if not config["compress-lies"] and config["client-momentum-of-lies"]:
+        raise ConfigError(
+            "compress-lies is False with client-momentum-of-lies True; allowed: True, since the "
+            "momentum is within what is compressed"
         )
     restarts = "cosine-restarts" in (config["lr-schedule"], config["server-lr-schedule"])
     if restarts and config["lr-period"] < 2:

@@ -69,6 +69,7 @@ def preview(
         updates = Tied(sent.layout.directions, state.ties).merge(updates.clone())
     stale = state.stale.without(nodes).usable(sent.terms.round, settings.stale_updates)
     root = sent.root_row(state.ties, settings.torch_device)
+    rate = settings.learning_rate(sent.terms.round)
     for _ in range(rounds):
         # A copy: the rule may overwrite it.
         rows = updates.to(settings.torch_device, copy=True)
@@ -77,7 +78,7 @@ def preview(
         current = gathered(fresh, examples, stale, settings)
         try:
             with np.errstate(all="ignore"):
-                result, drawn = aggregate(rule, current, state)
+                result, drawn = aggregate(rule, current, state, rate)
         except ValueError:
             continue
         estimate = current.byzantine_fraction if settings.estimated else None

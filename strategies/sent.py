@@ -56,8 +56,17 @@ class Sent:
     root: Tensor | None = None
 
     @classmethod
-    def of(cls, model: ArrayRecord, server_round: int, seed: int, settings: Settings) -> Self:
+    def of(
+        cls,
+        model: ArrayRecord,
+        server_round: int,
+        seed: int,
+        settings: Settings,
+        norm_order: float | None = None,
+    ) -> Self:
         """Return what goes out where nothing rounds the model; clients draw from ``seed``.
+
+        ``norm_order``: of the norms that they are to report, None for none.
 
         Raises ``ValueError`` for a model that holds a NaN or an infinity.
         """
@@ -70,6 +79,7 @@ class Sent:
             compressor=None if compressor is None else compressor.name,
             error_feedback=settings.error_feedback,
             compression_seed=seed if settings.shared_coordinates else None,
+            norm_order=None if norm_order == 2 else norm_order,
         )
         if settings.shared_coordinates and compressor is not None:
             compressor = compressor.for_round(seed)

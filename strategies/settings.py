@@ -22,6 +22,7 @@ from fl_bgmd.devices import resolve_device
 from fl_bgmd.options import (
     Allowed,
     Count,
+    NonNegative,
     Operation,
     Option,
     OptionError,
@@ -80,6 +81,11 @@ class Settings:
         Momentum of the server's SGD, 0 to below 1.
     server_nesterov : bool
         Whether that momentum is Nesterov's; needs a momentum.
+    projection_radius : float
+        The model's trained values stay in a ball of this radius: the projection on C of Data and
+        Diggavi and on W of Ghosh et al., after the server's step. 0 for none.
+    projection_center : {"initial", "origin"}
+        Of that ball: the model that the run began with (the papers' x_0 and w_0), or zero.
     mixing : str
         Pre-aggregation: the specs of mixings, joined by ``+``, in the order in which they are
         applied (see :func:`fl_bgmd.aggregators.build_rule`). Recommended where clients hold
@@ -181,6 +187,8 @@ class Settings:
     ] = "sgd"
     server_momentum: Annotated[float, Ge(0), Lt(1)] = 0.0
     server_nesterov: bool = False
+    projection_radius: NonNegative = 0.0
+    projection_center: Literal["initial", "origin"] = "initial"
     mixing: Annotated[str, _accepted_by(build_mixings), Allowed("none, or specs of mixings")] = (
         "none"
     )

@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_bgmd.aggregators import Aggregate, Rule
+from fl_bgmd.aggregators import Aggregate, Rule, project
 from fl_bgmd.layout import ModelLayout
 
 from .optimizer import descend
@@ -52,6 +52,8 @@ class State:
         What nodes sent last, where ``stale_updates`` asks for it.
     share : float or None
         The hostile share that was prepared for in the last round, where it is estimated.
+    center : Tensor or None
+        (d,): the model that the run began with, where the model is kept near it.
     """
 
     seed: int
@@ -66,6 +68,7 @@ class State:
     last: Tensor | None = None
     stale: StaleUpdates = field(default_factory=StaleUpdates)
     share: float | None = None
+    center: Tensor | None = None
 
     def assumed(self, settings: Settings) -> float:
         """Return the hostile share to prepare for, as far as it is known."""
@@ -134,6 +137,8 @@ class Round:
         (d,): the server's own update, where it has one.
     last : Tensor or None
         (d,): the last aggregate, where the rule or a mixing asks for it.
+    step_size : float
+        The server's learning rate in this round.
     """
 
     updates: Tensor
@@ -145,6 +150,7 @@ class Round:
     generator: torch.Generator | None = None
     root: Tensor | None = None
     last: Tensor | None = None
+    step_size: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -236,7 +242,7 @@ def take_step(
     with np.errstate(all="ignore"):
         look = _look(current.updates[: counts[0]], rule, settings, seed)
         try:
-            result, drawn = aggregate(rule, current, state)
+            result, drawn = aggregate(rule, current, state, rate)
         except ValueError as error:
             why = f"the rule failed: {error}"
             return Outcome(state.emptied(), sent.model, None, why, True, survey=look(None))
@@ -250,6 +256,9 @@ def take_step(
             state.optimizer,
             lambda parameters: settings.optimizer(parameters, rate),
         )
+        center = kept_near(state, sent, settings)
+        if settings.projection_radius:
+            moved = project(torch.from_numpy(moved), settings.projection_radius, center).numpy()
         moved = moved.astype(sent.layout.dtype, copy=False)
         Tied(sent.layout.directions, state.ties).level(moved)
     if not sent.layout.holds(moved):
@@ -261,6 +270,7 @@ def take_step(
         optimizer=optimizer,
         empty_rounds=0,
         stale=stale,
+        center=center,
     )
     return Outcome(after, arrays, result, "", False, *counts, survey)
 
@@ -282,10 +292,22 @@ def following(
     return replace(state, generator=drawn, memory=result.memory, last=last, share=share)
 
 
+def kept_near(state: State, sent: Sent, settings: Settings) -> Tensor | None:
+    """Return the center of the ball that the model stays in, None for zero and for no ball."""
+    if not settings.projection_radius or settings.projection_center == "origin":
+        return None
+    if state.center is not None:
+        return state.center
+    # Until a round has moved it the model is the one that the run began with.
+    return torch.from_numpy(sent.own_layout.values.copy())
+
+
 def aggregate(
-    rule: Rule, current: Round, state: State, *, overwrite: bool = True
+    rule: Rule, current: Round, state: State, step_size: float
 ) -> tuple[Aggregate, Tensor]:
     """Apply a rule in a state; return its result and the generator's next state.
+
+    ``step_size`` is the server's learning rate in the round.
 
     Raises ``ValueError`` where the rule fails.
     """
@@ -300,7 +322,8 @@ def aggregate(
         nodes=current.nodes,
         root=current.root,
         last=state.last,
-        overwrite=overwrite,
+        step_size=step_size,
+        overwrite=True,
     )
     width = current.updates.shape[1]
     if result.vector.shape != (width,):

@@ -34,6 +34,10 @@ class StrategyOptions(TypedDict, total=False):
     """Momentum of the server's SGD, 0 to below 1."""
     server_nesterov: bool
     """Whether that momentum is Nesterov's."""
+    projection_radius: float
+    """The model's trained values stay in a ball of this radius."""
+    projection_center: Literal["initial", "origin"]
+    """Of that ball."""
     mixing: str
     """Pre-aggregation."""
     byzantine_fraction: float | str
@@ -127,7 +131,7 @@ class NormThresholdOptions(StrategyOptions, total=False):
     drop_fraction: float | None
     """The paper's beta, 0 to below 1."""
     order: float
-    """Order of the norm, 1 or more."""
+    """The paper's q, order of the norm, 1 or more."""
     norms: Literal["computed", "reported"]
     """Option II computes the norms of the updates as received."""
 
@@ -139,6 +143,8 @@ class RobustFilterOptions(StrategyOptions, total=False):
     """Above 0, the paper's sigma_0."""
     method: Literal["mean", "saddle"]
     """How a row is reconstructed from the others."""
+    slack: float
+    """The paper's eps', 0 to 1/4."""
 
 
 class MultiKrumOptions(StrategyOptions, total=False):

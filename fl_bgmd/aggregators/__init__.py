@@ -15,7 +15,7 @@ from .rule import MIXINGS, RECOMMENDED, RULES, Rule, build_mixings, build_rule, 
 from .selection import krum, multi_krum
 from .signs import sign_guard
 from .similarity import flame, fools_gold
-from .spectral import SpectralFilter, spectral_filter
+from .spectral import SpectralFilter, spectral_filter, theoretical_sigma0
 from .subsets import minimum_diameter_averaging, smallest_eigenvalue_averaging
 from .trust import fltrust, nearest_neighbor_averaging
 
@@ -58,5 +58,6 @@ __all__ = [
     "sign_guard",
     "smallest_eigenvalue_averaging",
     "spectral_filter",
+    "theoretical_sigma0",
     "trimmed_mean",
 ]

@@ -5,6 +5,7 @@ What becomes of the coordinates outside the block: :mod:`fl_bgmd.aggregators.mem
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -47,7 +48,7 @@ def _uses(options: Mapping[str, Any]) -> Collection[str]:
     if options["selection"] != "top-k":  # the strongest coordinates can be foreseen
         used.append("generator")
     if options["memory_rule"] != "none":
-        used.append("memory")
+        used += ["memory", "step_size"]
     if options["memory_rule"] == "per-client":
         used.append("nodes")
     return used
@@ -60,6 +61,7 @@ def block_geometric_median(
     *,
     nodes: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
+    step_size: float = 1.0,
     block_fraction: Fraction = 0.1,
     min_block_size: Count = MIN_BLOCK_SIZE,
     selection: Selection = "sample",
@@ -86,6 +88,10 @@ def block_geometric_median(
         again, whoever else replies.
     generator : torch.Generator, optional
         CPU generator of the block and the sketch; torch's global one by default.
+    step_size : float
+        By what the model will move along the result, 0 or more: ``gamma_t`` of Algorithm 1, where
+        ``G_i = gamma_t x_i + memory``. The result is that of ``G / gamma_t``: what waits is a way
+        to go, and counts for more as steps become shorter. A step of 0 leaves the memory as it is.
     block_fraction : float
         Share of the coordinates in a block, above 0 to 1.
     min_block_size : int
@@ -115,6 +121,9 @@ def block_geometric_median(
     """
     updates = check_updates(updates)
     n, d = updates.shape
+    given = memory
+    if isinstance(memory, BlockMemory) and step_size > 0:
+        memory = memory.at(step_size)
     before = memory
     if isinstance(memory, BlockMemory) and memory.nodes is not None and nodes is not None:
         memory = memory.of(nodes)
@@ -170,6 +179,10 @@ def block_geometric_median(
         if scale != 1.0:
             next_memory = next_memory.scaled(scale)
             _finite(next_memory.vector)
+    if step_size == 0:
+        next_memory = given
+    elif next_memory is not None:
+        next_memory = replace(next_memory, step_size=step_size)
     del chosen
     native(fill_zeros(vector), updates)[native(block, updates)] = native(step * scale, updates)
     total = float(squared.sum())

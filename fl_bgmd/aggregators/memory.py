@@ -16,6 +16,8 @@ from torch import Tensor
 
 from .rows import empty, stacked
 
+_LARGEST_FACTOR = 1e30
+
 SMOOTHING = 0.9
 """What earlier rounds count for in the curvature, each as much of the next one."""
 
@@ -44,6 +46,8 @@ class BlockMemory:
         How far those steps went, in the units of the rows: 0 before two rounds have shown any.
     nodes : tuple of int or None
         Under ``per-client``: whose rows they are, where that is known.
+    step_size : float or None
+        The server's step in the round that left it; None: that of any round.
     """
 
     vector: Tensor
@@ -54,6 +58,30 @@ class BlockMemory:
     slope: float = 0.0
     reach: float = 0.0
     nodes: tuple[int, ...] | None = None
+    step_size: float | None = None
+
+    def at(self, step_size: float) -> "BlockMemory":
+        """Return the memory for a round of another step size, above 0.
+
+        What waits is a way that the model has yet to go, as in Algorithm 1, which has the step
+        size inside the memory (``G <- gamma_t G + m``): a longer step needs less of it. What the
+        rows have said stays, and the curvature is that of the new step.
+        """
+        before = replace(self, step_size=step_size)
+        if self.step_size is None or self.step_size == step_size:
+            return before
+        factor = min(max(self.step_size / step_size, 1 / _LARGEST_FACTOR), _LARGEST_FACTOR)
+
+        def change(values: Tensor) -> Tensor:
+            limit = torch.finfo(values.dtype).max
+            return (values * factor).clamp_(-limit, limit)
+
+        return replace(
+            before._changed(change, self.block),
+            said=self.said,
+            slope=self.slope / factor,
+            reach=self.reach * factor,
+        )
 
     def of(self, nodes: Sequence[int]) -> "BlockMemory":
         """Return the rows of these nodes, zeros for those who have none."""

@@ -10,7 +10,7 @@ from annotated_types import Ge, Lt
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_bgmd.options import Named, OptionError, Positive, Share, checked
+from fl_bgmd.options import Named, Positive, Share, checked
 from fl_bgmd.shares import ceil_share
 
 from .results import Aggregate, FilteredAggregate
@@ -65,7 +65,7 @@ def norm_threshold(
     updates = check_updates(updates)
     n = updates.shape[0]
     if norms is None:
-        sizes = _norms_of_order(updates, order)
+        sizes = norms_of_order(updates, order)
     else:
         sizes = torch.as_tensor(norms).detach().cpu().double().numpy()
         if sizes.shape != (n,) or not (sizes >= 0).all():
@@ -97,11 +97,6 @@ def _uses(options: Mapping[str, Any]) -> Collection[str]:
     """Return what is made use of: the clients' norms only where they are to be believed."""
     if options["use"] == "computed":
         return ("updates", "byzantine_fraction")
-    if options["order"] != 2:
-        raise OptionError(
-            f"order is {options['order']!r} with norms 'reported'; allowed: 2, since clients "
-            "report the Euclidean norms of their own updates"
-        )
     return ("updates", "byzantine_fraction", "norms")
 
 
@@ -124,11 +119,11 @@ def threshold_norms(
     drop_fraction : float, optional
         The paper's beta, 0 to below 1; the hostile share by default.
     order : float
-        Order of the norm, 1 or more.
+        The paper's q, order of the norm, 1 or more.
     norms : {"computed", "reported"}
         Option II computes the norms of the updates as received. Option I takes the norms of the
-        uncompressed updates that clients with :class:`fl_bgmd.mods.CompressionMod` report; where a
-        reply without one is accepted they are computed.
+        uncompressed updates that clients with :class:`fl_bgmd.mods.CompressionMod` report, of the
+        order that the server asks for; where a reply without one is accepted they are computed.
     """
     return norm_threshold(
         updates,
@@ -204,7 +199,7 @@ def project(vector: Tensor, radius: float, center: Tensor | None = None) -> Tens
     return offset if center is None else center + offset
 
 
-def _norms_of_order(updates: Tensor, order: float) -> NDArray[np.float64]:
+def norms_of_order(updates: Tensor, order: float) -> NDArray[np.float64]:
     """Return the norms of ``order`` of the rows, (n,) float64."""
     if order == 2:
         return euclidean_norms(updates)

@@ -13,6 +13,7 @@ itself with :func:`rule`. What it is given follows from the names of its paramet
 ``memory``          its result's ``memory`` of the last round, None at first
 ``root``            (d,): the server's own update, None where it has none
 ``last``            (d,): the last round's aggregate, None at first
+``step_size``       the server's step along the result, 0 or more
 ``origin``          of a mixing, (d,): what it clips to, None for zero
 =================== ==============================================================================
 
@@ -48,7 +49,7 @@ M = TypeVar("M", bound=Mixing)
 
 INJECTED = (
     *("updates", "weights", "norms", "nodes", "byzantine_fraction", "generator"),
-    *("memory", "root", "last", "origin"),
+    *("memory", "root", "last", "origin", "step_size"),
 )
 
 Limits = Callable[..., Iterator[tuple[str, str]]]
@@ -220,6 +221,7 @@ class Rule:
         nodes: Sequence[int] | None = None,
         root: Tensor | None = None,
         last: Tensor | None = None,
+        step_size: float = 1.0,
         overwrite: bool = False,
     ) -> Aggregate:
         """Apply the mixings and the rule.
@@ -230,7 +232,7 @@ class Rule:
             (n, d), floating point.
         memory : object, optional
             The ``memory`` of the last round's result.
-        weights, norms, nodes, root, last : optional
+        weights, norms, nodes, root, last, step_size : optional
             See the module's table.
         overwrite : bool
             Whether mixings may write into ``updates``, which saves an (n, d) tensor.
@@ -282,6 +284,7 @@ class Rule:
             nodes=nodes,
             root=root,
             last=last,
+            step_size=step_size,
             byzantine_fraction=self.tolerated(n, len(updates)),
             generator=self.generator,
         )
@@ -304,6 +307,14 @@ class Rule:
     def uses(self, name: str) -> bool:
         """Whether the rule or a mixing makes use of one of its inputs."""
         return any(bound.uses(name) for bound in (self.rule, *self.mixings))
+
+    @property
+    def norm_order(self) -> float | None:
+        """The order of the norms that clients are to report, None where nobody asks for any.
+
+        That of the rule's option ``order``, 2 where it has none.
+        """
+        return float(self.rule.values.get("order", 2.0)) if self.uses("norms") else None
 
     def tolerated(self, n: int, rows: int) -> float:
         """Return the hostile share of the rows that came of n clients.

@@ -10,10 +10,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -68,13 +69,74 @@ class SpectralFilter(FilteredAggregate):
     figures: ClassVar[tuple[str, ...]] = (*FilteredAggregate.figures, "iterations", "sigma0", "gap")
 
 
-def _limits(n: int, hostile: int, share: float, **_: object) -> Iterator[tuple[str, str]]:
-    if share > PROVEN_FRACTION:
+def _limits(
+    n: int, hostile: int, share: float, slack: float = 0.0, **_: object
+) -> Iterator[tuple[str, str]]:
+    if share + slack > PROVEN_FRACTION:
+        beside = f" and a slack of {slack:.2f}" if slack else ""
         yield (
             "proven",
-            f"a hostile share of {share:.2f} ({hostile} of {n}): the guarantee of the robust "
-            f"filter (Data and Diggavi, Theorem 3) ends at {PROVEN_FRACTION}",
+            f"a hostile share of {share:.2f} ({hostile} of {n}){beside}: the guarantee of the "
+            f"robust filter (Data and Diggavi, Theorem 3) ends at {PROVEN_FRACTION}",
         )
+
+
+def theoretical_sigma0(
+    sigma: float,
+    kappa: float,
+    *,
+    batch_size: int,
+    num_clients: int,
+    dimensions: int,
+    byzantine_fraction: float,
+    slack: float,
+) -> float:
+    """Return the sigma_0 of Data and Diggavi, Equation 12, for :func:`spectral_filter`.
+
+    ``sigma_0^2 = 24 sigma^2 / (b eps') (1 + d / ((1 - (eps + eps')) R)) + 16 kappa^2`` bounds the
+    variance of ``(1 - (eps + eps')) R`` honest gradients in every direction, with probability
+    ``1 - exp(-eps'^2 (1 - eps) R / 16)``. It is far above what honest gradients show (24 / eps' is
+    480 for a slack of 0.05), so that a filter with it drops next to nobody: what catches attacks in
+    practice is the estimate.
+
+    Parameters
+    ----------
+    sigma : float
+        Assumption 1, 0 or more: the root of the largest mean squared distance of a client's
+        gradients on single examples from their mean.
+    kappa : float
+        Assumption 2, 0 or more: the largest distance of a client's mean gradient from that of all.
+    batch_size, num_clients, dimensions : int
+        b, R and d, 1 or more. For Algorithm 2 (Theorem 4), with k coordinates of d that the server
+        chooses: ``sigma = sqrt(d / k) G`` and ``dimensions = k``.
+    byzantine_fraction, slack : float
+        eps, 0 or more, and eps', above 0, together at most 1/4.
+
+    Raises
+    ------
+    ValueError
+        For values outside of the above.
+    """
+    if not (slack > 0 and byzantine_fraction >= 0):
+        raise ValueError(
+            f"byzantine_fraction is {byzantine_fraction}, slack {slack}; allowed: 0 or more, "
+            "and above 0"
+        )
+    if byzantine_fraction + slack > PROVEN_FRACTION + 1e-12:
+        raise ValueError(
+            f"byzantine_fraction + slack is {byzantine_fraction + slack:g}; allowed: at most "
+            f"{PROVEN_FRACTION}"
+        )
+    for name, value in (("sigma", sigma), ("kappa", kappa)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}; allowed: 0 or more")
+    counts = {"batch_size": batch_size, "num_clients": num_clients, "dimensions": dimensions}
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; allowed: 1 or more")
+    honest = (1 - (byzantine_fraction + slack)) * num_clients
+    sampling = 24 * sigma**2 / (batch_size * slack) * (1 + dimensions / honest)
+    return math.sqrt(sampling + 16 * kappa**2)
 
 
 @rule("robust-filter", limits=_limits, warns=True)
@@ -85,6 +147,7 @@ def spectral_filter(
     byzantine_fraction: Share = 0.25,
     sigma0: Positive | None = None,
     method: Literal["mean", "saddle"] = "mean",
+    slack: Annotated[float, Ge(0), Le(0.25)] = 0.0,
 ) -> SpectralFilter:
     """Down-weight rows that stretch the rows' covariance, drop them, average the rest.
 
@@ -101,15 +164,20 @@ def spectral_filter(
         Above 0, the paper's sigma_0: bound on the standard deviation of the honest rows in every
         direction. Estimated by default: the top eigenvalue of the covariance is brought down by
         dropping, one at a time, the row furthest along the top eigenvector, until
-        ``ceil((1 - byzantine_fraction) n)`` are left; its root is taken. Of more than 300 rows
-        those beyond four median distances from the coordinate-wise median go first, the farthest
-        before the others, and then a sixteenth of what is still to go at a time, furthest along
-        any of the top eigenvectors: at most 16 eigenproblems.
+        ``ceil((1 - byzantine_fraction) n)`` are left; its root is taken.
+        :func:`theoretical_sigma0` is the paper's. Of more than 300 rows those beyond four median
+        distances from the coordinate-wise median go first, the farthest before the others, and
+        then a sixteenth of what is still to go at a time, furthest along any of the top
+        eigenvectors: at most 16 eigenproblems.
     method : {"mean", "saddle"}
         How a row is reconstructed from the others: ``mean`` takes their weighted mean; ``saddle``
         solves the paper's problem, Equations 91 and 94, see
         :func:`~fl_bgmd.aggregators.saddle.solve_saddle`. It costs an n x n eigenproblem a step,
         so it is for hundreds of rows, not thousands.
+    slack : float
+        The paper's eps', 0 to 1/4: how many of the honest rows, as a share of all, may be outliers
+        as well. ``alpha = 1 - (byzantine_fraction + slack)`` is the share of the rows that
+        ``saddle`` makes up each row of.
 
     Raises
     ------
@@ -125,7 +193,7 @@ def spectral_filter(
     view: _View = _GramView(saddle_gram) if few else _PassView(rows)
     variance = view.honest_variance(byzantine_fraction) if sigma0 is None else (sigma0 / scale) ** 2
 
-    honest = 1 - byzantine_fraction  # alpha, line 1
+    honest = 1 - (byzantine_fraction + slack)  # alpha, line 1
     cap = (4 - honest) / (honest * (2 + honest) * n)  # Equation 94
     gap: float | None = None
     weights = np.ones(n)  # c_i, line 1

@@ -40,6 +40,8 @@ FIGURES: Mapping[str, Figure] = {
     "fig-toy": Figure("figures", "draw_toy", 200),
     "fig-complexity": Figure("figures", "draw_complexity", 5),
     "fig-speedup": Figure("figures", "draw_speedup", 2),
+    "theory-bgmd": Figure("theory", "draw_bgmd", 20),
+    "theory-ghosh": Figure("theory", "draw_ghosh", 3),
     "data-diggavi": Figure("diggavi", "reproduce_diggavi", 3),
     "ghosh-regression": Figure("ghosh", "reproduce_regression", 20, takes_jobs=True),
     "ghosh-mnist": Figure("ghosh", "reproduce_mnist", 1, takes_jobs=True),

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_bgmd.aggregators import mean, norm_threshold, trimmed_mean
+from fl_bgmd.aggregators import mean, norm_threshold, project, trimmed_mean
 
 from ..report.drawing import Done, band, panels, save
 from .ghosh_problems import Curve, Network, Problem, Regression
@@ -56,6 +56,8 @@ _REGRESSION: Figures = {
             Curve("10 hostile, Algorithm 2", 10, 12, feedback=True),
             Curve("20 hostile, Algorithm 1", 20, 22),
             Curve("20 hostile, Algorithm 2", 20, 22, feedback=True),
+            Curve("20 hostile, Algorithm 2 as printed", 20, 22, rule="printed"),
+            Curve("20 hostile, as printed, 1 / sqrt(T + 1)", 20, 22, rule="theorem-3"),
         ),
     ),
     "figure-6a": (
@@ -108,8 +110,11 @@ _NETWORK: Figures = {
         ),
     ),
     "figure-6b": (
-        "many hostile workers, N(0, 10 I)",
-        tuple(Curve(f"{count / 2:.0f} % hostile", count, count + 2) for count in (20, 40, 60, 80)),
+        "many hostile workers, labels 9 - y",
+        tuple(
+            Curve(f"{count / 2:.0f} % hostile", count, count + 2, attack="label-shift")
+            for count in (20, 40, 60, 80)
+        ),
     ),
     "figure-7b": (
         "many hostile workers, -0.9 g",
@@ -158,9 +163,15 @@ def run_curve(curve: Curve, seed: int, problem: Problem) -> Array:
         elif curve.rule == "trimmed-mean":
             trimmed = trimmed_mean(gradients, trim_fraction=curve.dropped / len(gradients))
             step = problem.plain_step * trimmed.vector
+        elif curve.rule in ("printed", "theorem-3"):
+            # Algorithm 2 to the letter: the step size is in p and once more in the update.
+            size = problem.step if curve.rule == "printed" else (problem.iterations + 1) ** -0.5
+            wanted = size * gradients + errors
+            sent = l1_sign(wanted)
+            errors = wanted - sent
+            step = size * _thresholded(sent, curve.dropped)
         elif curve.feedback:
-            # Algorithm 2 with the step size once: as printed it appears in p and again in the
-            # update, where Algorithm 1 and Karimireddy et al. have it once.
+            # With the step size once, as Algorithm 1 and Karimireddy et al. have it.
             wanted = problem.step * gradients + errors
             sent = l1_sign(wanted)
             errors = wanted - sent
@@ -168,6 +179,8 @@ def run_curve(curve: Curve, seed: int, problem: Problem) -> Array:
         else:
             step = problem.step * _thresholded(l1_sign(gradients), curve.dropped)
         weights = weights - step
+        if isinstance(problem, Regression):
+            weights = project(weights, problem.radius, task.start)
         history.append(task.measure(weights))
     return np.array(history)
 

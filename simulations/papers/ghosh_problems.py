@@ -1,5 +1,6 @@
 """What the workers of Ghosh et al., Section 8, minimize: a regression and a network on MNIST."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,11 +25,12 @@ class Curve:
         Number of Byzantine workers, the first ones.
     dropped : int
         Number of workers that the threshold drops: the paper's beta m.
-    rule : {"threshold", "majority", "trimmed-mean"}
+    rule : {"threshold", "majority", "trimmed-mean", "printed", "theorem-3"}
         l1-sign and norm thresholding, the paper's; signSGD with majority vote (Bernstein et al.);
-        the trimmed mean of uncompressed gradients (Yin et al.), ``dropped`` at each end.
+        the trimmed mean of uncompressed gradients (Yin et al.), ``dropped`` at each end; Algorithm
+        2 as it is printed, with the step size twice; the same with the step of Remark 11.
     feedback : bool
-        Algorithm 2 instead of Algorithm 1.
+        Algorithm 2, with the step size once, instead of Algorithm 1.
     attack : {"gaussian", "ascent", "label-shift", "random-labels"}
         N(0, 10 I) added to the gradient, -0.9 times it, or the gradient of wrong labels.
     """
@@ -56,6 +58,11 @@ class Regression:
     sign_step: float = 0.01
     iterations: int = 250
     axis: str = "||w - w*||"
+
+    @property
+    def radius(self) -> float:
+        """Of W, a ball around the start: twice as far as the optimum is to be expected."""
+        return 2 * math.sqrt(self.dimensions)
 
     def draw(self, curve: Curve, generator: torch.Generator) -> "RegressionTask":
         """Return a task."""

@@ -13,11 +13,13 @@ from oracles import few_examples, numpy64
 
 from fl_bgmd.aggregators import (
     SpectralFilter,
+    build_rule,
     coordinate_median,
     mean,
     norm_clip,
     norm_threshold,
     spectral_filter,
+    theoretical_sigma0,
 )
 from fl_bgmd.aggregators.saddle import project_columns, solve_saddle
 
@@ -440,3 +442,54 @@ def test_many_equal_outliers_do_not_pass_for_the_rule(n: int, hostile: int) -> N
         result = spectral_filter(updates, byzantine_fraction=0.45)
     assert not result.kept[:hostile].any()
     assert float(result.vector.norm()) < 10
+
+
+def equation_12(**changes: float) -> float:
+    numbers = {"sigma": 2.0, "kappa": 3.0, "batch_size": 5, "num_clients": 20, "dimensions": 6}
+    numbers |= {"byzantine_fraction": 0.2, "slack": 0.05, **changes}
+    return theoretical_sigma0(**numbers)  # type: ignore[arg-type]
+
+
+def test_sigma0_of_equation_12_by_hand() -> None:
+    # (1 - 0.25) 20 = 15, sigma^2 / (b eps') = 4 / 0.25 = 16
+    assert equation_12() ** 2 == pytest.approx(24 * 16 * (1 + 6 / 15) + 16 * 9)
+    assert equation_12(sigma=0.0) == pytest.approx(4 * 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"slack": 0.0}, "slack 0.0; allowed: 0 or more, and above 0"),
+        ({"slack": 0.06}, "byzantine_fraction \\+ slack is 0.26; allowed: at most 0.25"),
+        ({"sigma": -1.0}, "sigma is -1.0; allowed: 0 or more"),
+        ({"kappa": math.inf}, "kappa is inf; allowed: 0 or more"),
+        ({"batch_size": 0}, "batch_size is 0; allowed: 1 or more"),
+    ],
+)
+def test_sigma0_of_equation_12_refuses(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        equation_12(**changes)
+
+
+def test_honest_rows_are_within_equation_12() -> None:
+    """Theorem 3, part 1: of honest gradients (1 - eps') n are, and here all of them."""
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(40, 50))  # sigma^2 / b = d = 50, kappa = 0
+    sigma0 = equation_12(
+        sigma=math.sqrt(50), kappa=0.0, batch_size=1, num_clients=40, dimensions=50
+    )
+    spread = np.linalg.norm(rows - rows.mean(0), 2) / math.sqrt(40)
+    assert spread < sigma0
+    assert spectral_filter(torch.from_numpy(rows), sigma0=sigma0).kept.all()
+
+
+def test_slack_lets_a_row_be_made_up_of_fewer_others() -> None:
+    rows = torch.from_numpy(np.random.default_rng(1).normal(size=(12, 6)))
+    errors = []
+    for slack in (0.0, 0.2):
+        result = spectral_filter(rows, byzantine_fraction=0.05, method="saddle", slack=slack)
+        errors.append(result)
+    assert errors[0].gap != errors[1].gap
+    rule = build_rule("robust-filter:slack=0.1", byzantine_fraction=0.2)
+    assert "a slack of 0.10" in rule.notes(10)["proven"]
+    assert "proven" not in build_rule("robust-filter", byzantine_fraction=0.2).notes(10)

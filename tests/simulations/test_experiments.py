@@ -22,7 +22,14 @@ from simulations.config import ConfigError, validate
 from simulations.experiment import RunResult
 from simulations.grid import InProcessGrid
 from simulations.papers import FIGURES
-from simulations.papers.diggavi import Problem, Setup, run_setup, slope, theorem_gamma
+from simulations.papers.diggavi import (
+    Problem,
+    Setup,
+    on_shards,
+    run_setup,
+    slope,
+    theorem_gamma,
+)
 from simulations.papers.figures import draw_complexity, draw_speedup, draw_toy, toy_points
 from simulations.report.study import heading, table_of
 from simulations.report.tables import markdown
@@ -390,9 +397,10 @@ def test_gradients_and_constants_by_autograd(objective: str) -> None:
     single = torch.stack(rows).view(20, 30, 6)
     local = single.mean(1)
     torch.testing.assert_close(problem.gradients(x.detach(), None), local)
-    sigma, kappa = problem.constants(x.detach())
+    sigma, kappa, moment = problem.constants(x.detach())
     assert sigma**2 == pytest.approx(float((single - local[:, None]).square().sum(2).mean(1).max()))
     assert kappa == pytest.approx(float((local - local.mean(0)).norm(dim=1).max()))
+    assert moment**2 == pytest.approx(float(single.square().sum(2).mean(1).max()))
     # What makes the workers differ leaves the common objective alone.
     torch.testing.assert_close(problem.shifts.sum(0), torch.zeros(6).double(), atol=1e-12, rtol=0)
 
@@ -417,7 +425,46 @@ def test_what_the_filter_sees_does_no_harm_and_ruins_averaging() -> None:
 def test_gamma_by_hand() -> None:
     # eps + eps' = 0.25, (1 - 0.25) R = 15, sigma^2 / b = 0.8, sigma_0^2 = 24 * 16 * 1.4 + 16 * 9
     expected = 9 * 0.8 / 15 + 9 * 9 + 9 * (24 * 0.8 / 0.05 * (1 + 6 / 15) + 16 * 9) * 0.25
-    assert theorem_gamma(SMALL, sigma=2.0, kappa=3.0) == pytest.approx(expected)
+    assert theorem_gamma(SMALL, 2.0, 3.0, moment=7.0) == pytest.approx(expected)
+    # Theorem 5: d G^2 / (k b) = 6 * 49 / (3 * 5) = 19.6 in the place of sigma^2 / b, and k = 3 of d
+    expected = 9 * 19.6 / 15 + 9 * 9 + 9 * (24 * 19.6 / 0.05 * (1 + 3 / 15) + 16 * 9) * 0.25
+    assert theorem_gamma(replace(SMALL, kept=3), 2.0, 3.0, moment=7.0) == pytest.approx(expected)
+    # Theorem 2: 6 kappa^2 + 6 kappa^2 eps
+    full = replace(SMALL, batch_size=30)
+    assert theorem_gamma(full, 2.0, 3.0, moment=7.0) == pytest.approx(6 * 9 * 1.2)
+
+
+def test_the_sigma0_of_the_paper_sees_nobody_whom_the_estimate_sees() -> None:
+    setup = replace(SMALL, objective="non-convex", deviations=20.0, hostile=4)
+    estimated, saddle, literal = (
+        run_setup(replace(setup, rule=rule, iterations=20), 0)
+        for rule in ("filter", "saddle", "literal")
+    )
+    assert estimated.caught > 0.9
+    assert saddle.caught > 0.9
+    assert literal.caught == literal.lost == 0
+    averaged = run_setup(replace(setup, rule="mean", iterations=20), 0)
+    assert literal.error == pytest.approx(averaged.error)
+
+
+def test_the_step_of_theorem_5_stays_in_a_ball_and_runs_away_without_one() -> None:
+    setup = replace(SMALL, kept=1, own_step=True, iterations=400)
+    assert run_setup(setup, 0).error > 1e6
+    bounded = run_setup(replace(setup, radius=2.0), 0)
+    target = Problem(setup, 0).optimum
+    assert bounded.error <= (3 * float(target.norm())) ** 2
+
+
+def test_constants_of_shards() -> None:
+    lines = {(line["partition"], line["steps"]): line for line in on_shards(steps=1)}
+    iid, shards = (
+        {key: float(lines[scheme, "1"][key]) for key in ("sigma", "kappa", "sigma0")}
+        for scheme in ("iid", "shards:80")
+    )
+    assert shards["kappa"] > 5 * iid["kappa"]
+    assert shards["sigma"] == pytest.approx(iid["sigma"], rel=0.3)
+    for line in lines.values():
+        assert float(line["sigma0"]) > 50 * float(line["largest deviation"])
 
 
 def test_slope_is_that_of_a_power() -> None:

@@ -1,5 +1,6 @@
 """The experiments of Ghosh et al., at a fraction of their size."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,49 @@ def test_error_feedback_is_faster() -> None:
     assert fed[20] < plain[20]
 
 
+def test_algorithm_2_as_printed_has_the_step_size_twice() -> None:
+    """A literal transcription; l1-sign is homogeneous, so that it is the shorter step."""
+    curve, problem = Curve("", 4, 6, rule="printed"), replace(SMALL, iterations=15)
+    found = run_curve(curve, 0, problem)
+    task = problem.draw(curve, (generator := torch.Generator().manual_seed(0)))
+    w, e, gamma = task.start, torch.zeros(200, 60), problem.step
+    for t in range(15):
+        assert found[t] == pytest.approx(task.measure(w), rel=1e-5)
+        gradients = task.gradients(w)
+        gradients[:4] += 10**0.5 * torch.randn(4, 60, generator=generator)
+        p = gamma * gradients + e
+        q = p.abs().mean(1, keepdim=True) * torch.where(p < 0, -1.0, 1.0)
+        e = p - q
+        kept = q.norm(dim=1).argsort()[: 200 - 6]
+        w = w - gamma / 194 * q[kept].sum(0)
+    once = run_curve(
+        replace(curve, rule="threshold", feedback=True), 0, replace(problem, step=0.04)
+    )
+    np.testing.assert_allclose(found, once, rtol=1e-4)
+
+
+def test_the_model_stays_in_w_at_a_step_that_is_too_long() -> None:
+    problem = replace(SMALL, step=3.0)
+    history = run_curve(Curve("", 20, 22, feedback=True), 0, problem)
+    assert history.max() < problem.radius + history[0]
+    assert history[-1] > history[0]
+
+
+def test_figures_6_and_7_are_of_the_attacks_of_section_8() -> None:
+    attacks = {
+        figure: {curve.attack for curve in curves}
+        for experiment in GHOSH.values()
+        for figure, (_, curves) in experiment.figures.items()
+        if figure.startswith(("figure-6", "figure-7"))
+    }
+    assert attacks == {
+        "figure-6a": {"gaussian"},
+        "figure-6b": {"label-shift"},
+        "figure-7a": {"ascent"},
+        "figure-7b": {"ascent"},
+    }
+
+
 @pytest.mark.parametrize("attack", ["gaussian", "ascent"])
 def test_thresholding_converges_with_many_hostile_workers(attack: str) -> None:
     curve = Curve("", 60, 62, attack=attack)
@@ -63,10 +107,10 @@ def test_figures_and_table_are_written_and_a_sweep_goes_on(tmp_path: Path) -> No
     first = path.read_text()
     path.write_text(first + first.splitlines()[0][:50])
     results = reproduce(experiment, tmp_path, seeds=2, jobs=1, done=calls.append)
-    assert len(experiment.runs(2)) == 2 * 15
-    assert (len(calls), calls[-1]) == (15 + 15, "15 of 15 runs")
+    assert len(experiment.runs(2)) == 2 * 17
+    assert (len(calls), calls[-1]) == (17 + 17, "17 of 17 runs")
     assert path.read_text().startswith(first)
-    assert len(path.read_text().splitlines()) == 30 + 1
+    assert len(path.read_text().splitlines()) == 34 + 1
     assert set(results) == set(figures)
     for figure, (_, curves) in figures.items():
         assert [*results[figure]] == [curve.label for curve in curves]

@@ -1,0 +1,117 @@
+"""The papers' bounds by hand, and beside what is measured."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from simulations.papers.ghosh_problems import Curve, Regression
+from simulations.papers.theory import (
+    Quadratic,
+    allows_feedback,
+    averaged,
+    beside,
+    bound_of_distance,
+    bound_of_gradient,
+    bound_of_memory,
+    bound_of_perturbation,
+    descend,
+    draw_bgmd,
+    draw_ghosh,
+    least_delta,
+    measured_delta,
+    most_hostile,
+    speedups,
+)
+
+HAND = Quadratic(good=10, corrupt=5, mu=0.5, smooth=2.0, share_of_step=0.5)
+"""gamma = 1/4, 1 - alpha = 1/2."""
+
+
+def test_bounds_by_hand() -> None:
+    # xi = 1/2: 4 (1 - xi^2) / xi^2 = 12
+    assert bound_of_memory(HAND, 3.0, 0.5) == pytest.approx(12 / 16 * 9)
+    expected = 96 / 16 * 9 / 0.25 * 13 + 2 * 0.01 / (100 * 0.25)
+    assert bound_of_perturbation(HAND, 3.0, 0.5, 0.1) == pytest.approx(expected)
+    gap = 1.25 / 2  # the curvatures' mean over 2, at a distance of 1
+    assert HAND.initial_gap == pytest.approx(gap)
+    gradient = 8 * gap / (0.25 * 7) + 8 * 2 * 0.25 * 9 + 48 * 4 / 16 * 9 * 3
+    gradient += 2304 * 9 / 0.25 * 13 + 48 * 0.01 / (100 * 0.25 / 16)
+    assert bound_of_gradient(HAND, 3.0, 0.5, 0.1, np.array([7.0])) == pytest.approx(gradient)
+    distance = 16 * gap / (0.25 * 0.25) * (1 - 0.5 * 0.25 / 2) ** 7 + 16 * 2 * 0.25 * 9 / 0.25
+    distance += 80 / 16 * 9 * 4 * 3 / 0.25 + 3072 * 9 / (0.25 * 0.25) * 13
+    distance += 64 * 0.01 / (0.25 * 100 * 0.25 / 16)
+    assert bound_of_distance(HAND, 3.0, 0.5, 0.1, np.array([7.0])) == pytest.approx(distance)
+
+
+SHORT = Quadratic(iterations=80)
+
+
+@pytest.mark.parametrize("corrupt", [0, 4])
+def test_what_is_measured_is_below_its_bound(corrupt: int) -> None:
+    problem = replace(SHORT, corrupt=corrupt)
+    run = averaged(problem, 2)
+    for name, (values, bound) in beside(problem, run, 2).items():
+        assert values.shape == bound.shape == (80,), name
+        assert (values < bound).all(), name
+    assert 0 < run.residual.mean() < 1 - problem.block / problem.dimensions
+
+
+def test_the_printed_memory_lets_the_corrupt_in_and_the_guarded_one_does_not() -> None:
+    printed, guarded = (
+        descend(replace(SHORT, corrupt=4, memory=memory), 0) for memory in ("mean", "robust")
+    )
+    assert guarded.gradient[-20:].mean() < 0.2 * printed.gradient[-20:].mean()
+
+
+def test_the_measured_memory_is_that_of_algorithm_1() -> None:
+    """With all coordinates in the block nothing waits, and the step is the rows' median."""
+    whole = descend(replace(SHORT, block=100, iterations=5), 0)
+    assert whole.memory.tolist() == [0.0] * 5
+    assert whole.residual.tolist() == [0.0] * 5
+    assert (descend(replace(SHORT, iterations=5), 0).memory > 0).all()
+
+
+def test_conditions_of_ghosh_by_hand() -> None:
+    assert least_delta(0.1, 0.1, 1) == pytest.approx(1 - 0.81 + 0.4 - 0.09 + 0.004)
+    assert least_delta(0.1, 0.1, 2) == pytest.approx(1 - 0.81 / 1.21 + 0.4 - 0.08 + 0.004)
+    # Without compression: 2 alpha^2 / (1 - alpha)^2 < 0.107, alpha / (1 - alpha) < 0.2313
+    assert allows_feedback(1.0, 0.187, 0.187)
+    assert not allows_feedback(1.0, 0.189, 0.189)
+    assert most_hostile(1.0, 3) == pytest.approx(0.187)
+    assert (
+        most_hostile(0.05, 2) < most_hostile(0.5, 2) < most_hostile(0.5, 1) < most_hostile(1.0, 1)
+    )
+
+
+SMALL = Regression(examples=1000, dimensions=60, iterations=30)
+
+
+def test_delta_is_that_of_l1_sign() -> None:
+    """``|x|_1^2 / (d |x|^2)``, Section 3, example 4."""
+    task = SMALL.draw(Curve("", 0, 0), torch.Generator().manual_seed(0))
+    rows = task.gradients(task.start)
+    expected = (rows.abs().sum(1) ** 2 / (60 * rows.square().sum(1))).min()
+    assert measured_delta(SMALL, 2, 0)[0] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_smaller_block_saves_more() -> None:
+    factors = [float(line["factor F"]) for line in speedups(dimensions=500)]
+    assert factors == sorted(factors)
+    # k / d <= 1 / F, since b eps^2 is not below 0
+    for line in speedups(dimensions=500):
+        assert float(line["k / d"]) <= float(line["1 / F"]) + 0.05
+
+
+def test_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = {"printed": replace(SHORT, iterations=5)}
+    monkeypatch.setattr("simulations.papers.theory.CASES", cases)
+    seen: list[str] = []
+    table = draw_bgmd(tmp_path / "bgmd", seeds=1, done=seen.append).read_text()
+    assert "| printed " in table
+    table = draw_ghosh(tmp_path / "ghosh", seeds=1, done=seen.append, problem=SMALL).read_text()
+    assert "(Theorem 3) of hostile workers" in table
+    assert len(seen) == 1 + 1 + 7
+    assert {p.name for p in tmp_path.glob("*/*.png")} == {"bgmd.png", "ghosh.png"}
