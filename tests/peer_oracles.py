@@ -65,6 +65,24 @@ def covariance_agnostic_filter(rows: Array, hostile: int) -> Array:
     return np.asarray(best)
 
 
+def gap_filter(rows: Array, hostile: int, gap: float = 1.3, far: float = 4.0) -> Array:
+    """Return the aggregate of the gap filter, by singular values in R^d."""
+    norms = np.linalg.norm(rows, axis=1)
+    median = sorted(norms)[(len(rows) - 1) // 2]
+    c = (norms <= far * median).astype(float)
+    clipped = rows * np.minimum(1.0, median / np.maximum(norms, 1e-300))[:, None]
+    while True:
+        mean = c @ clipped / c.sum()
+        residuals = clipped - mean
+        _, values, directions = np.linalg.svd(np.sqrt(c)[:, None] * residuals)
+        squares = [*values**2, 0.0]
+        tau = (residuals @ directions[0]) ** 2
+        stands_out = squares[0] > gap * squares[1] and tau[c > 0].max() > 0
+        if not stands_out or c.sum() <= len(rows) - 2 * hostile:
+            return np.asarray(mean)
+        c = c * np.maximum(1 - tau / tau[c > 0].max(), 0)
+
+
 def divide_and_conquer(rows: Array, dropped: int) -> Array:
     """Return the aggregate of DnC's Algorithm 2 with all coordinates and one iteration."""
     residuals = rows - rows.mean(axis=0)

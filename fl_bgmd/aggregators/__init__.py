@@ -9,7 +9,7 @@ from .mean import mean
 from .memory import BlockMemory
 from .mixing import bucketing, nearest_neighbor_mixing
 from .norms import norm_clip, norm_threshold, project
-from .outliers import covariance_agnostic_filter, divide_and_conquer
+from .outliers import covariance_agnostic_filter, divide_and_conquer, gap_filter
 from .results import Aggregate, BlockGeometricMedian, FilteredAggregate, GeometricMedian
 from .rule import MIXINGS, RECOMMENDED, RULES, Rule, build_mixings, build_rule, mixing, rule
 from .selection import krum, multi_krum
@@ -42,6 +42,7 @@ __all__ = [
     "flame",
     "fltrust",
     "fools_gold",
+    "gap_filter",
     "geometric_median",
     "krum",
     "mean",

@@ -26,6 +26,8 @@ class Spread:
     ----------
     errors : (n,)
         ``<x_i - m, v>^2`` along the top eigenvector v; ``sum_i c_i errors_i`` is its eigenvalue.
+    gap : float
+        That eigenvalue over the next one; infinite where there is no other, 1 where there is none.
     scores : (n,)
         The largest such square over all directions found whose eigenvalue is at least a quarter
         of the top one.
@@ -34,6 +36,7 @@ class Spread:
     """
 
     errors: Array
+    gap: float
     scores: Array
     start: Array
 
@@ -76,15 +79,20 @@ def top_spread(
             break
         search = product / beside[k]
     if values[-1] <= 0:
-        return Spread(np.zeros(n), np.zeros(n), np.zeros(d))
+        return Spread(np.zeros(n), 1.0, np.zeros(n), np.zeros(d))
     large = values >= values[-1] / 4
     squares = (vectors[:, large].T @ along[:count]) ** 2
     seen = vectors[:, large][:, -_SEEN:].sum(axis=1)
-    return Spread(squares[-1], squares.max(axis=0), seen @ basis[:count])
+    return Spread(squares[-1], _gap(values), squares.max(axis=0), seen @ basis[:count])
 
 
 def errors_along_top(gram: Array, weights: Array) -> Array:
-    """Return ``<x_i - m, v>^2`` of few rows, (n,): see :class:`Spread`.
+    """Return ``<x_i - m, v>^2`` of few rows, (n,): see :class:`Spread` and :func:`top_of_few`."""
+    return top_of_few(gram, weights)[0]
+
+
+def top_of_few(gram: Array, weights: Array) -> tuple[Array, float]:
+    """Return :class:`Spread`'s ``errors``, (n,), and ``gap`` of few rows.
 
     Data and Diggavi's tau_i of Equation 93 with the weighted mean as every row's reconstruction:
     the maximizer Y* of Equation 91 is then the projector on v.
@@ -103,10 +111,16 @@ def errors_along_top(gram: Array, weights: Array) -> Array:
     values, vectors = np.linalg.eigh(roots[:, None] * centered * roots[None, :])
     top = max(float(values[-1]), 0.0)
     if top == 0.0:
-        return np.zeros(len(weights))
+        return np.zeros(len(weights)), 1.0
     projections = centered @ (roots * vectors[:, -1]) / math.sqrt(top)
     squared: Array = projections**2
-    return squared
+    return squared, _gap(values)
+
+
+def _gap(values: Array) -> float:
+    """Return the largest of ascending eigenvalues over the next one."""
+    second = float(values[-2]) if len(values) > 1 else 0.0
+    return float(values[-1]) / second if second > 0 else math.inf
 
 
 def _multiply(rows: Tensor, middle: Tensor, weights: Array, vector: Array) -> tuple[Array, Array]:

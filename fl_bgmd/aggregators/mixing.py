@@ -14,7 +14,7 @@ from .chain import Points
 from .coordinates import coordinate_median
 from .geometric_median import geometric_median, minimize_in_hull
 from .means import Buckets, Dense, Mixing, Neighbors, Recentered, Scaled, Towards
-from .norms import clip_factors, finite_norms
+from .norms import clip_factors, finite_norms, lower_median
 from .rows import (
     DENSE_ROWS,
     check_updates,
@@ -235,11 +235,6 @@ def median_clipping(updates: Tensor | Points, *, factor: Positive = 1.0) -> Mixi
     distances = _norms(updates, median.vector)
     factors = clip_factors(distances, factor * lower_median(distances))
     return Towards(factors, median.weights.numpy(), median.vector)
-
-
-def lower_median(values: NDArray[np.float64]) -> float:
-    """Return the middle value; of two the smaller, which no half of the rows can raise."""
-    return float(np.sort(values)[(len(values) - 1) // 2])
 
 
 def _scaled(factors: NDArray[np.float64], origin: Tensor | None) -> Mixing:

@@ -175,6 +175,11 @@ def finite_norms(updates: Tensor) -> NDArray[np.float64]:
     return norms
 
 
+def lower_median(values: NDArray[np.float64]) -> float:
+    """Return the middle value; of two the smaller, which no half of the rows can raise."""
+    return float(np.sort(values)[(len(values) - 1) // 2])
+
+
 def clip_factors(norms: NDArray[np.float64], radius: float) -> NDArray[np.float64]:
     """Return ``min(1, radius / norm)`` for each norm, 1 for a norm of 0; (n,) float64."""
     factors: NDArray[np.float64] = np.minimum(

@@ -1,14 +1,19 @@
 """Rules that look for outliers along the direction in which the rows spread most."""
 
+from typing import Annotated
+
 import numpy as np
 import torch
+from annotated_types import Ge
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_bgmd.options import Count, Positive, Share
 from fl_bgmd.shares import ceil_share, floor_share
 
-from .directions import errors_along_top, top_spread
+from .directions import errors_along_top, top_of_few, top_spread
+from .means import Scaled
+from .norms import clip_factors, lower_median
 from .results import Aggregate, FilteredAggregate, average_of
 from .rows import (
     DENSE_ROWS,
@@ -75,6 +80,68 @@ def covariance_agnostic_filter(updates: Tensor, *, byzantine_fraction: Share = 0
     # Rows that were scaled down to be squared stay so.
     shares = shares * (scales.min() / scales)
     return Aggregate(combine(shares, updates, result_dtype(updates)), torch.from_numpy(shares))
+
+
+@rule("gap-filter")
+@blas_on_one_thread()
+def gap_filter(
+    updates: Tensor,
+    *,
+    byzantine_fraction: Share = 0.25,
+    gap: Annotated[float, Ge(1)] = 1.3,
+    far: Positive = 4.0,
+) -> Aggregate:
+    """Clip to the median norm, down-weight rows while one direction stands out, average.
+
+    This project's own. Honest clients who each go their own way spread about as much along several
+    directions; rows that pull together are one direction of their own. Rows longer than ``far``
+    times the lower median norm have no weight, the others are clipped to it. Then, while the top
+    eigenvalue of the weighted covariance is more than ``gap`` times the next one and the weights
+    sum to more than ``n - 2 f``, ``f = floor(byzantine_fraction * n)``, they go down as in
+    :func:`covariance_agnostic_filter`. That rule returns the mean of least spread, and may prefer
+    small lies to honest clients who are far from the rest; this one stops when nothing stands out.
+
+    Parameters
+    ----------
+    updates : Tensor
+        (n, d), floating point.
+    byzantine_fraction : float
+        0 to below 1/2.
+    gap : float
+        1 or more: how much larger than the next one the top eigenvalue may be.
+    far : float
+        Above 0, in median norms.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For input outside of the above; a row with a NaN or an infinity is named.
+    """
+    updates = check_updates(updates)
+    n = updates.shape[0]
+    least_sum = n - 2 * floor_share(byzantine_fraction, n)
+    rows, scales = in_range(updates)
+    lengths = row_norms(rows)
+    median = lower_median(lengths)
+    weights, factors = np.where(lengths <= far * median, 1.0, 0.0), clip_factors(lengths, median)
+    if n <= DENSE_ROWS:
+        gram = gram_matrix(rows) * factors[:, None] * factors
+    else:
+        rows = Scaled(factors).apply(rows)
+    while weights.sum() > least_sum:
+        if n <= DENSE_ROWS:
+            errors, found = top_of_few(gram, weights)
+        else:
+            spread = top_spread(rows, weights)
+            errors, found = spread.errors, spread.gap
+        farthest = float(errors[weights > 0].max())
+        if found <= gap or farthest == 0.0:
+            break
+        weights = weights * np.maximum(1.0 - errors / farthest, 0.0)
+    shares = weights / weights.sum()
+    # Rows that were scaled down to be squared stay so.
+    vector = combine(shares * factors * (scales.min() / scales), updates, result_dtype(updates))
+    return Aggregate(vector, torch.from_numpy(shares))
 
 
 def _drawn_columns(d: int, count: int, generator: torch.Generator | None) -> Tensor:

@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import few_examples, numpy64, update_matrices
 
-from fl_bgmd.aggregators import build_rule, covariance_agnostic_filter, divide_and_conquer, mean
+from fl_bgmd.aggregators import (
+    build_rule,
+    covariance_agnostic_filter,
+    divide_and_conquer,
+    gap_filter,
+    mean,
+)
 
 FRACTIONS = (0.0, 0.1, 0.25, 0.3, 0.4, 0.49)
 
@@ -170,3 +176,50 @@ def test_a_row_that_is_not_finite_is_named_where_dnc_does_not_look() -> None:
     rows[3, 4_999] = math.inf
     with pytest.raises(ValueError, match="row 3 holds a NaN or an infinity"):
         divide_and_conquer(rows, coordinates=2, generator=torch.Generator().manual_seed(0))
+
+
+# --- gap filter ---------------------------------------------------------------------------------
+
+
+@given(update_matrices(min_n=3, kinds=("normal",)), st.sampled_from(FRACTIONS))
+@few_examples
+def test_gap_filter_against_singular_values(updates: torch.Tensor, fraction: float) -> None:
+    rows = numpy64(updates)
+    hostile = math.floor(fraction * len(rows) + 1e-9)
+    result = gap_filter(updates, byzantine_fraction=fraction)
+    expected = peer_oracles.gap_filter(rows, hostile)
+    assert np.abs(numpy64(result.vector) - expected).max() <= 1e-3 * np.abs(rows).max()
+    assert result.weights is not None
+    assert float(result.weights.sum()) == pytest.approx(1.0)
+
+
+def test_gap_filter_drops_rows_that_pull_together_and_no_others() -> None:
+    honest = normal(10, 500) + 0.3
+    lie = -honest.mean(0) / honest.mean(0).norm() * honest.norm(dim=1).median()
+    result = gap_filter(torch.cat([lie.expand(4, -1), honest]), byzantine_fraction=0.29)
+    assert result.weights is not None
+    assert float(result.weights[:4].sum()) < 0.01
+    assert float(result.weights[4:].min()) > 0.05
+    # A lie that is too small to stand out costs nobody honest a say.
+    small = gap_filter(torch.cat([0.01 * lie.expand(4, -1), honest]), byzantine_fraction=0.29)
+    assert small.weights is not None
+    assert float(small.weights.min()) > 0.04
+
+
+def test_gap_filter_leaves_out_what_is_far_longer_than_the_median() -> None:
+    honest = normal(6, 100)
+    rows = torch.cat([-100 * honest[:4], honest])
+    result = gap_filter(rows, byzantine_fraction=0.4)
+    assert result.weights is not None
+    assert not result.weights[:4].any()
+    assert not gap_filter(torch.zeros(5, 3)).vector.any()
+
+
+def test_gap_filter_of_many_rows_is_that_of_their_gram_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = torch.cat([normal(40, 60) + 0.2, torch.full((12, 60), -0.6)])
+    few = gap_filter(rows, byzantine_fraction=0.25)
+    monkeypatch.setattr("fl_bgmd.aggregators.outliers.DENSE_ROWS", 10)
+    many = gap_filter(rows, byzantine_fraction=0.25)
+    torch.testing.assert_close(many.vector, few.vector, rtol=1e-2, atol=1e-3)

@@ -18,11 +18,14 @@ from fl_bgmd.aggregators import RULES, build_rule
 
 PEERS = (
     *("meamed", "bulyan", "mda", "smea", "monna", "caf", "dnc"),
-    *("sign-guard", "fools-gold", "flame", "norm-clip", "fltrust"),
+    *("sign-guard", "fools-gold", "flame", "norm-clip", "fltrust", "gap-filter"),
 )
 TRANSLATE = ("meamed", "bulyan", "mda", "smea", "monna", "caf", "dnc")
-ROTATE = ("mda", "smea", "monna", "caf", "dnc", "fools-gold", "flame", "norm-clip", "fltrust")
-WITH_SHARE = ("meamed", "bulyan", "mda", "smea", "monna", "caf", "dnc")
+ROTATE = (
+    *("mda", "smea", "monna", "caf", "dnc", "fools-gold", "flame", "norm-clip", "fltrust"),
+    "gap-filter",
+)
+WITH_SHARE = ("meamed", "bulyan", "mda", "smea", "monna", "caf", "dnc", "gap-filter")
 
 
 def apply(name: str, rows: Tensor, fraction: float = 0.25, root: Tensor | None = None) -> Any:
