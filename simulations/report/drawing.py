@@ -100,7 +100,11 @@ def name_ends(panel: Any, size: float = 7.0) -> None:
     ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in curves]
     wanted = [float(to_panel.transform(end)[1]) for end in ends]
     places = spread_out(wanted, 1.25 * size / height)
+    last = max((end[0] for end in ends), default=0)
     for line, end, place in zip(curves, ends, places, strict=True):
+        color = line.get_color()
+        if is_short := end[0] < last:  # it ends here, whatever the line to its name seems to say
+            panel.plot(*end, "x", color=color, ms=7, mew=2, label="_end")
         panel.annotate(
             line.get_label(),
             end,
@@ -108,10 +112,11 @@ def name_ends(panel: Any, size: float = 7.0) -> None:
             textcoords="axes fraction",
             fontsize=size,
             va="center",
-            color=_darker(line.get_color()),
+            color=_darker(color),
             annotation_clip=False,
             arrowprops={
-                **{"arrowstyle": "-", "color": line.get_color(), "lw": 0.7},
+                **{"arrowstyle": "-", "color": color, "lw": 0.7},
+                **({"linestyle": (0, (1, 4))} if is_short else {}),
                 **{"relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 3},
             },
         )
