@@ -111,3 +111,15 @@ def test_a_curve_that_ends_early_says_so() -> None:
     assert (end.get_xdata(), end.get_ydata(), end.get_marker()) == ([4], [0.0], "x")
     styles = {text.get_text(): text.arrow_patch.get_linestyle() for text in panel.texts}
     assert styles["diverged"] != styles["rule 0"] == styles["rule 1"]
+
+
+def test_a_curve_is_named_where_its_last_number_is() -> None:
+    panel = panel_of(1)
+    band(panel, 0.5 * X, np.where(X < 9, 2.0, np.inf)[None], "loss")  # done in half the seconds
+    band(panel, X, np.full((1, len(X)), np.nan), "nothing")
+    name_ends(panel)
+    assert {text.get_text(): text.xy for text in panel.texts} == {
+        "rule 0": (10.0, pytest.approx(np.sqrt(10))),
+        "loss": (4.0, 2.0),
+    }
+    assert len(panel.lines) == 3
