@@ -413,7 +413,7 @@ def _run_study(
         require("ray", f"backend {backend}", "simulation")
     cells = study.cells()
     for cell in cells:
-        check_log(cell.config, folder or Path())
+        check_log(cell.config, folder or Path())  # it will have one
     _tell_limits(cell.config for cell in cells)
     for cell in cells:
         if cell.config["checkpoint-dir"]:

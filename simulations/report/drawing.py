@@ -67,7 +67,8 @@ def band(
     lie on each other show by their markers, which stand at other rounds.
     """
     number = len(panel.lines) if number is None else number
-    middle, spread = values.mean(0), values.std(0)
+    with np.errstate(invalid="ignore"):  # a loss may be infinite
+        middle, spread = values.mean(0), values.std(0)
     color = COLORS[number % len(COLORS)]
     step = max(1, len(middle) // 5)
     panel.plot(
@@ -89,18 +90,23 @@ def band(
 
 def name_ends(panel: Any, size: float = 7.0) -> None:
     """Write the name of each curve beside its end, in place of a legend; above many, a legend."""
-    curves = [line for line in panel.lines if len(line.get_xdata())]
+    curves = [line for line in panel.lines if np.isfinite(line.get_ydata()).any()]
     if len(curves) > MOST_LABELS:
         panel.legend(fontsize=size - 1, ncols=2)
         return
     panel.figure.draw_without_rendering()  # which settles the panel's height
     height = panel.get_window_extent().height / panel.figure.dpi * 72
     to_panel = panel.transData + panel.transAxes.inverted()
-    curves.sort(key=lambda line: float(line.get_ydata()[-1]))
-    ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in curves]
+    curves.sort(key=lambda line: _end_of(line)[1])
+    ends = [_end_of(line) for line in curves]
     wanted = [float(to_panel.transform(end)[1]) for end in ends]
     places = spread_out(wanted, 1.25 * size / height)
+    most = max((len(line.get_xdata()) for line in curves), default=0)
     for line, end, place in zip(curves, ends, places, strict=True):
+        color = line.get_color()
+        # It ends here, whatever the line to its name seems to say.
+        if is_short := len(line.get_xdata()) < most:
+            panel.plot(*end, "x", color=color, ms=7, mew=2, label="_end")
         panel.annotate(
             line.get_label(),
             end,
@@ -108,13 +114,20 @@ def name_ends(panel: Any, size: float = 7.0) -> None:
             textcoords="axes fraction",
             fontsize=size,
             va="center",
-            color=_darker(line.get_color()),
+            color=_darker(color),
             annotation_clip=False,
             arrowprops={
-                **{"arrowstyle": "-", "color": line.get_color(), "lw": 0.7},
+                **{"arrowstyle": "-", "color": color, "lw": 0.7},
+                **({"linestyle": (0, (1, 4))} if is_short else {}),
                 **{"relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 3},
             },
         )
+
+
+def _end_of(line: Any) -> tuple[float, float]:
+    """Return the last point of a curve that can be drawn."""
+    place = int(np.flatnonzero(np.isfinite(line.get_ydata()))[-1])
+    return float(line.get_xdata()[place]), float(line.get_ydata()[place])
 
 
 def spread_out(wanted: Sequence[float], gap: float) -> list[float]:

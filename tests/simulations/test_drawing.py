@@ -101,3 +101,25 @@ def test_a_rule_looks_the_same_in_each_column() -> None:
     ]
     assert looks[0]["gmd"] == looks[1]["gmd"] != looks[0]["mean"]
     assert second.lines[0].get_ydata().tolist() == [0.0, 30.0, 60.0]
+
+
+def test_a_curve_that_ends_early_says_so() -> None:
+    panel = panel_of(2)
+    band(panel, X[:5], np.zeros((1, 5)), "diverged")
+    name_ends(panel)
+    [end] = panel.lines[3:]
+    assert (end.get_xdata(), end.get_ydata(), end.get_marker()) == ([4], [0.0], "x")
+    styles = {text.get_text(): text.arrow_patch.get_linestyle() for text in panel.texts}
+    assert styles["diverged"] != styles["rule 0"] == styles["rule 1"]
+
+
+def test_a_curve_is_named_where_its_last_number_is() -> None:
+    panel = panel_of(1)
+    band(panel, 0.5 * X, np.where(X < 9, 2.0, np.inf)[None], "loss")  # done in half the seconds
+    band(panel, X, np.full((1, len(X)), np.nan), "nothing")
+    name_ends(panel)
+    assert {text.get_text(): text.xy for text in panel.texts} == {
+        "rule 0": (10.0, pytest.approx(np.sqrt(10))),
+        "loss": (4.0, 2.0),
+    }
+    assert len(panel.lines) == 3
