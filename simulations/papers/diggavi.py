@@ -294,7 +294,7 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 def reproduce_diggavi(folder: Path, *, seeds: int, done: Done) -> Path:
-    """Run the sweeps; write ``runs.jsonl``, ``error-floor.png`` and ``table.md``; return the last.
+    """Run the sweeps; write ``runs.jsonl``, two figures and ``table.md``; return the last.
 
     ``done`` is called with a line after each point.
     """
@@ -314,6 +314,7 @@ def reproduce_diggavi(folder: Path, *, seeds: int, done: Done) -> Path:
                             lines.write(json.dumps(line | asdict(outcome)) + "\n")
                         done(f"{objective}, {sweep} {value:g}, {rule}")
     _plot(found, folder)
+    _plot_bounds(found, folder)
     return _write_table(found, folder, seeds)
 
 
@@ -361,6 +362,23 @@ def _plot(found: Found, folder: Path) -> None:
     grid[0, 0].legend(fontsize=7)
     figure.suptitle("Error that is left under ALIE (Data and Diggavi, Theorems 1 and 5)")
     save(figure, folder / "error-floor.png")
+
+
+def _plot_bounds(found: Found, folder: Path) -> None:
+    figure, grid = panels(1, 2, 4.2, 3.4)
+    for panel, objective in zip(grid[0], OBJECTIVES, strict=True):
+        for place, (theorem, rule) in enumerate(BOUNDS.items()):
+            each = [found[objective, "kappa", rule, value] for value in SWEEPS["kappa"][1]]
+            kappa = [_middle(outcomes, "kappa") for outcomes in each]
+            for name, style in (("error", "o-"), ("bound", "s--")):
+                values = [_middle(outcomes, name) for outcomes in each]
+                label = f"{theorem}: {rule}" if name == "error" else None
+                panel.plot(kappa, values, style, color=f"C{place}", label=label, ms=4)
+        panel.set(xscale="log", yscale="log", xlabel="kappa (measured)", title=objective)
+        panel.grid(alpha=0.3, which="both")
+    grid[0, 0].legend(fontsize=6)
+    figure.suptitle("Data and Diggavi: the error that is left (solid) and its bound (dashed)")
+    save(figure, folder / "bounds.png")
 
 
 def _write_table(found: Found, folder: Path, seeds: int) -> Path:

@@ -21,7 +21,7 @@ from simulations.cli import main
 from simulations.config import ConfigError, validate
 from simulations.experiment import RunResult
 from simulations.grid import InProcessGrid
-from simulations.papers import FIGURES
+from simulations.papers import FIGURES, diggavi
 from simulations.papers.diggavi import (
     Problem,
     Setup,
@@ -453,6 +453,26 @@ def test_the_step_of_theorem_5_stays_in_a_ball_and_runs_away_without_one() -> No
     bounded = run_setup(replace(setup, radius=2.0), 0)
     target = Problem(setup, 0).optimum
     assert bounded.error <= (3 * float(target.norm())) ** 2
+
+
+def test_figures_and_table_of_the_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup(workers=10, examples=20, dimensions=12, batch_size=5, hostile=2, iterations=20)
+    sweeps = {
+        "kappa": ("spread", (0.5, 1.0, 2.0), setup),
+        "b": ("batch_size", (5, 10), setup),
+        "epsilon": ("hostile", (0, 1, 2), setup),
+    }
+    rules = {rule: {**own, "iterations": 4} for rule, own in diggavi.RULES.items()}
+    monkeypatch.setattr(diggavi, "SWEEPS", sweeps)
+    monkeypatch.setattr(diggavi, "RULES", rules)
+    monkeypatch.setattr(diggavi, "on_shards", lambda: [{"partition": "iid", "sigma": "26.4"}])
+    seen: list[str] = []
+    table = diggavi.reproduce_diggavi(tmp_path, seeds=1, done=seen.append).read_text()
+    assert len(seen) == 2 * 8 * (3 + 2 + 3)
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == len(seen)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"error-floor.png", "bounds.png"}
+    for text in ("Theorem 5", "saddle point, 5 deviations", "| iid ", "caught"):
+        assert text in table
 
 
 def test_constants_of_shards() -> None:
