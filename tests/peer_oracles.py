@@ -70,6 +70,7 @@ def gap_filter(rows: Array, hostile: int, gap: float = 1.3, far: float = 4.0) ->
     norms = np.linalg.norm(rows, axis=1)
     median = sorted(norms)[(len(rows) - 1) // 2]
     c = (norms <= far * median).astype(float)
+    least = c.sum() - 2 * max(0, hostile - (len(rows) - c.sum()))
     clipped = rows * np.minimum(1.0, median / np.maximum(norms, 1e-300))[:, None]
     while True:
         mean = c @ clipped / c.sum()
@@ -78,7 +79,7 @@ def gap_filter(rows: Array, hostile: int, gap: float = 1.3, far: float = 4.0) ->
         squares = [*values**2, 0.0]
         tau = (residuals @ directions[0]) ** 2
         stands_out = squares[0] > gap * squares[1] and tau[c > 0].max() > 0
-        if not stands_out or c.sum() <= len(rows) - 2 * hostile:
+        if not stands_out or c.sum() <= least:
             return np.asarray(mean)
         c = c * np.maximum(1 - tau / tau[c > 0].max(), 0)
 

@@ -95,10 +95,10 @@ def gap_filter(
 
     This project's own. Honest clients who each go their own way spread about as much along several
     directions; rows that pull together are one direction of their own. Rows longer than ``far``
-    times the lower median norm have no weight, the others are clipped to it. Then, while the top
+    times the lower median norm have no weight, the m others are clipped to it. Then, while the top
     eigenvalue of the weighted covariance is more than ``gap`` times the next one and the weights
-    sum to more than ``n - 2 f``, ``f = floor(byzantine_fraction * n)``, they go down as in
-    :func:`covariance_agnostic_filter`. That rule returns the mean of least spread, and may prefer
+    sum to more than ``m - 2 (f - (n - m))``, ``f = floor(byzantine_fraction * n)``, they go down as
+    in :func:`covariance_agnostic_filter`. That rule returns the mean of least spread, and may prefer
     small lies to honest clients who are far from the rest; this one stops when nothing stands out.
 
     Parameters
@@ -119,11 +119,13 @@ def gap_filter(
     """
     updates = check_updates(updates)
     n = updates.shape[0]
-    least_sum = n - 2 * floor_share(byzantine_fraction, n)
     rows, scales = in_range(updates)
     lengths = row_norms(rows)
     median = lower_median(lengths)
     weights, factors = np.where(lengths <= far * median, 1.0, 0.0), clip_factors(lengths, median)
+    # Rows that are out already are hostile ones fewer to look for.
+    left = int(weights.sum())
+    least_sum = left - 2 * max(0, floor_share(byzantine_fraction, n) - (n - left))
     if n <= DENSE_ROWS:
         gram = gram_matrix(rows) * factors[:, None] * factors
     else:
