@@ -98,8 +98,8 @@ def gap_filter(
     times the lower median norm have no weight, the m others are clipped to it. Then, while the top
     eigenvalue of the weighted covariance is more than ``gap`` times the next one and the weights
     sum to more than ``m - 2 (f - (n - m))``, ``f = floor(byzantine_fraction * n)``, they go down as
-    in :func:`covariance_agnostic_filter`. That rule returns the mean of least spread, and may prefer
-    small lies to honest clients who are far from the rest; this one stops when nothing stands out.
+    in :func:`covariance_agnostic_filter`. That rule returns the mean of least spread, and may
+    prefer small lies to honest clients far from the rest; this one stops when nothing stands out.
 
     Parameters
     ----------
