@@ -20,7 +20,7 @@ $(READY): pyproject.toml
 install: $(READY) ## Create .venv with the project and all it needs
 
 simulate: $(READY) ## CIFAR-10, 40 % hostile clients: averaging, GMD and BGMD side by side
-	$(BIN)/python -m simulations compare mean gmd bgmd+nearest-neighbor \
+	$(BIN)/python -m simulations compare mean gmd bgmd+nearest-neighbor gap-filter \
 		--attack bit-flip --byzantine-fraction 0.4
 
 TEST_JOBS ?= auto

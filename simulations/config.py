@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le, Lt
 from pydantic import AfterValidator
 
-from fl_bgmd.aggregators import MIXINGS, RULES, build_mixings, build_rule
+from fl_bgmd.aggregators import MIXINGS, RECOMMENDED, RULES, build_mixings, build_rule
 from fl_bgmd.attacks import ATTACKS, AttackPlan, build_attacks
 from fl_bgmd.attacks.plan import refuse_former
 from fl_bgmd.data import DATASETS, SCHEMES, TRAINING_EXAMPLES, build_partition
@@ -257,7 +257,7 @@ class RunSettings:
             f"one of {', '.join(RULES)}, or package.module:NAME, with options and mixings "
             f"({', '.join(MIXINGS)}) behind it: bgmd:block-fraction=0.3+nearest-neighbor"
         ),
-    ] = "bgmd+nearest-neighbor"
+    ] = RECOMMENDED
     validation_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
     min_available_clients: Annotated[int, Ge(0), Operation()] = 0
     attack: Annotated[

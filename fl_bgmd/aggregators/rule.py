@@ -55,8 +55,8 @@ INJECTED = (
 Limits = Callable[..., Iterator[tuple[str, str]]]
 """``(n, hostile, share, **options)`` to subjects and sentences: what cannot be promised then."""
 
-RECOMMENDED = "bgmd+nearest-neighbor"
-"""The spec of the recommended strategy."""
+RECOMMENDED = "gap-filter"
+"""The spec of the recommended strategy: the best worst case measured (docs/attacks.md)."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from fl_bgmd.aggregators import RECOMMENDED
 from fl_bgmd.data import data_directory
 from simulations.cli import main
 from simulations.config import SETTINGS
@@ -36,7 +37,7 @@ def run_folder(results: Path) -> Path:
 def test_run_writes_history_table_and_plot(tmp_path: Path) -> None:
     assert main(["run", *SMALL, *ATTACK, f"--results-dir={tmp_path}"]) == 0
     folder = run_folder(tmp_path)
-    run = folder / "bgmd+nearest-neighbor" / "bit-flip" / "seed-0"
+    run = folder / RECOMMENDED / "bit-flip" / "seed-0"
     record = json.loads((run / "run.json").read_text())
     lines = (run / "rounds.jsonl").read_text().splitlines()
     rounds = [json.loads(line) for line in lines]
@@ -48,7 +49,7 @@ def test_run_writes_history_table_and_plot(tmp_path: Path) -> None:
     assert ["accuracy" in entry for entry in rounds] == [True, False, True]
     for plot in ("accuracy-rounds.png", "accuracy-bytes.png"):
         assert (folder / plot).read_bytes().startswith(b"\x89PNG")
-    assert "| bgmd+nearest-neighbor | finished " in (folder / "table.md").read_text()
+    assert f"| {RECOMMENDED} | finished " in (folder / "table.md").read_text()
     assert len((folder / "cells.jsonl").read_text().splitlines()) == 1
 
 
