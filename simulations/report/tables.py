@@ -16,6 +16,7 @@ from ..study import told
 from ..terminal import print_table
 
 FAILED = "failed"
+MISSING = "-"
 WORST = "worst"
 
 
@@ -175,11 +176,14 @@ def accuracies(lines: Sequence[Line]) -> pd.DataFrame:
     classes = over_seeds(lines, lambda line: min(line.get("class-accuracies") or [math.nan]))
     success = over_seeds(lines, lambda line: line.get("backdoor-success"))
     targeted = {_group(x) for x in lines if x.get("backdoor-success") is not None}
+    failed = {(row_of(x), g) for x in lines if x["status"] == FAILED for g in (_group(x), WORST)}
     for group in means.columns:
         entries = []
         for row in means.index:
             text = percent(means.at[row, group])
-            if seeds > 1 and group != WORST and text != FAILED:
+            if text == FAILED and (row, group) not in failed:
+                text = MISSING
+            if seeds > 1 and group != WORST and text not in (FAILED, MISSING):
                 text += f" ± {100 * float(scatter.loc[(row, group), 'std']):.1f}"
             entries.append(text + diverged.get((row, group), ""))
         table[group] = entries

@@ -282,6 +282,13 @@ def test_a_failed_run_makes_its_cell_and_the_worst_unknown() -> None:
     assert accuracies(lines).iloc[0].tolist()[-2:] == ["failed", "failed"]
 
 
+def test_a_run_that_is_missing_has_not_failed() -> None:
+    there = [line("gmd", column, 0) for column in ("none", "zero")] + [line("cmd", "none", 0)]
+    shown = accuracies([x | {"class-accuracies": [0.5]} for x in there]).set_index("")
+    assert shown.loc["cmd", ["none", "zero", WORST]].tolist() == ["50.0", "-", "-"]
+    assert shown.loc["gmd", "zero"] == "50.0"
+
+
 def line(row: str, column: str, seed: int, **more: Any) -> dict[str, Any]:
     group = column.partition(":")[0]
     said = {"status": "finished", "final-accuracy": 0.5, **more}
