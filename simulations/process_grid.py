@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from multiprocessing.shared_memory import SharedMemory
@@ -253,6 +253,7 @@ class ProcessGrid(PooledGrid):
 @contextmanager
 def interrupts_held_back() -> Iterator[None]:
     """Start processes that leave interrupts, which are this process's to answer, alone."""
+    resource_tracker.ensure_running()  # it would be started with the first, and let them through
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -195,6 +195,8 @@ def finished_before(cells: Sequence[Cell], folder: Path) -> dict[str, Line]:
             if result.status != "failed":
                 _refuse_another(result.config, cell, folder)
                 found[cell.name] = line_of(cell, result)
+        elif record.parent.exists():
+            continue  # what is there of it is not whole
         elif (line := told.get(cell.name)) is not None and line["status"] != "failed":
             _refuse_another(line["setting"], cell, folder)
             found[cell.name] = line

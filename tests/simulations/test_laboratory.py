@@ -77,7 +77,7 @@ def test_every_attack_of_the_papers_and_peers_is_there() -> None:
         *("min-max", "min-sum", "memory-poison", "memory-takeover", "memory-consistent", "fang"),
         *("fang-krum", "optimal-alie", "optimal-ipm", "optimal-min-max", "consistent", "rop"),
         *("backdoor", "label-shift", "random-labels", "image-noise", "impulse", "blur"),
-        *("badnets", "model-replacement", "dba", "label-flip"),
+        *("badnets", "model-replacement", "dba", "label-flip", "other-world"),
     }
 
 
