@@ -473,7 +473,7 @@ def test_coordinates_are_not_shared_with_rules_that_remember_them() -> None:
     with pytest.raises(
         ConfigError, match=r"shared-coordinates is True with bgmd.*; allowed: False"
     ):
-        validate({"shared-coordinates": "on", "compressor": "rand-k"})
+        validate({"shared-coordinates": "on", "compressor": "rand-k", "strategy": "bgmd"})
 
 
 @pytest.mark.parametrize("name", ["top-k", "rand-k", "scaled-rand-k"])

@@ -237,7 +237,7 @@ def test_it_takes_no_more_than_its_bytes_and_says_so(caplog: pytest.LogCaptureFi
     said = [r.getMessage() for r in caplog.records if "stale_bytes" in r.getMessage()]
     assert said == [
         f"stale_bytes is {3 * row + row // 2}, with room for the last updates of 3 of 4 clients: "
-        "those heard of least recently are dropped"
+        "the oldest are dropped"
     ]
 
 
