@@ -19,6 +19,7 @@ from typer import Argument, Option
 from fl_bgmd.checkpoints import make_folder
 from fl_bgmd.data import DATASETS, DataUnavailableError, data_directory, load
 from fl_bgmd.extras import MissingExtraError, require
+from fl_bgmd.options import near
 
 from .backends import BACKENDS, ON_RAY, ClientResources
 from .config import (
@@ -31,7 +32,7 @@ from .config import (
     validate,
 )
 from .experiment import RunResult, evaluate_saved
-from .listings import print_attacks, print_keys
+from .listings import in_words, print_attacks, print_keys
 from .papers import FIGURES, reproduce_figure
 from .progress import StudyProgress
 from .runner import Line, finished_before, read_lines, run_cells
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "fl-bgmd") -> in
     warnings.filterwarnings("ignore", message="Tip: In future versions of Ray")
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        _check_command(given)
         status = int(app(args=given, prog_name=program, standalone_mode=False) or 0)
         if status == EXIT_INTERRUPTED:  # typer's answer to Ctrl-C
             _fail("--folder continues a study, --checkpoint-dir a run", status, "interrupted")
@@ -105,12 +107,22 @@ def _fail(message: str, status: int, kind: str = "error") -> int:
     return status
 
 
+def _check_command(given: Sequence[str]) -> None:
+    """Raise :class:`ConfigError` for a command that does not exist, with the nearest that does."""
+    names = [found.callback.__name__ for found in app.registered_commands if found.callback]
+    if given and not given[0].startswith("-") and given[0] not in names:
+        hints = filter(None, (near(given[0], names), f"allowed: {', '.join(names)}"))
+        raise ConfigError(f"command is {given[0]!r}; {'; '.join(hints)}")
+
+
 def _unknown_option(error: click.NoSuchOption, given: Sequence[str]) -> str:
     """Return what to say of an option that does not exist, with the nearest that do."""
     place = next(i for i, text in enumerate(given) if text.partition("=")[0] == error.option_name)
     key = error.option_name.removeprefix("--")
     value = given[place].partition("=")[2] or " ".join(given[place + 1 : place + 2])
     if key in SETTINGS:
+        if key == "strategy" and error.ctx is not None and error.ctx.info_name == "compare":
+            return f"strategy is {value!r} as an option; allowed: as an argument, compare {value}"
         where = "in the study's file" if key not in ("strategy", "seed") else "with run"
         return f"{key} is {value!r}, which this command does not take; allowed: {where}"
     try:
@@ -164,7 +176,7 @@ def _option(key: str) -> Any:
     setting = SETTINGS[key]
     return Option(
         f"--{key}",
-        help=f"{setting.help} ({setting.default!r})".replace("[", r"\["),
+        help=f"{in_words(setting.help)} ({setting.default!r})".replace("[", r"\["),
         metavar="V",
         show_default=False,
         hidden=key not in SHOWN,

@@ -21,7 +21,7 @@ from fl_bgmd.attacks import ATTACKS, AttackPlan, build_attacks
 from fl_bgmd.attacks.plan import refuse_former
 from fl_bgmd.data import DATASETS, SCHEMES, TRAINING_EXAMPLES, build_partition
 from fl_bgmd.devices import resolve_device
-from fl_bgmd.models import MODELS
+from fl_bgmd.models import IMAGE_MODELS
 from fl_bgmd.options import (
     Allowed,
     Count,
@@ -244,7 +244,7 @@ class RunSettings:
     lr_decay: Annotated[Positive, Le(1)] = 0.99
     dataset: Literal[DATASETS] = "cifar10"  # type: ignore[valid-type]
     data_dir: Annotated[str, *_FOLDER, Operation(), Environment()] = ""
-    model: Literal[MODELS] = "small-cnn"  # type: ignore[valid-type]
+    model: Literal[IMAGE_MODELS] = "small-cnn"  # type: ignore[valid-type]
     partition: Annotated[
         str,
         AfterValidator(_partition),
@@ -523,11 +523,6 @@ def _check_combinations(config: Config) -> None:
     if restarts and config["lr-period"] < 2:
         raise ConfigError(
             f"lr-period is {config['lr-period']} with cosine-restarts; allowed: 2 or more"
-        )
-    if config["model"] == "linear":
-        raise ConfigError(
-            "model is 'linear'; allowed with images: "
-            + ", ".join(name for name in MODELS if name != "linear")
         )
 
 

@@ -390,8 +390,8 @@ def test_an_error_of_the_strategy_names_the_keys_and_the_spec() -> None:
 
 def test_linear_regression_takes_no_images() -> None:
     message = refusal({"model": "linear"})
-    assert message.startswith("model is 'linear'; allowed with images: lenet, ")
-    assert "linear" not in message.partition("images: ")[2]
+    assert message.startswith("model is 'linear'; allowed: lenet, ")
+    assert "linear" not in message.partition("allowed: ")[2]
 
 
 def test_a_rule_that_needs_data_of_the_servers_is_refused_where_there_are_none() -> None:
