@@ -31,7 +31,7 @@ from .config import (
     parse,
     validate,
 )
-from .experiment import RunResult, evaluate_saved
+from .experiment import evaluate_saved
 from .listings import in_words, print_attacks, print_keys
 from .papers import FIGURES, reproduce_figure
 from .progress import StudyProgress
@@ -372,9 +372,6 @@ def report(
     return _show(study, study, lines, folders[0], folder)
 
 
-_NO_PLOTLY = "report.html is not written: plotly is missing (pip install 'fl-bgmd[plots]')"
-
-
 @app.command()
 def evaluate(
     folder: Annotated[Path, Argument(parser=_path, metavar="FOLDER", help="Of a run")],
@@ -394,13 +391,10 @@ def evaluate(
 def _report_run(folder: Path, output: Path | None, title: str) -> int:
     """Write the page of a single run's folder."""
     require("plotly", "report.html", "plots")
-    from .report.page import write_page
+    from .report.page import write_run_page
 
-    result = RunResult.read(folder)
-    cell = f"{result.config['strategy']} under {result.config['attack']}"
-    named = f"{cell}, seed {result.config['seed']}"
-    place = _make_folder("output", output) if output is not None else folder
-    path = write_page(place, [(cell, named, result)], title=title or cell)
+    place = None if output is None else _make_folder("output", output)
+    path = write_run_page(folder, place, title=title)
     CONSOLE.print(f"written: {path}", soft_wrap=True)
     return 0
 
@@ -473,7 +467,7 @@ def _run_cells(
 
 def _show(study: Study, full: Study, lines: list[Line], folder: Path, output: Path) -> int:
     """Show the table of a study and write its report; return the exit status."""
-    from .report.page import has_plotly, runs_in, write_page
+    from .report.page import NO_PLOTLY, has_plotly, runs_in, write_page
     from .report.study import heading, table_of, write_report
     from .report.tables import show
 
@@ -487,7 +481,7 @@ def _show(study: Study, full: Study, lines: list[Line], folder: Path, output: Pa
         runs = runs_in(lines, folder)
         written.append(write_page(output, runs, title=name, about=about, table=table))
     else:
-        CONSOLE.print(_NO_PLOTLY, soft_wrap=True)
+        CONSOLE.print(NO_PLOTLY, soft_wrap=True)
     for path in written:
         CONSOLE.print(f"written: {path}", soft_wrap=True)
     failed = [line for line in lines if line["status"] == "failed"]

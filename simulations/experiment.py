@@ -320,7 +320,7 @@ def run_experiment(
         result.status, result.error = "failed", f"{type(error).__name__}: {error}"
     finally:
         log.close()
-    result.rounds, result.verdicts = _history(outcome), strategy.verdicts
+    result.rounds, result.verdicts = history_of(outcome), strategy.verdicts
     if "accuracy" not in result.rounds[-1] and outcome.arrays:  # it ended between evaluations
         result.rounds[-1] |= dict(measure(outcome.arrays))
     if config["save-model"] and outcome.arrays:
@@ -353,7 +353,7 @@ def evaluate_saved(folder: Path, name: str = "final") -> Evaluation:
     return evaluate(model, dataset, None, resolve_device("auto"))
 
 
-def _history(outcome: Result) -> list[dict[str, Any]]:
+def history_of(outcome: Result) -> list[dict[str, Any]]:
     """Return one entry for each round: what the server measured, and what clients reported."""
     measured, trained = outcome.evaluate_metrics_serverapp, outcome.train_metrics_clientapp
     entries = []

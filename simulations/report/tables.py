@@ -11,8 +11,7 @@ from rich.console import Console
 
 from fl_bgmd.attacks import ATTACKS
 
-from ..runner import Line
-from ..study import told
+from ..runner import Line, row_of
 from ..terminal import print_table
 
 FAILED = "failed"
@@ -98,11 +97,6 @@ def chosen(lines: Sequence[Line]) -> list[Line]:
     for of_row in variants.values():
         found += max(of_row.values(), key=_worst_validation)
     return found
-
-
-def row_of(line: Line) -> str:
-    """Return a row's name with the values that were chosen for it."""
-    return " ".join([line["row"], *(f"({text})" for text in told(line.get("choice", {})))])
 
 
 def _worst_validation(lines: Iterable[Line]) -> float:

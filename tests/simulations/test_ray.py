@@ -156,6 +156,7 @@ def test_flwr_run_from_a_neutral_directory(superlink: dict[str, str], tmp_path: 
     [entry] = json.loads(listed.stdout)["runs"]
     assert entry["status"] == "finished:completed", output
     [folder] = results.iterdir()
+    assert (folder / "report.html").is_file()
     record = json.loads((folder / "run.json").read_text())
     assert record["config"]["byzantine-fraction"] == 0.4
     assert record["accepted"] == 10

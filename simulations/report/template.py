@@ -1,4 +1,6 @@
-<!doctype html>
+"""The page of a report, as Python: of an app's files Flower bundles no HTML."""
+
+PAGE = r"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -38,7 +40,7 @@ summary { cursor: pointer; }
 <h1><!--TITLE--></h1>
 <p><!--ABOUT--></p>
 <!--TABLE-->
-<section><h2>Test accuracy</h2><p>Mean over the seeds; the band spans all of them.</p>
+<section><h2>Accuracy</h2><p id="seeds">Mean over the seeds; the band spans all of them.</p>
 <div id="accuracy" class="plot"></div></section>
 <div class="bar"><label for="run">Run</label><select id="run"></select><span id="left"></span></div>
 <p id="status"></p>
@@ -79,7 +81,12 @@ function draw(id, traces, layout) {
   found.yaxis = Object.assign({}, axis, layout.yaxis);
   return Plotly.react(id, traces, found, {responsive: true, displaylogo: false, displayModeBar: !narrow.matches && "hover"});
 }
+function show(id, isThere) {
+  at(id).closest("section").hidden = !isThere;
+  return isThere;
+}
 function accuracy() {
+  if (!show("accuracy", data.curves.some(curve => curve.x.length))) return;
   const cells = new Map();
   for (const curve of data.curves) {
     if (!cells.has(curve.cell)) cells.set(curve.cell, []);
@@ -98,6 +105,7 @@ function accuracy() {
     traces.push({x, y: mean, name: cell, legendgroup: cell, mode: x.length < 40 ? "lines+markers" : "lines", line: {color, dash, width: 2}, marker: {size: 4},
       hovertemplate: "%{y:.1f} % in round %{x}"});
   });
+  at("seeds").hidden = cells.size === data.curves.length;
   const rows = Math.ceil(cells.size / (narrow.matches ? 1 : 3));
   const height = 330 + 19 * rows;
   draw("accuracy", traces, {height, margin: {l: 45, r: 10, t: 10, b: 60 + 19 * rows}, legend: {orientation: "h", y: -0.2, font: {size: 11}}, xaxis: {title: {text: "round"}}, yaxis: {title: {text: "%"}, rangemode: "tozero"}});
@@ -105,8 +113,8 @@ function accuracy() {
 const reasonColor = reason => BAD[reason] || REST[[...reason].reduce((a, c) => a + c.charCodeAt(0), 0) % REST.length];
 function map(run) {
   const {labels, rounds, cells, hostile, nodes} = run.map, place = {weight: 1, norm: 2, distance: 3}[at("what").value];
-  const log = place > 1, show = v => v == null ? null : log ? Math.log10(Math.max(v, 1e-300)) : v;
-  const z = cells.map(row => row.map(c => c ? show(c[place]) : null));
+  const log = place > 1, shown = v => v == null ? null : log ? Math.log10(Math.max(v, 1e-300)) : v;
+  const z = cells.map(row => row.map(c => c ? shown(c[place]) : null));
   const say = v => v == null ? "-" : Number(v).toPrecision(3);
   const text = cells.map((row, i) => row.map(c => c ? `node ${nodes[i]}<br>${c[0]}<br>weight ${say(c[1])}, norm ${say(c[2])}<br>distance ${say(c[3])}` : "not asked"));
   const traces = [{type: "heatmap", x: rounds, y: labels, z, text, xgap: rounds.length < 80 ? 1 : 0, ygap: labels.length < 60 ? 1 : 0,
@@ -133,7 +141,7 @@ function showRun() {
   const names = Object.keys(run.reasons).sort((a, b) => run.reasons[a] - run.reasons[b]);
   draw("reasons", [{type: "bar", orientation: "h", y: names, x: names.map(n => run.reasons[n]), marker: {color: names.map(reasonColor)}}],
     {height: 90 + 40 * Math.max(2, names.length), xaxis: {title: {text: names.length ? "replies" : "none"}}, yaxis: {type: "category"}});
-  draw("classes", [{type: "bar", x: run.classes.map((_, i) => i), y: run.classes, marker: {color: COLORS[0]}}],
+  if (show("classes", run.classes.length)) draw("classes", [{type: "bar", x: run.classes.map((_, i) => i), y: run.classes, marker: {color: COLORS[0]}}],
     {xaxis: {title: {text: "class"}, tickformat: "d"}, yaxis: {range: [0, 100], title: {text: "%"}}});
   draw("seconds", Object.entries(run.seconds).map(([name, y]) => ({x: run.rounds, y, name, stackgroup: "one", mode: "lines", line: {width: 1}})),
     {xaxis: {title: {text: "round"}}, yaxis: {rangemode: "tozero"}});
@@ -156,3 +164,4 @@ all();
 </script>
 </body>
 </html>
+"""
