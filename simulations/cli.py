@@ -477,7 +477,8 @@ def _show(study: Study, full: Study, lines: list[Line], folder: Path, output: Pa
         frame = table_of(study, lines)
         table = [[str(name) for name in frame], *frame.astype(str).to_numpy().tolist()]
         about = heading(study, full, lines).replace("*", "")
-        name = study.title or study.name
+        few = len(study.rows) < 5
+        name = study.title or (", ".join(study.rows) if few else f"{len(study.rows)} strategies")
         runs = runs_in(lines, folder)
         written.append(write_page(output, runs, title=name, about=about, table=table))
     else:

@@ -216,14 +216,23 @@ def _map(run: RunResult) -> dict[str, Any]:
         for node in nodes
         if partitions.get(node) in roles
     ]
-    labels = [f"client {partitions[n]}" if n in partitions else f"node {n}" for n in nodes]
     return {
-        "labels": labels,
+        "labels": [
+            f"client {partitions[node]}" if node in partitions else _short(node, nodes)
+            for node in nodes
+        ],
         "nodes": [str(node) for node in nodes],
         "rounds": rounds,
         "cells": cells,
         "hostile": hostile,
     }
+
+
+def _short(node: int, nodes: Sequence[int]) -> str:
+    """Return the last digits of a node's id, or all of them where two nodes would look alike."""
+    last = node % 10**6
+    alike = sum(other % 10**6 == last for other in nodes)
+    return f"node {node}" if alike > 1 or node == last else f"node …{last:06d}"
 
 
 def _finite(value: Any) -> Any:

@@ -49,7 +49,10 @@ def test_run_writes_history_table_and_plot(tmp_path: Path) -> None:
     assert ["accuracy" in entry for entry in rounds] == [True, False, True]
     for plot in ("accuracy-rounds.png", "accuracy-bytes.png"):
         assert (folder / plot).read_bytes().startswith(b"\x89PNG")
-    assert f"| {RECOMMENDED} | finished " in (folder / "table.md").read_text()
+    table = (folder / "table.md").read_text()
+    assert f"| {RECOMMENDED} | finished " in table
+    assert "backdoor" not in table  # there was none
+    assert f"<h1>{RECOMMENDED}</h1>" in (folder / "report.html").read_text()
     assert len((folder / "cells.jsonl").read_text().splitlines()) == 1
 
 

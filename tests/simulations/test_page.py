@@ -29,6 +29,7 @@ addEventListener("load", () => setTimeout(() => {
   const map = document.getElementById("map").data;
   document.body.dataset.seen = JSON.stringify({
     cells: map[0].z.flat().length,
+    scale: [map[0].zmin, map[0].zmax],
     known: map[0].z.flat().filter(value => value !== null).length,
     marks: Object.fromEntries(map.slice(1).map(trace => [trace.name, trace.x.length])),
     wide: document.documentElement.scrollWidth,
@@ -104,6 +105,7 @@ def test_a_browser_draws_every_cell_without_an_error(tmp_path: Path, width: int)
     found = json.loads(seen.replace("&quot;", '"'))
     assert found["cells"] == ROUNDS * CLIENTS
     assert found["known"] == ROUNDS * (CLIENTS - 1)
+    assert found["scale"] == [0, pytest.approx(1 / 9)]  # equal weights have one too
     assert found["marks"] == {"non-finite": ROUNDS, "hostile": 2 * ROUNDS}
     assert found["wide"] <= max(width, 500)
 
@@ -156,7 +158,14 @@ def test_an_app_of_your_own_has_the_report_too(own_result: RobustResult, tmp_pat
     [run] = told["runs"]
     assert run["reasons"] == {"error": 2}
     assert run["versions"]["lr"] == "0.1"
-    assert len(run["map"]["nodes"]) == 4
+    assert run["map"]["labels"] == [f"node {number}" for number in (1, 2, 3, 4)]
+
+
+def test_long_ids_of_nodes_are_cut_where_that_names_one_node(tmp_path: Path) -> None:
+    ids = (7 * 10**18 + 5, 8 * 10**18 + 123456, 9 * 10**18 + 123456)
+    run = RunResult(defaults(), verdicts=[Verdict(1, node) for node in ids])
+    told = told_by(write_page(tmp_path, [("a", "b", run)], title="").read_text())
+    assert told["runs"][0]["map"]["labels"] == ["node …000005", f"node {ids[1]}", f"node {ids[2]}"]
 
 
 def test_the_report_of_an_app_without_an_accuracy_has_no_curve(
