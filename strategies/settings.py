@@ -172,8 +172,8 @@ class Settings:
         ``server-...``. What it raises is logged once and ends nothing.
     root_update : callable, optional
         What the server's own data say, for rules that ask for a ``root``: a function from the
-        arrays of the model to those that the server has trained on its data the way that clients
-        do. It is called once a round.
+        arrays of the model and the round to the arrays that the server has trained on its data the
+        way that clients do. It is called once a round.
     """
 
     server_learning_rate: Annotated[
@@ -228,8 +228,11 @@ class Settings:
         Allowed("a function of the round and a dict of floats, or None"),
     ] = None
     root_update: Annotated[
-        Callable[[ArrayRecord], ArrayRecord] | None,
-        Allowed("a function from the model's arrays to those the server has trained, or None"),
+        Callable[[ArrayRecord, int], ArrayRecord] | None,
+        Allowed(
+            "a function from the model's arrays and the round to those the server has trained, or "
+            "None"
+        ),
     ] = None
 
     def __post_init__(self) -> None:

@@ -84,7 +84,7 @@ class StrategyOptions(TypedDict, total=False):
     a sum over the rows, with mixings four times as much."""
     on_round: Callable[[int, dict[str, float]], object] | None
     """Called after each round with its number and a dict of floats."""
-    root_update: Callable[[ArrayRecord], ArrayRecord] | None
+    root_update: Callable[[ArrayRecord, int], ArrayRecord] | None
     """What the server's own data say, for rules that ask for a ``root``."""
 
 
