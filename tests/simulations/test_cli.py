@@ -8,12 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
+import typer
 from rich.console import Console
 
 from fl_bgmd.aggregators import RECOMMENDED
 from fl_bgmd.data import data_directory
-from simulations.cli import main
+from simulations.cli import app, main, reproducible
 from simulations.config import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,6 +189,23 @@ def test_keys_lists_what_may_be_given(
         option = SETTINGS[key]
         assert option.allowed in found[key]
         assert option.help.replace("`", "").replace(":class:", "") in found[key]
+
+
+def test_every_option_says_what_it_is() -> None:
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group)
+    for command in group.commands.values():
+        for parameter in command.params:
+            if isinstance(parameter, click.Option) and not parameter.hidden:
+                assert parameter.help, f"{command.name} {parameter.name}"
+                assert "`" not in parameter.help
+
+
+def test_reproduce_names_each_study_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "--help"]) == 0
+    names = capsys.readouterr().out.partition("NAMES:")[2].replace("\n", " ").split(",")
+    assert [name.strip() for name in names] == reproducible()
+    assert len(set(reproducible())) == len(reproducible())
 
 
 def test_keys_without_a_match_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
