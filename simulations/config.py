@@ -118,7 +118,7 @@ class RunSettings:
     local_steps : int
         Mini-batches that a client trains on in a round; 0: see local-epochs.
     local_epochs : int
-        Passes over its data instead, when local-steps is 0.
+        Passes over its data that a client trains for in a round, where local-steps is 0.
     batch_size : int
         Examples in a mini-batch.
     learning_rate : float
@@ -128,11 +128,11 @@ class RunSettings:
     weight_decay : float
         Weight decay of the clients' SGD.
     client_momentum : float
-        Share of a client's last update in what it sends, round for round; 0: none.
+        Momentum of the updates that a client sends, across rounds; 0: none.
     client_momentum_of_lies : bool
-        Whether what hostile clients send by themselves goes through it too.
+        Whether the lies of hostile clients go through client-momentum, too.
     compress_lies : bool
-        Whether what they send by themselves is compressed (Option I of Ghosh et al.).
+        Whether the lies of hostile clients are compressed (Option I of Ghosh et al.).
     precision : str
         Precision of the clients' forward and backward passes.
     lr_schedule : str
@@ -170,7 +170,7 @@ class RunSettings:
     seed : int
         Seed of everything.
     server_randomness : str
-        What the server draws from; under seeded clients can foresee it.
+        Where the server's random numbers come from; clients can foresee seeded ones.
     device : str
         Device of clients and server.
     client_threads : int
@@ -182,7 +182,7 @@ class RunSettings:
     save_model : bool
         Whether the run's folder gets the final and the best model as safetensors.
     log_to : str
-        What the figures of each round are written for, as files in the run's folder.
+        Tracker for which the figures of each round are written, as files in the run's folder.
     checkpoint_dir : str
         Folder to save checkpoints to and resume from, one for each run.
     checkpoint_every : int
