@@ -41,7 +41,7 @@ class RootTraining:
             model = build(name, input_shape=shape, num_classes=dataset.num_classes)
         model = model.to_empty(device="cpu")
         model.load_state_dict(arrays.to_torch_state_dict())
-        sequence = np.random.SeedSequence([self._seed, server_round, 2])
+        sequence = np.random.SeedSequence([self._seed, server_round, 0, 2])
         job = Job(
             model,
             dataset,

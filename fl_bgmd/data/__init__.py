@@ -228,7 +228,7 @@ def root_examples(
 ) -> NDArray[np.int64]:
     """Return the training examples, (count,), ascending, that the server has and no client.
 
-    Drawn at random, another time for each ``seed``, of those that are not held out.
+    Drawn at random for each ``seed``, of those that are not held out.
     """
     rest = np.setdiff1d(np.arange(len(dataset.train_labels)), held_out(dataset, validation))
     draw = np.random.default_rng([seed, _HELD_OUT_SEED])
