@@ -89,7 +89,7 @@ def gap_filter(
     *,
     byzantine_fraction: Share = 0.25,
     gap: Annotated[float, Ge(1)] = 1.3,
-    far: Positive = 4.0,
+    far: Annotated[float, Ge(1)] = 4.0,
 ) -> Aggregate:
     """Clip to the median norm, down-weight rows while one direction stands out, average.
 
@@ -97,11 +97,14 @@ def gap_filter(
     directions; rows that pull together are one direction of their own. Rows longer than ``far``
     times the lower median norm have no weight, the m others are clipped to it. Then, while the top
     eigenvalue of the weighted covariance is more than ``gap`` times the next one and the weights
-    sum to more than ``m - 2 f``, they go down as in :func:`covariance_agnostic_filter`, with
-    ``f = floor(byzantine_fraction * n)``, or less than half of m where that is less. That rule
+    sum to more than ``m - 2 g``, they go down as in :func:`covariance_agnostic_filter`. That rule
     returns the mean of least spread, and may prefer small lies to honest clients far from the rest;
-    this one stops when nothing stands out. Rows that are out for their length are not counted as
-    the hostile ones: they may be honest clients whose data are learned last.
+    this one stops when nothing stands out.
+
+    ``g`` is how many of the m may be hostile: ``floor(byzantine_fraction * n)`` without the rows
+    longer than ``far**2`` median norms, and less than half of m. Rows between ``far`` and
+    ``far**2`` are out and not counted: they may be honest clients whose data are learned last,
+    while the liars are among the others.
 
     Parameters
     ----------
@@ -112,7 +115,7 @@ def gap_filter(
     gap : float
         1 or more: how much larger than the next one the top eigenvalue may be.
     far : float
-        Above 0, in median norms.
+        1 or more, in median norms.
 
     Raises
     ------
@@ -125,9 +128,9 @@ def gap_filter(
     lengths = row_norms(rows)
     median = lower_median(lengths)
     weights, factors = np.where(lengths <= far * median, 1.0, 0.0), clip_factors(lengths, median)
-    # Rows that are out need not be the hostile ones; of those that are left a majority is honest.
-    left = int(weights.sum())
-    least_sum = left - 2 * min(floor_share(byzantine_fraction, n), (left - 1) // 2)
+    left, gross = int(weights.sum()), int((lengths > far**2 * median).sum())
+    hostile = max(0, floor_share(byzantine_fraction, n) - gross)
+    least_sum = left - 2 * min(hostile, (left - 1) // 2)  # a majority of them is honest
     if n <= DENSE_ROWS:
         gram = gram_matrix(rows) * factors[:, None] * factors
     else:
