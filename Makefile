@@ -35,18 +35,9 @@ benchmark: $(READY) ## Time the rules against a plain sum and against the peers
 	$(BIN)/python -m benchmarks.compression
 	$(BIN)/python -m benchmarks.grid
 
-LAB_RULES := gmd bgmd cmd trimmed-mean norm-threshold robust-filter multi-krum centered-clipping
-LAB_MIXINGS := nearest-neighbor
-laboratory: $(READY) ## Every strategy against every attack on MNIST (hours): the tables of docs/attacks.md
-	for partition in shards iid; do for fraction in 0.4 0.2; do \
-	$(BIN)/python -m simulations compare --attack all --no-sweep --seeds $(or $(SEEDS),3) \
-		mean $(LAB_RULES) \
-		$(foreach mixing,$(LAB_MIXINGS),$(addsuffix +$(mixing),$(LAB_RULES))) \
-		--dataset mnist --model mlp --partition $$partition \
-		--byzantine-fraction $$fraction --assumed-byzantine-fraction $$fraction \
-		--local-steps 1 --learning-rate 0.1 --momentum 0 --num-server-rounds 20 \
-		--evaluate-every 20 --backend inprocess --jobs 2 \
-		--folder results/laboratory-$$partition-$$fraction || exit 1; done; done
+laboratory: $(READY) ## Rules and pipelines against attacks that search, to convergence (a day)
+	for study in laboratory laboratory-momentum laboratory-shards; do \
+	$(BIN)/python -m simulations reproduce $$study $(if $(SEEDS),--seeds $(SEEDS)) || exit 1; done
 
 QUICK := aggregators/test_build_rule.py aggregators/test_clipping_mixings.py \
 	aggregators/test_selection_rules.py attacks/test_attacks.py attacks/test_history.py \
