@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         DnCOptions,
         FLAMEOptions,
         FoolsGoldOptions,
+        GapFilterOptions,
         GMDOptions,
         MultiKrumOptions,
         NormClippingOptions,
@@ -196,6 +197,16 @@ class DnC(RobustStrategy):
     if TYPE_CHECKING:
 
         def __init__(self, **options: Unpack[DnCOptions]) -> None: ...
+
+
+class GapFilter(RobustStrategy):
+    """Clip, and average while no direction stands out: this project's own, and recommended."""
+
+    spec = "gap-filter"
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[GapFilterOptions]) -> None: ...
 
 
 class SignGuard(RobustStrategy):

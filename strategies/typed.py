@@ -181,6 +181,15 @@ class DnCOptions(StrategyOptions, total=False):
     """What a draw leaves out, in multiples of the hostile share, above 0."""
 
 
+class GapFilterOptions(StrategyOptions, total=False):
+    """The options of :class:`.rules.GapFilter`."""
+
+    gap: float
+    """1 or more."""
+    far: float
+    """1 or more, in median norms."""
+
+
 class SignGuardOptions(StrategyOptions, total=False):
     """The options of :class:`.rules.SignGuard`."""
 

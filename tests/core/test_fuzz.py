@@ -212,7 +212,7 @@ FAMILIES = [
     "krum",
     "multi-krum",
     "centered-clipping",
-    *("bulyan", "norm-clip", "dnc", "sign-guard", "fools-gold", "flame"),
+    *("bulyan", "norm-clip", "dnc", "gap-filter", "sign-guard", "fools-gold", "flame"),
 ]
 MOST = 10_000_000
 """Bytes: the replies hold kilobytes, and declare up to exabytes."""

@@ -58,6 +58,7 @@ from fl_bgmd.aggregators import (
     divide_and_conquer,
     flame,
     fools_gold,
+    gap_filter,
     geometric_median,
     krum,
     mean,
@@ -80,6 +81,7 @@ from fl_bgmd.strategies import (
     DnC,
     FLTrust,
     FoolsGold,
+    GapFilter,
     Krum,
     Mean,
     MultiKrum,
@@ -194,6 +196,11 @@ STRATEGIES: dict[str, tuple[type[RobustStrategy], dict[str, Any], Rule]] = {
             iterations=3,
         ),
     ),
+    "gap-filter": (
+        GapFilter,
+        {"gap": 1.1, "far": 3.0},
+        lambda rows, _: gap_filter(rows, byzantine_fraction=FRACTION, gap=1.1, far=3.0),
+    ),
     "sign-guard": (
         SignGuard,
         {"coordinate_share": 0.5},
@@ -218,7 +225,7 @@ ONE_OF_EACH_CLASS = [
     "krum",
     "multi-krum",
     "centered-clipping",
-    *("bulyan", "norm-clip", "dnc", "sign-guard", "fools-gold", "flame"),
+    *("bulyan", "norm-clip", "dnc", "gap-filter", "sign-guard", "fools-gold", "flame"),
 ]
 ONE_OF_EACH = [name for name in STRATEGIES if not name.endswith("-own")]
 MEMORIES = ("robust", "mean", "per-client", "none")
