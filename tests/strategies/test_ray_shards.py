@@ -50,11 +50,17 @@ def assert_same_models(found: Result, expected: Result) -> None:
 
 
 @pytest.fixture(scope="module")
-def own_ray() -> Iterator[None]:
-    """Keep one Ray for the tests of a machine: strategies use that which is there."""
-    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+def no_ray_after() -> Iterator[None]:
+    """Leave no Ray behind."""
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def own_ray(no_ray_after: None) -> None:
+    """Keep one Ray for the tests of a machine: strategies use that which is there."""
+    if not ray.is_initialized():
+        ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -126,9 +132,7 @@ def test_an_address_without_shards_is_refused() -> None:
 
 
 def test_an_address_where_nobody_answers_is_an_error() -> None:
-    was_there = ray.is_initialized()
-    if was_there:
-        ray.shutdown()
+    ray.shutdown()
     nowhere = f"127.0.0.1:{free_port()}"
     with pytest.raises(ShardsError, match=rf"shards_address is '{nowhere}'"):
         run(GMD(**options(shards="ray", shards_address=nowhere)))
