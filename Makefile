@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 FLWR_MIN := $(shell sed -n 's/.*"flwr>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install simulate laboratory test test-quick test-slow test-flwr-min test-deployment benchmark docs lint config format release clean
+.PHONY: help install simulate laboratory test test-quick test-slow test-flwr-min test-trackers test-deployment benchmark docs lint config format release clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -67,6 +67,10 @@ test-flwr-min: ## The test suite with the oldest flwr supported, in .venv-flwr-m
 		--editable ".[dev]" "flwr[simulation]==$(FLWR_MIN)"
 	OMP_NUM_THREADS=1 $(VENV)-flwr-min/bin/python -m pytest -n $(TEST_JOBS) --maxprocesses 8 \
 		--dist worksteal -m "not slow and not deployment"
+
+test-trackers: $(READY) ## The examples with W&B and MLflow, offline (50 packages more)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[trackers]"
+	$(BIN)/python -m pytest tests/project/test_trackers.py
 
 test-deployment: $(READY) ## One SuperLink and five SuperNodes as network namespaces (root)
 	$(BIN)/python -m pytest -m deployment

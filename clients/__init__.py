@@ -2,5 +2,6 @@
 
 from .client_app import app, prepare_together
 from .together import gradients_together
+from .training import Job, LocalTraining, train
 
-__all__ = ["app", "gradients_together", "prepare_together"]
+__all__ = ["Job", "LocalTraining", "app", "gradients_together", "prepare_together", "train"]

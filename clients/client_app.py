@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from fl_bgmd.evaluation import evaluate
 from fl_bgmd.held import answer, tensors_of
 from fl_bgmd.models import build
 from fl_bgmd.mods import ByzantineMod, CompressionMod, MomentumMod, role
-from fl_bgmd.schedules import Schedule, scheduled_learning_rate
 from fl_bgmd.wire import EXAMPLES, PARTITION, mark, server_round
 
 from .together import train_together
@@ -103,23 +102,9 @@ def _training_job(
         scheme=str(config["partition"]),
         seed=int(config["seed"]),
         validation=float(config["validation-fraction"]),
+        root=int(config["root-examples"]),
     )
-    settings = LocalTraining(
-        steps=int(config["local-steps"]),
-        epochs=int(config["local-epochs"]),
-        batch_size=int(config["batch-size"]),
-        learning_rate=scheduled_learning_rate(
-            float(config["learning-rate"]),
-            cast(Schedule, config["lr-schedule"]),
-            number,
-            int(config["num-server-rounds"]),
-            period=int(config["lr-period"]),
-            decay=float(config["lr-decay"]),
-        ),
-        momentum=float(config["momentum"]),
-        weight_decay=float(config["weight-decay"]),
-        precision=str(config.get("precision", "fp32")),
-    )
+    settings = LocalTraining.from_config(config, number)
     attack, corrupt = _data_attack(message, context, dataset)
     device = resolve_device(str(config["device"]))
     drawn = int(seed.generate_state(1)[0])

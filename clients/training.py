@@ -1,9 +1,9 @@
 """What a client does with a model and its partition: train it."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fl_bgmd.data import Dataset, normalize
 from fl_bgmd.devices import to_input
+from fl_bgmd.schedules import Schedule, scheduled_learning_rate
 
 Corrupt = Callable[[NDArray[Any], NDArray[np.int64]], tuple[NDArray[Any], NDArray[np.int64]]]
 """Takes and returns stored images and labels; images that it returns as floats are normalized."""
@@ -45,6 +46,26 @@ class LocalTraining:
     momentum: float
     weight_decay: float
     precision: str = "fp32"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], server_round: int) -> Self:
+        """Return how a run configuration has clients train in a round."""
+        return cls(
+            steps=int(config["local-steps"]),
+            epochs=int(config["local-epochs"]),
+            batch_size=int(config["batch-size"]),
+            learning_rate=scheduled_learning_rate(
+                float(config["learning-rate"]),
+                cast(Schedule, config["lr-schedule"]),
+                server_round,
+                int(config["num-server-rounds"]),
+                period=int(config["lr-period"]),
+                decay=float(config["lr-decay"]),
+            ),
+            momentum=float(config["momentum"]),
+            weight_decay=float(config["weight-decay"]),
+            precision=str(config.get("precision", "fp32")),
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from torch import nn
 
 from fl_bgmd.extras import require
 
-__all__ = ["MODELS", "build"]
+__all__ = ["IMAGE_MODELS", "MODELS", "build"]
 
 Shape = tuple[int, ...]
 
@@ -150,3 +150,8 @@ _BUILDERS: dict[str, tuple[Shape, int, Callable[[Shape, int], nn.Module]]] = {
 
 MODELS: tuple[str, ...] = tuple(_BUILDERS)
 """Names that :func:`build` knows."""
+
+IMAGE_MODELS: tuple[str, ...] = tuple(
+    name for name, (shape, _, _) in _BUILDERS.items() if len(shape) == 3
+)
+"""Those that take images, (channels, height, width)."""

@@ -3,19 +3,21 @@
 import importlib
 from typing import TYPE_CHECKING
 
-__all__ = ["compare", "main", "run", "validate"]
+__all__ = ["compare", "main", "run", "validate", "write_report"]
 
 if TYPE_CHECKING:
     from .__main__ import main
     from .backends import run
     from .comparison import compare
     from .config import validate
+    from .report.page import write_report
 else:
     _HOMES = {
         "compare": "comparison",
         "main": "__main__",
         "run": "backends",
         "validate": "config",
+        "write_report": "report.page",
     }
 
     def __getattr__(name: str) -> object:

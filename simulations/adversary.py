@@ -191,7 +191,7 @@ class AdversarialGrid(Grid):
             last_step=last_step,
         )
         nodes = {p: by_partition[p].metadata.src_node_id for p in updates}
-        # Those who play the same attack send the same vector.
+        # Those who play the same attack send the same vector, or each its own.
         for bound in sorted({playing[p] for p in colluding}, key=str):
             if bound.attack.knows in OMNISCIENT and not honest:
                 continue
@@ -201,8 +201,8 @@ class AdversarialGrid(Grid):
                 memory=self._memory.setdefault(str(bound), {}),
                 pipeline=self._pipeline(updates, nodes, examples, players),
             )
-            vector = bound.lie(view)
-            for partition in players:
+            lies = bound.lie(view).expand(len(players), -1)
+            for partition, vector in zip(players, lies, strict=True):
                 reply = by_partition[partition]
                 TrainedReply.read(reply.content, layout, compressor).replace(vector)
                 mark(reply, str(bound))

@@ -1,15 +1,13 @@
 """The command line: every run is a study, of one cell or of many."""
 
 import fnmatch
-import inspect
 import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from functools import wraps
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import click
 import typer
@@ -19,18 +17,26 @@ from typer import Argument, Option
 from fl_bgmd.checkpoints import make_folder
 from fl_bgmd.data import DATASETS, DataUnavailableError, data_directory, load
 from fl_bgmd.extras import MissingExtraError, require
+from fl_bgmd.options import near
 
-from .backends import BACKENDS, ON_RAY, ClientResources
-from .config import (
-    SETTINGS,
-    Config,
-    ConfigError,
-    beyond_guarantee,
-    expand_home,
-    parse,
-    validate,
+from .backends import ON_RAY, ClientResources
+from .cli_options import (
+    Backend,
+    Cpus,
+    DataDir,
+    Folder,
+    Gpus,
+    Jobs,
+    OneColumn,
+    OneRow,
+    Output,
+    Seeds,
+    Verbose,
+    folder_path,
+    takes_settings,
 )
-from .experiment import RunResult, evaluate_saved
+from .config import SETTINGS, Config, ConfigError, beyond_guarantee, validate
+from .experiment import evaluate_saved
 from .listings import print_attacks, print_keys
 from .papers import FIGURES, reproduce_figure
 from .progress import StudyProgress
@@ -58,12 +64,6 @@ def reproducible() -> list[str]:
     return [*papers(), *FIGURES, *own_studies()]
 
 
-SHOWN = (
-    *("strategy", "attack", "byzantine-fraction", "num-server-rounds", "num-clients", "dataset"),
-    *("model", "partition", "local-steps", "learning-rate", "seed", "results-dir"),
-)
-"""Keys that the help lists; ``fl-bgmd keys`` has them all."""
-
 app = typer.Typer(
     help="Byzantine-robust federated learning experiments.",
     no_args_is_help=True,
@@ -83,6 +83,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "fl-bgmd") -> in
     warnings.filterwarnings("ignore", message="Tip: In future versions of Ray")
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        _check_command(given)
         status = int(app(args=given, prog_name=program, standalone_mode=False) or 0)
         if status == EXIT_INTERRUPTED:  # typer's answer to Ctrl-C
             _fail("--folder continues a study, --checkpoint-dir a run", status, "interrupted")
@@ -105,12 +106,22 @@ def _fail(message: str, status: int, kind: str = "error") -> int:
     return status
 
 
+def _check_command(given: Sequence[str]) -> None:
+    """Raise :class:`ConfigError` for a command that does not exist, with the nearest that does."""
+    names = [found.callback.__name__ for found in app.registered_commands if found.callback]
+    if given and not given[0].startswith("-") and given[0] not in names:
+        hints = filter(None, (near(given[0], names), f"allowed: {', '.join(names)}"))
+        raise ConfigError(f"command is {given[0]!r}; {'; '.join(hints)}")
+
+
 def _unknown_option(error: click.NoSuchOption, given: Sequence[str]) -> str:
     """Return what to say of an option that does not exist, with the nearest that do."""
     place = next(i for i, text in enumerate(given) if text.partition("=")[0] == error.option_name)
     key = error.option_name.removeprefix("--")
     value = given[place].partition("=")[2] or " ".join(given[place + 1 : place + 2])
     if key in SETTINGS:
+        if key == "strategy" and error.ctx is not None and error.ctx.info_name == "compare":
+            return f"strategy is {value!r} as an option; allowed: as an argument, compare {value}"
         where = "in the study's file" if key not in ("strategy", "seed") else "with run"
         return f"{key} is {value!r}, which this command does not take; allowed: {where}"
     try:
@@ -120,87 +131,11 @@ def _unknown_option(error: click.NoSuchOption, given: Sequence[str]) -> str:
     return error.format_message()
 
 
-# -------------------------------------------------------------------------- options by key
-
-
-def _path(text: str | Path) -> Path:
-    try:
-        return Path(expand_home(str(text)))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-def _takes_settings(*left_out: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Add an option for each key of the run configuration; the command gets ``given``."""
-    keys = {key.replace("-", "_"): key for key in SETTINGS if key not in left_out}
-
-    def decorate(command: Callable[..., int]) -> Callable[..., int]:
-        @wraps(command)
-        def wrapped(**values: Any) -> int:
-            texts = {key: values.pop(name) for name, key in keys.items()}
-            given = {key: parse(key, text) for key, text in texts.items() if text is not None}
-            return command(given=given, **values)
-
-        own = [p for n, p in inspect.signature(command).parameters.items() if n != "given"]
-        settings = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[str | None, _option(key)],
-            )
-            for name, key in keys.items()
-        ]
-        signature = inspect.Signature([*own, *settings])
-        wrapped.__signature__ = signature  # type: ignore[attr-defined]
-        wrapped.__annotations__ = {n: p.annotation for n, p in signature.parameters.items()}
-        del wrapped.__wrapped__
-        return wrapped
-
-    return decorate
-
-
-def _option(key: str) -> Any:
-    setting = SETTINGS[key]
-    return Option(
-        f"--{key}",
-        help=f"{setting.help} ({setting.default!r})".replace("[", r"\["),
-        metavar="V",
-        show_default=False,
-        hidden=key not in SHOWN,
-        rich_help_panel="Run configuration: all keys are in fl-bgmd keys",
-    )
-
-
-Folder = Annotated[
-    Path | None,
-    Option(parser=_path, metavar="DIR", help="Of the study; finished runs in it are kept"),
-]
-Backend = Annotated[
-    Literal[BACKENDS],  # type: ignore[valid-type]
-    Option(help="Where the clients are"),
-]
-Jobs = Annotated[
-    int,
-    Option(help="Processes: runs at a time, or clients of the one run (not on Ray)", metavar="N"),
-]
-Seeds = Annotated[int | None, Option(help="Runs of each cell, from --seed on", metavar="N")]
-Chosen = Annotated[list[str] | None, Option(help="Of the study: only this one (repeatable)")]
-Cpus = Annotated[float, Option("--client-resources-num-cpus", metavar="X", hidden=True)]
-Gpus = Annotated[float, Option("--client-resources-num-gpus", metavar="X", hidden=True)]
-Verbose = Annotated[bool, Option("--verbose", help="Show Flower's log")]
-Output = Annotated[
-    Path | None,
-    Option(parser=_path, metavar="DIR", help="Of table and figures; default: with the runs"),
-]
-DataDir = Annotated[str, Option(help="Default: $FL_BGMD_DATA or ~/.cache/fl-bgmd", metavar="DIR")]
-
-
 # ------------------------------------------------------------------------------ studies
 
 
 @app.command()
-@_takes_settings()
+@takes_settings()
 def run(
     given: Config,
     backend: Backend = "ray",
@@ -210,7 +145,7 @@ def run(
     num_gpus: Gpus = 0.0,
     verbose: Verbose = False,
 ) -> int:
-    """Run one configuration."""
+    """Train once; write the history, the models, the table, the figures and a report."""
     strategy = str(given.pop("strategy", SETTINGS["strategy"].default))
     attack = str(given.pop("attack", SETTINGS["attack"].default))
     study = Study(strategy_rows([strategy]), attack_columns([attack]), given, name="run")
@@ -221,7 +156,7 @@ def run(
 
 
 @app.command()
-@_takes_settings("strategy", "attack")
+@takes_settings("strategy", "attack")
 def compare(
     given: Config,
     specs: Annotated[
@@ -230,25 +165,25 @@ def compare(
     ] = None,
     strategies: Annotated[list[str], Option("--strategies", hidden=True)] = [],  # noqa: B006
     attack: Annotated[
-        str | None, Option(help="Attacks, joined by commas; all", metavar="V")
+        str | None, Option(help="Attacks, separated by commas, or all", metavar="V")
     ] = None,
     seeds: Seeds = None,
     jobs: Jobs = 1,
     sweep: Annotated[
-        bool, Option("--sweep/--no-sweep", help="Each attack with all strengths of its sweep")
+        bool, Option("--sweep/--no-sweep", help="Run several attacks at all their strengths")
     ] = True,
-    row: Chosen = None,
-    column: Chosen = None,
+    row: OneRow = None,
+    column: OneColumn = None,
     backend: Backend = "ray",
     folder: Folder = None,
     num_cpus: Cpus = 1.0,
     num_gpus: Gpus = 0.0,
     verbose: Verbose = False,
 ) -> int:
-    """Run strategies against attacks from the same seeds.
+    """Compare strategies under attacks, from the same seeds.
 
     ROWS are strategies, with options and mixings as in bgmd:0.3+nearest-neighbor, or one TOML file
-    with a study.
+    that describes a study.
     """
     named = [*strategies, *(specs or ())]
     if any(name.endswith(".toml") for name in named):
@@ -257,7 +192,7 @@ def compare(
                 f"study is {named[0]!r} with other strategies or attacks; allowed: those in the "
                 "file, of which --row and --column choose some"
             )
-        study = read_study(_path(named[0])).changed(config=given)
+        study = read_study(folder_path(named[0])).changed(config=given)
     else:
         attacks = split_attacks(attack or "none")
         many = len(attacks) > 1 or attacks == ["all"]
@@ -277,22 +212,26 @@ def compare(
 @app.command(epilog="NAMES: " + ", ".join(reproducible()))
 def reproduce(
     name: Annotated[str, Argument(metavar="NAME")],
-    seeds: Annotated[int | None, Option(help="Default: as many as the paper", metavar="N")] = None,
-    epochs: Annotated[
-        float | None, Option(help="Default: as many as the paper", metavar="X")
+    seeds: Annotated[
+        int | None, Option(help="Repetitions (default: as many as in the paper)", metavar="N")
     ] = None,
-    row: Chosen = None,
-    column: Chosen = None,
-    jobs: Annotated[int | None, Option(help="Runs at a time; default: 2", metavar="N")] = None,
-    backend: Annotated[Literal["inprocess", "vectorized"], Option(help="Of the runs")] = (
-        "inprocess"
-    ),
-    device: Annotated[str, Option(help="Of clients and server", metavar="V")] = "auto",
-    no_run: Annotated[bool, Option("--no-run", help="Report what has run so far")] = False,
-    results_dir: Annotated[Path, Option(parser=_path, metavar="DIR")] = Path("results"),
+    epochs: Annotated[
+        float | None, Option(help="Length of the runs (default: as in the paper)", metavar="X")
+    ] = None,
+    row: OneRow = None,
+    column: OneColumn = None,
+    jobs: Annotated[int | None, Option(help="Processes (default: 2)", metavar="N")] = None,
+    backend: Annotated[
+        Literal["inprocess", "vectorized"], Option(help="Where the clients run")
+    ] = "inprocess",
+    device: Annotated[str, Option(help="Device of clients and server", metavar="V")] = "auto",
+    no_run: Annotated[bool, Option("--no-run", help="Only report what has run so far")] = False,
+    results_dir: Annotated[
+        Path, Option(parser=folder_path, metavar="DIR", help="Folder of the results")
+    ] = Path("results"),
     output: Output = None,
 ) -> int:
-    """Reproduce a table or figure of the papers, or of this project's own documentation."""
+    """Reproduce a table or figure of the papers, or of this project's documentation."""
     for option, number in (("seeds", seeds), ("jobs", jobs)):
         if number is not None and number < 1:
             raise ConfigError(f"{option} is {number}; allowed: 1 or more")
@@ -342,11 +281,14 @@ def reproduce(
 def report(
     results: Annotated[list[str], Argument(metavar="FOLDERS...")],
     output: Output = None,
-    title: Annotated[str, Option(help="Of the table and the figures", metavar="TEXT")] = "",
+    title: Annotated[str, Option(help="Heading of the table and the figures", metavar="TEXT")] = "",
 ) -> int:
-    """Draw table and figures of finished studies."""
+    """Write the table, the figures and the report of finished runs again.
+
+    FOLDERS are those of studies, which are drawn together, or that of a single run.
+    """
     _require_plots()
-    folders = [_path(text) for text in results]
+    folders = [folder_path(text) for text in results]
     if len(folders) == 1 and (folders[0] / "run.json").is_file():
         return _report_run(folders[0], output, title)
     lines = read_lines(folders)
@@ -360,20 +302,18 @@ def report(
     return _show(study, study, lines, folders[0], folder)
 
 
-_NO_PLOTLY = "report.html is not written: plotly is missing (pip install 'fl-bgmd[plots]')"
-
-
 @app.command()
 def evaluate(
-    folder: Annotated[Path, Argument(parser=_path, metavar="FOLDER", help="Of a run")],
-    model: Annotated[Literal["final", "best"], Option(help="Which one")] = "final",
+    run_folder: Annotated[Path, Argument(parser=folder_path, metavar="FOLDER")],
+    model: Annotated[Literal["final", "best"], Option(help="Which of the two")] = "final",
 ) -> int:
-    """Evaluate a model that a run has left in its folder."""
+    """Evaluate the model of a run, in its FOLDER, on all test examples."""
     try:
-        found = evaluate_saved(folder, model)
+        found = evaluate_saved(run_folder, model)
     except OSError as error:
         raise ConfigError(
-            f"folder is {str(folder)!r} ({error.strerror}); allowed: that of a run with save-model"
+            f"folder is {str(run_folder)!r} ({error.strerror}); allowed: that of a run with "
+            "save-model"
         ) from error
     CONSOLE.print(f"accuracy {found.accuracy:.4f}, loss {found.loss:.4f}")
     return 0
@@ -382,13 +322,10 @@ def evaluate(
 def _report_run(folder: Path, output: Path | None, title: str) -> int:
     """Write the page of a single run's folder."""
     require("plotly", "report.html", "plots")
-    from .report.page import write_page
+    from .report.page import write_run_page
 
-    result = RunResult.read(folder)
-    cell = f"{result.config['strategy']} under {result.config['attack']}"
-    named = f"{cell}, seed {result.config['seed']}"
-    place = _make_folder("output", output) if output is not None else folder
-    path = write_page(place, [(cell, named, result)], title=title or cell)
+    place = None if output is None else _make_folder("output", output)
+    path = write_run_page(folder, place, title=title)
     CONSOLE.print(f"written: {path}", soft_wrap=True)
     return 0
 
@@ -461,7 +398,7 @@ def _run_cells(
 
 def _show(study: Study, full: Study, lines: list[Line], folder: Path, output: Path) -> int:
     """Show the table of a study and write its report; return the exit status."""
-    from .report.page import has_plotly, runs_in, write_page
+    from .report.page import NO_PLOTLY, has_plotly, runs_in, write_page
     from .report.study import heading, table_of, write_report
     from .report.tables import show
 
@@ -471,11 +408,12 @@ def _show(study: Study, full: Study, lines: list[Line], folder: Path, output: Pa
         frame = table_of(study, lines)
         table = [[str(name) for name in frame], *frame.astype(str).to_numpy().tolist()]
         about = heading(study, full, lines).replace("*", "")
-        name = study.title or study.name
+        few = len(study.rows) < 5
+        name = study.title or (", ".join(study.rows) if few else f"{len(study.rows)} strategies")
         runs = runs_in(lines, folder)
         written.append(write_page(output, runs, title=name, about=about, table=table))
     else:
-        CONSOLE.print(_NO_PLOTLY, soft_wrap=True)
+        CONSOLE.print(NO_PLOTLY, soft_wrap=True)
     for path in written:
         CONSOLE.print(f"written: {path}", soft_wrap=True)
     failed = [line for line in lines if line["status"] == "failed"]
@@ -518,9 +456,12 @@ def _resources(study: Study, backend: str, num_cpus: float, num_gpus: float) -> 
 
 @app.command()
 def keys(
-    pattern: Annotated[str, Argument(help="Part of a key: lr, *-fraction")] = "",
+    pattern: Annotated[str, Argument(show_default=False)] = "",
 ) -> int:
-    """List the keys of the run configuration."""
+    """List the keys of the run configuration.
+
+    PATTERN is a part of their names: lr, *-fraction.
+    """
     found = [key for key in SETTINGS if fnmatch.fnmatchcase(key, f"*{pattern}*")]
     if not found:
         raise ConfigError(f"pattern is {pattern!r}; allowed: part of {', '.join(SETTINGS)}")
@@ -530,13 +471,13 @@ def keys(
 
 @app.command()
 def attacks(
-    dataset: Annotated[Literal[DATASETS], Option(help="Of the picture")] = "cifar10",  # type: ignore[valid-type]
+    dataset: Annotated[Literal[DATASETS], Option(help="Data set of the picture")] = "cifar10",  # type: ignore[valid-type]
     data_dir: DataDir = "",
     picture: Annotated[
-        Path | None, Option(parser=_path, metavar="DIR", help="Draw data-attacks.png there")
+        Path | None, Option(parser=folder_path, metavar="DIR", help="Draw data-attacks.png there")
     ] = None,
 ) -> int:
-    """List the attacks; draw what they do to images."""
+    """List the attacks, and draw what they do to images."""
     if picture is not None:
         _require_plots()
         _make_folder("picture", picture)
@@ -555,7 +496,10 @@ def data(
     dataset: Annotated[list[str], Option("--dataset", hidden=True)] = [],  # noqa: B006
     data_dir: DataDir = "",
 ) -> int:
-    """Obtain and check data sets: cifar10, fashion-mnist, mnist."""
+    """Download and check data sets.
+
+    NAMES: cifar10 (the default), fashion-mnist, mnist.
+    """
     for name in [*dataset, *(names or ())] or ["cifar10"]:
         if name not in DATASETS:
             raise ConfigError(f"dataset is {name!r}; allowed: {', '.join(DATASETS)}")

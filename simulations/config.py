@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, Lt
+from flwr.app import ArrayRecord
 from pydantic import AfterValidator
 
-from fl_bgmd.aggregators import MIXINGS, RECOMMENDED, RULES, build_mixings, build_rule
+from fl_bgmd.aggregators import MIXINGS, RECOMMENDED, RULES
 from fl_bgmd.attacks import ATTACKS, AttackPlan, build_attacks
 from fl_bgmd.attacks.plan import refuse_former
 from fl_bgmd.data import DATASETS, SCHEMES, TRAINING_EXAMPLES, build_partition
 from fl_bgmd.devices import resolve_device
-from fl_bgmd.models import MODELS
+from fl_bgmd.models import IMAGE_MODELS
 from fl_bgmd.options import (
     Allowed,
     Count,
@@ -33,10 +34,11 @@ from fl_bgmd.options import (
     declared,
     near,
 )
-from fl_bgmd.registry import is_path, load_object, parse_spec, split_specs
 from fl_bgmd.schedules import Schedule
 from fl_bgmd.shares import FEWEST, floor_share
-from fl_bgmd.strategies import OWN_OPTIONS, RobustStrategy, options_of
+from fl_bgmd.strategies import OWN_OPTIONS, RobustStrategy
+
+from .specs import RootUpdate, check_strategy, needs_root, strategy_of, takes_root
 
 Value = bool | int | float | str
 Config = dict[str, Any]
@@ -67,44 +69,8 @@ def expand_home(folder: str) -> str:
         raise ValueError(f"no home folder is known for {folder!r}") from error
 
 
-def own_strategy(spec: str) -> type[RobustStrategy] | None:
-    """Return the class that the ``package.module:CLASS`` of a spec names, None for a rule.
-
-    Raises ``ValueError`` for what cannot be imported and for a class that is no
-    :class:`RobustStrategy`.
-    """
-    name = parse_spec(split_specs(spec)[0], RULES).name
-    if not is_path(name):
-        return None
-    found = load_object(name)
-    if isinstance(found, type) and not issubclass(found, RobustStrategy):
-        raise ValueError(f"{name} is no subclass of RobustStrategy")
-    return found if isinstance(found, type) else None
-
-
-def strategy_of(spec: str, **options: Any) -> RobustStrategy:
-    """Build the strategy that a spec names, a rule's or one of somebody's own."""
-    own = own_strategy(spec)
-    if own is None:
-        return RobustStrategy(spec, **options)
-    mixing = "+".join(split_specs(spec)[1:])
-    return own(**options, **_own_values(own, spec), mixing=mixing or "none")
-
-
-def _own_values(own: type[RobustStrategy], spec: str) -> dict[str, Any]:
-    """Return the options in the spec of a class: its constructor's and its rule's."""
-    shared = options_of(RobustStrategy)  # which have keys of their own
-    options = {name: o for name, o in options_of(own).items() if name not in shared}
-    return parse_spec(split_specs(spec)[0], RULES).values(options)
-
-
 def _strategy(spec: str) -> str:
-    own = own_strategy(spec)
-    if own is None:
-        build_rule(spec)
-    else:
-        _own_values(own, spec)
-        build_mixings("+".join(split_specs(spec)[1:]) or "none")
+    check_strategy(spec)
     return spec
 
 
@@ -152,7 +118,7 @@ class RunSettings:
     local_steps : int
         Mini-batches that a client trains on in a round; 0: see local-epochs.
     local_epochs : int
-        Passes over its data instead, when local-steps is 0.
+        Passes over its data that a client trains for in a round, where local-steps is 0.
     batch_size : int
         Examples in a mini-batch.
     learning_rate : float
@@ -162,11 +128,11 @@ class RunSettings:
     weight_decay : float
         Weight decay of the clients' SGD.
     client_momentum : float
-        Share of a client's last update in what it sends, round for round; 0: none.
+        Momentum of the updates that a client sends, across rounds; 0: none.
     client_momentum_of_lies : bool
-        Whether what hostile clients send by themselves goes through it too.
+        Whether the lies of hostile clients go through client-momentum, too.
     compress_lies : bool
-        Whether what they send by themselves is compressed (Option I of Ghosh et al.).
+        Whether the lies of hostile clients are compressed (Option I of Ghosh et al.).
     precision : str
         Precision of the clients' forward and backward passes.
     lr_schedule : str
@@ -188,6 +154,9 @@ class RunSettings:
     validation_fraction : float
         Share of the training examples that no client gets: the server measures on them what a
         study may choose settings by.
+    root_examples : int
+        Training examples that the server has and no client, drawn at random; rules that ask for a
+        root, as fltrust does, are given what it makes of them as a client would.
     strategy : str
         The server's rule and its mixings: rule:option=value+mixing+mixing.
     min_available_clients : int
@@ -201,7 +170,7 @@ class RunSettings:
     seed : int
         Seed of everything.
     server_randomness : str
-        What the server draws from; under seeded clients can foresee it.
+        Where the server's random numbers come from; clients can foresee seeded ones.
     device : str
         Device of clients and server.
     client_threads : int
@@ -213,7 +182,7 @@ class RunSettings:
     save_model : bool
         Whether the run's folder gets the final and the best model as safetensors.
     log_to : str
-        What the figures of each round are written for, as files in the run's folder.
+        Tracker for which the figures of each round are written, as files in the run's folder.
     checkpoint_dir : str
         Folder to save checkpoints to and resume from, one for each run.
     checkpoint_every : int
@@ -244,7 +213,7 @@ class RunSettings:
     lr_decay: Annotated[Positive, Le(1)] = 0.99
     dataset: Literal[DATASETS] = "cifar10"  # type: ignore[valid-type]
     data_dir: Annotated[str, *_FOLDER, Operation(), Environment()] = ""
-    model: Literal[MODELS] = "small-cnn"  # type: ignore[valid-type]
+    model: Literal[IMAGE_MODELS] = "small-cnn"  # type: ignore[valid-type]
     partition: Annotated[
         str,
         AfterValidator(_partition),
@@ -259,6 +228,7 @@ class RunSettings:
         ),
     ] = RECOMMENDED
     validation_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
+    root_examples: Annotated[int, Ge(0)] = 0
     min_available_clients: Annotated[int, Ge(0), Operation()] = 0
     attack: Annotated[
         str,
@@ -436,8 +406,13 @@ def _check_key(key: str, value: Any) -> None:
         raise ConfigError(f"unknown key {key!r} (value {value!r}); {'; '.join(hints)}")
 
 
-def strategy_for(config: Config, **options: Any) -> RobustStrategy:
+def strategy_for(
+    config: Config, root_update: RootUpdate | None = None, **options: Any
+) -> RobustStrategy:
     """Build the strategy of a configuration; ``options`` are those that it does not hold.
+
+    ``root_update`` is what the server makes of its ``root-examples``, for rules that ask for it;
+    a strategy that is built without one cannot run with such a rule.
 
     Raises :class:`ConfigError` for options that do not fit together.
     """
@@ -451,6 +426,8 @@ def strategy_for(config: Config, **options: Any) -> RobustStrategy:
         "seed": None if config["server-randomness"] == "secret" else config["seed"],
         "device": config["device"],
     }
+    if config["root-examples"] and takes_root(config["strategy"]):
+        given["root_update"] = root_update or _no_root
     try:
         return strategy_of(config["strategy"], **(given | options))
     except ValueError as error:
@@ -458,6 +435,10 @@ def strategy_for(config: Config, **options: Any) -> RobustStrategy:
         for name, key in STRATEGY_KEYS.items():
             text = re.sub(rf"\b{name}\b", key, text)
         raise ConfigError(text) from None
+
+
+def _no_root(arrays: ArrayRecord, server_round: int) -> ArrayRecord:
+    raise RuntimeError("a strategy was run that was only to be looked at")
 
 
 def _check_combinations(config: Config) -> None:
@@ -469,8 +450,17 @@ def _check_combinations(config: Config) -> None:
             f"num-clients is {clients}; allowed: 1 to {examples}, the training examples of "
             f"{config['dataset']}"
         )
+    withheld = int(config["validation-fraction"] * examples)
+    root, most = config["root-examples"], max(0, examples - withheld - clients)
+    least = 1 if needs_root(config["strategy"]) else 0
+    if not least <= root <= most:
+        why = f"which {config['strategy']!r} needs, " if least > root else ""
+        raise ConfigError(
+            f"root-examples is {root}; allowed: {least} to {most}, {why}training examples of "
+            f"{config['dataset']} that are left with one for each client"
+        )
+    withheld += root
     try:
-        withheld = int(config["validation-fraction"] * examples)
         build_partition(config["partition"]).check(examples - withheld, clients)
     except OptionError as error:
         raise ConfigError(f"partition is {config['partition']!r}: {error}") from None
@@ -526,11 +516,6 @@ def _check_combinations(config: Config) -> None:
     if restarts and config["lr-period"] < 2:
         raise ConfigError(
             f"lr-period is {config['lr-period']} with cosine-restarts; allowed: 2 or more"
-        )
-    if config["model"] == "linear":
-        raise ConfigError(
-            "model is 'linear'; allowed with images: "
-            + ", ".join(name for name in MODELS if name != "linear")
         )
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import save as to_safetensors
 from fl_bgmd import __version__
 from fl_bgmd.attacks import AttackPlan, Bound
 from fl_bgmd.checkpoints import Checkpoints
-from fl_bgmd.data import held_out, load, partitions
+from fl_bgmd.data import Dataset, held_out, load, partitions
 from fl_bgmd.devices import resolve_device
 from fl_bgmd.evaluation import Evaluation, evaluate
 from fl_bgmd.held import held
@@ -33,6 +33,7 @@ from fl_bgmd.strategies import RobustStrategy, RunEndedError, Verdict
 from .adversary import AdversarialGrid
 from .config import SETTINGS, Config, strategy_for
 from .grid import InProcessGrid
+from .specs import RootUpdate
 from .trackers import FigureLog, check_log
 
 if TYPE_CHECKING:
@@ -249,11 +250,17 @@ def run_experiment(
         str(config["model"]), input_shape=dataset.input_shape, num_classes=dataset.num_classes
     )
     log = FigureLog(config, folder)
-    strategy = build_strategy(config, on_round=log)
-    scheme, seed = str(config["partition"]), int(config["seed"])
+    strategy = build_strategy(config, on_round=log, root_update=_root_update(config, dataset))
     # Shares that cannot be are refused before anything starts.
     validation = float(config["validation-fraction"])
-    partitions(dataset, int(config["num-clients"]), scheme=scheme, seed=seed, validation=validation)
+    partitions(
+        dataset,
+        int(config["num-clients"]),
+        scheme=str(config["partition"]),
+        seed=int(config["seed"]),
+        validation=validation,
+        root=int(config["root-examples"]),
+    )
     withheld = held_out(dataset, validation)
     device = resolve_device(str(config["device"]))
     num_rounds, every = int(config["num-server-rounds"]), int(config["evaluate-every"])
@@ -320,7 +327,7 @@ def run_experiment(
         result.status, result.error = "failed", f"{type(error).__name__}: {error}"
     finally:
         log.close()
-    result.rounds, result.verdicts = _history(outcome), strategy.verdicts
+    result.rounds, result.verdicts = history_of(outcome), strategy.verdicts
     if "accuracy" not in result.rounds[-1] and outcome.arrays:  # it ended between evaluations
         result.rounds[-1] |= dict(measure(outcome.arrays))
     if config["save-model"] and outcome.arrays:
@@ -331,6 +338,16 @@ def run_experiment(
     result.played = dict(adversary.played)
     _judge(result, plan)
     return result
+
+
+def _root_update(config: Config, dataset: Dataset) -> RootUpdate | None:
+    """Return the server's own training, None where it has no examples."""
+    if not config["root-examples"]:
+        return None
+    # Here a server does what clients do; others know nothing of them.
+    from .root import RootTraining
+
+    return RootTraining(config, dataset)
 
 
 def as_safetensors(arrays: ArrayRecord) -> bytes:
@@ -353,7 +370,7 @@ def evaluate_saved(folder: Path, name: str = "final") -> Evaluation:
     return evaluate(model, dataset, None, resolve_device("auto"))
 
 
-def _history(outcome: Result) -> list[dict[str, Any]]:
+def history_of(outcome: Result) -> list[dict[str, Any]]:
     """Return one entry for each round: what the server measured, and what clients reported."""
     measured, trained = outcome.evaluate_metrics_serverapp, outcome.train_metrics_clientapp
     entries = []

@@ -1,5 +1,6 @@
 """What there is, for the terminal: keys of the run configuration, attacks."""
 
+import re
 from collections.abc import Iterable
 
 from rich.console import Console
@@ -18,7 +19,7 @@ def print_attacks(console: Console) -> None:
             "place": attack.place,
             "knows": attack.knows,
             "options": "\n".join(
-                f"{option.key}={plain(option.default)}: {option.help}"
+                f"{option.key}={plain(option.default)}: {in_words(option.help)}"
                 for option in attack.options.values()
             ),
             "authors' code": ", ".join(f"{v:g} {data}" for data, v in attack.authors_code.items()),
@@ -42,7 +43,7 @@ def print_keys(console: Console, options: Iterable[Option]) -> None:
     for option in options:
         given = option.default
         default = (given or "(empty)") if isinstance(given, str) else plain(given)
-        entries = (option.name, default, option.allowed, option.help)
+        entries = (option.name, default, option.allowed, in_words(option.help))
         for column, text in zip(columns.values(), entries, strict=True):
             column.append(text)
     print_table(
@@ -58,3 +59,8 @@ def print_keys(console: Console, options: Iterable[Option]) -> None:
 def plain(value: object) -> str:
     """Return a value of an option as the run configuration writes it."""
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+def in_words(help_text: str) -> str:
+    """Return a help text without the markup that docstrings have."""
+    return re.sub(r"(?::\w+:)?`+[~.]?([^`]+)`+", r"\1", help_text)

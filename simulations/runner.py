@@ -308,6 +308,11 @@ def name_of(line: Line) -> str:
     return cell_name(row, column, seed, line.get("choice", {}))
 
 
+def row_of(line: Line) -> str:
+    """Return a row's name with the values that were chosen for it."""
+    return " ".join([line["row"], *(f"({text})" for text in told(line.get("choice", {})))])
+
+
 _OF_ROWS = {"strategy", *STRATEGY_KEYS.values()} - {"assumed-byzantine-fraction"}
 """What may differ from row to row, whether or not the study's rows set it."""
 

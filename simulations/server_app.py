@@ -1,4 +1,4 @@
-"""The ServerApp of ``flwr run``: validate the run configuration, run, write the results."""
+"""The ServerApp of ``flwr run``: validate the run configuration, run, write results and report."""
 
 import logging
 import time
@@ -30,5 +30,17 @@ def main(grid: Grid, context: Context) -> None:
         result.best_accuracy,
         folder,
     )
+    _write_report(folder)
     if result.status == "failed":
         raise RuntimeError(result.error)  # or Flower would list the run as completed
+
+
+def _write_report(folder: Path) -> None:
+    """Write the report of the run in a folder, or log that it cannot be."""
+    # Imported here, since runner and grids are of no use to a server.
+    from .report.page import NO_PLOTLY, has_plotly, write_run_page
+
+    if not has_plotly():
+        LOG.warning(NO_PLOTLY)
+        return
+    LOG.info("report: %s", write_run_page(folder))

@@ -231,8 +231,9 @@ class FLAME(RobustStrategy):
 class FLTrust(RobustStrategy):
     """Trust updates as far as the server's own data agree: FLTrust of Cao et al.
 
-    The server's own update is that of ``root_update``, a function from the arrays of the model to
-    those that the server has trained on data that it trusts, the way that clients train.
+    The server's own update is that of ``root_update``, a function from the arrays of the model and
+    the round to the arrays that the server has trained on data that it trusts, the way that clients
+    train.
     """
 
     spec = "fltrust"

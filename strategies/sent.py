@@ -84,7 +84,7 @@ class Sent:
         if settings.shared_coordinates and compressor is not None:
             compressor = compressor.for_round(seed)
             coordinates = compressor.coordinates(layout.num_directions)
-        size, root = _num_bytes(model), _root(model, layout, settings)
+        size, root = _num_bytes(model), _root(model, server_round, layout, settings)
         return cls(terms, model, layout, layout, compressor, coordinates, size, root)
 
     def as_received(self, content: RecordDict, received: ArrayRecord) -> Self:
@@ -134,11 +134,13 @@ class Sent:
         return update
 
 
-def _root(model: ArrayRecord, layout: ModelLayout, settings: Settings) -> Tensor | None:
+def _root(
+    model: ArrayRecord, server_round: int, layout: ModelLayout, settings: Settings
+) -> Tensor | None:
     """Return how far the server's own training goes from the model, (d,)."""
     if settings.root_update is None:
         return None
-    trained = ModelLayout(settings.root_update(model))
+    trained = ModelLayout(settings.root_update(model, server_round))
     if (trained.directions, trained.buffers) != (layout.directions, layout.buffers):
         raise ValueError(
             f"root_update returned arrays {sorted(trained.keys)}; allowed: those of the model, "

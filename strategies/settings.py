@@ -81,12 +81,12 @@ class Settings:
     server_momentum : float
         Momentum of the server's SGD, 0 to below 1.
     server_nesterov : bool
-        Whether that momentum is Nesterov's; needs a momentum.
+        Whether the server's momentum is Nesterov's; needs a momentum.
     projection_radius : float
         The model's trained values stay in a ball of this radius: the projection on C of Data and
         Diggavi and on W of Ghosh et al., after the server's step. 0 for none.
     projection_center : {"initial", "origin"}
-        Of that ball: the model that the run began with (the papers' x_0 and w_0), or zero.
+        Center of that ball: the model that the run began with (the papers' x_0 and w_0), or zero.
     mixing : str
         Pre-aggregation: the specs of mixings, joined by ``+``, in the order in which they are
         applied (see :func:`fl_bgmd.aggregators.build_rule`). Recommended where clients hold
@@ -102,7 +102,7 @@ class Settings:
         and lower where the hostile among them would come near half of the weight. Only for rules
         that take weights.
     min_valid_replies : int, optional
-        With fewer accepted replies the round keeps the model. 1 or more. By default 3 where
+        Accepted replies without which a round keeps the model. 1 or more. By default 3 where
         ``byzantine_fraction`` is above 0 (of two replies nobody can tell which one lies), else 1;
         1 for :class:`Mean`, which tolerates nobody.
     max_empty_rounds : int
@@ -111,7 +111,7 @@ class Settings:
     node_wait_timeout : float
         Seconds to wait for enough nodes to be connected, above 0.
     too_few_nodes : {"fail", "go-on"}
-        What happens when they are not there by then. ``fail`` ends the run with
+        What to do when nodes are still missing then. ``fail`` ends the run with
         :class:`.MissingNodesError`; ``go-on`` runs the round with the nodes that are there.
     bench_after : int
         Bad rounds in a row after which a node sits out; 0 for never. A bad round is one in which
@@ -134,11 +134,11 @@ class Settings:
     checkpoints : Checkpoints or path, optional
         Folder to save checkpoints to and resume from.
     compressor : str
-        What clients with :class:`fl_bgmd.mods.CompressionMod` pack their updates with: see
+        Compressor of the updates of clients with :class:`fl_bgmd.mods.CompressionMod`: see
         :func:`fl_bgmd.compression.build_compressor`. ``none`` asks for nothing. Clients without
         the mod are understood as well.
     error_feedback : bool
-        Whether these clients keep what the compression lost for the next round. Only where the
+        Whether clients add what compression lost to their next update. Only where the
         compressor is a contraction.
     shared_coordinates : bool
         Whether the server chooses the coordinates of ``rand-k`` in each round, the same for all.
@@ -146,8 +146,8 @@ class Settings:
         and Diggavi, with ``compressor="scaled-rand-k:..."``). Not for rules that remember
         coordinates.
     downlink_compressor : str
-        What the model is rounded with on its way down: ``qsgd`` or ``qsgd:levels``. The updates are
-        those of the rounded model; the server keeps its own. Every client then needs
+        Compressor of the model on its way to the clients: ``qsgd`` or ``qsgd:levels``. The updates
+        are those of the rounded model; the server keeps its own. Every client then needs
         :class:`fl_bgmd.mods.CompressionMod`.
     seed : int, optional
         Seed of the sampling of nodes, blocks and buckets, for runs that can be repeated. By default
@@ -181,8 +181,8 @@ class Settings:
         ``server-...``. What it raises is logged once and ends nothing.
     root_update : callable, optional
         What the server's own data say, for rules that ask for a ``root``: a function from the
-        arrays of the model to those that the server has trained on its data the way that clients
-        do. It is called once a round.
+        arrays of the model and the round to the arrays that the server has trained on its data the
+        way that clients do. It is called once a round.
     """
 
     server_learning_rate: Annotated[
@@ -243,8 +243,11 @@ class Settings:
         Allowed("a function of the round and a dict of floats, or None"),
     ] = None
     root_update: Annotated[
-        Callable[[ArrayRecord], ArrayRecord] | None,
-        Allowed("a function from the model's arrays to those the server has trained, or None"),
+        Callable[[ArrayRecord, int], ArrayRecord] | None,
+        Allowed(
+            "a function from the model's arrays and the round to those the server has trained, or "
+            "None"
+        ),
     ] = None
 
     def __post_init__(self) -> None:

@@ -33,11 +33,11 @@ class StrategyOptions(TypedDict, total=False):
     server_momentum: float
     """Momentum of the server's SGD, 0 to below 1."""
     server_nesterov: bool
-    """Whether that momentum is Nesterov's."""
+    """Whether the server's momentum is Nesterov's."""
     projection_radius: float
     """The model's trained values stay in a ball of this radius."""
     projection_center: Literal["initial", "origin"]
-    """Of that ball."""
+    """Center of that ball."""
     mixing: str
     """Pre-aggregation."""
     byzantine_fraction: float | str
@@ -45,13 +45,13 @@ class StrategyOptions(TypedDict, total=False):
     weighting: Literal["uniform", "examples"]
     """Whether ``num-examples`` weights the clients."""
     min_valid_replies: int | None
-    """With fewer accepted replies the round keeps the model."""
+    """Accepted replies without which a round keeps the model."""
     max_empty_rounds: int
     """How many rounds in a row may come to nothing before the run ends."""
     node_wait_timeout: float
     """Seconds to wait for enough nodes to be connected, above 0."""
     too_few_nodes: Literal["fail", "go-on"]
-    """What happens when they are not there by then."""
+    """What to do when nodes are still missing then."""
     bench_after: int
     """Bad rounds in a row after which a node sits out."""
     bench_rounds: int
@@ -64,13 +64,13 @@ class StrategyOptions(TypedDict, total=False):
     checkpoints: Checkpoints | str | Path | None
     """Folder to save checkpoints to and resume from."""
     compressor: str
-    """What clients with :class:`fl_bgmd.mods.CompressionMod` pack their updates with."""
+    """Compressor of the updates of clients with :class:`fl_bgmd.mods.CompressionMod`."""
     error_feedback: bool
-    """Whether these clients keep what the compression lost for the next round."""
+    """Whether clients add what compression lost to their next update."""
     shared_coordinates: bool
     """Whether the server chooses the coordinates of ``rand-k`` in each round, the same for all."""
     downlink_compressor: str
-    """What the model is rounded with on its way down."""
+    """Compressor of the model on its way to the clients."""
     seed: int | None
     """Seed of the sampling of nodes, blocks and buckets, for runs that can be repeated."""
     device: str
@@ -88,7 +88,7 @@ class StrategyOptions(TypedDict, total=False):
     a sum over the rows, with mixings four times as much."""
     on_round: Callable[[int, dict[str, float]], object] | None
     """Called after each round with its number and a dict of floats."""
-    root_update: Callable[[ArrayRecord], ArrayRecord] | None
+    root_update: Callable[[ArrayRecord, int], ArrayRecord] | None
     """What the server's own data say, for rules that ask for a ``root``."""
 
 

@@ -678,7 +678,7 @@ def regression_app(
     return app
 
 
-def shrunk(arrays: ArrayRecord) -> ArrayRecord:
+def shrunk(arrays: ArrayRecord, server_round: int) -> ArrayRecord:
     """Train as a server whose data ask for half of every value."""
     return to_record({key: 0.5 * value for key, value in to_numpy(arrays).items()})
 

@@ -70,7 +70,7 @@ def gap_filter(rows: Array, hostile: int, gap: float = 1.3, far: float = 4.0) ->
     norms = np.linalg.norm(rows, axis=1)
     median = sorted(norms)[(len(rows) - 1) // 2]
     c = (norms <= far * median).astype(float)
-    least = c.sum() - 2 * max(0, hostile - (len(rows) - c.sum()))
+    least = c.sum() - 2 * min(hostile, (int(c.sum()) - 1) // 2)
     clipped = rows * np.minimum(1.0, median / np.maximum(norms, 1e-300))[:, None]
     while True:
         mean = c @ clipped / c.sum()

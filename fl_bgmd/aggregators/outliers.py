@@ -97,9 +97,11 @@ def gap_filter(
     directions; rows that pull together are one direction of their own. Rows longer than ``far``
     times the lower median norm have no weight, the m others are clipped to it. Then, while the top
     eigenvalue of the weighted covariance is more than ``gap`` times the next one and the weights
-    sum to more than ``m - 2 (f - (n - m))``, ``f = floor(byzantine_fraction * n)``, they go down as
-    in :func:`covariance_agnostic_filter`. That rule returns the mean of least spread, and may
-    prefer small lies to honest clients far from the rest; this one stops when nothing stands out.
+    sum to more than ``m - 2 f``, they go down as in :func:`covariance_agnostic_filter`, with
+    ``f = floor(byzantine_fraction * n)``, or less than half of m where that is less. That rule
+    returns the mean of least spread, and may prefer small lies to honest clients far from the rest;
+    this one stops when nothing stands out. Rows that are out for their length are not counted as
+    the hostile ones: they may be honest clients whose data are learned last.
 
     Parameters
     ----------
@@ -123,9 +125,9 @@ def gap_filter(
     lengths = row_norms(rows)
     median = lower_median(lengths)
     weights, factors = np.where(lengths <= far * median, 1.0, 0.0), clip_factors(lengths, median)
-    # Rows that are out already are hostile ones fewer to look for.
+    # Rows that are out need not be the hostile ones; of those that are left a majority is honest.
     left = int(weights.sum())
-    least_sum = left - 2 * max(0, floor_share(byzantine_fraction, n) - (n - left))
+    least_sum = left - 2 * min(floor_share(byzantine_fraction, n), (left - 1) // 2)
     if is_dense(updates):
         gram = gram_matrix(rows) * factors[:, None] * factors
     else:

@@ -54,7 +54,7 @@ from .block_memory import (
 )
 
 # isort: split
-from .directed import directed_deviation, fang, fang_krum, krum_deviation
+from .directed import directed_deviation, fang, fang_krum, krum_deviation, two_groups
 
 # isort: split
 from .optimal import optimal_alie, optimal_ipm, optimal_min_max
@@ -131,5 +131,6 @@ __all__ = [
     "sign_flip",
     "signs_of",
     "takeover_lie",
+    "two_groups",
     "zero",
 ]

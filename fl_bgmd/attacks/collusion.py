@@ -1,9 +1,9 @@
 """Attacks of clients that see each other's updates, or everybody's.
 
 Each is a function of (m, d) tensors: the updates that the attack declares to know. All hostile
-clients send the same vector. A grid that sees all replies plays them in simulations
-(:class:`simulations.adversary.AdversarialGrid`); on real nodes they would need a channel between
-the attackers.
+clients send the same vector, unless it returns one for each. A grid that sees all replies plays
+them in simulations (:class:`simulations.adversary.AdversarialGrid`); on real nodes they would need
+a channel between the attackers.
 """
 
 import math

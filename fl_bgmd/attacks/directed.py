@@ -1,6 +1,7 @@
-"""The directed deviations of Fang et al.: every coordinate moves against its honest direction."""
+"""Lies against the honest mean: the directed deviations of Fang et al., and two groups of liars."""
 
 import functools
+import itertools
 import math
 from typing import Annotated, Any
 
@@ -18,6 +19,10 @@ from .view import Pipeline
 
 _BEYOND = (1.0, 1.25, 2.0, 5.0)
 _LENGTHS = (0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 20.0)
+_OF_GROUPS = tuple(
+    itertools.product((0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 1.0), (0.3, 0.5, 0.7, 0.85, 1.0))
+)
+"""Lengths and widths."""
 _THRESHOLD = 1e-5
 """Below it the paper gives up."""
 
@@ -102,6 +107,70 @@ def fang_krum(
     if length is None:
         length = searched(lie, _LENGTHS, honest, memory, pipeline, every)
     return lie(length)
+
+
+@attack("this project", sweep=(None, 0.7), players=2)
+def two_groups(
+    honest: Tensor,
+    colluders: Tensor,
+    memory: dict[str, Any],
+    pipeline: Pipeline | None,
+    length: Strength | None = None,
+    width: Strength = 0.7,
+    every: Count = SEARCH_EVERY,
+) -> Tensor:
+    """Return lies against the honest mean in two groups that differ along a second direction.
+
+    A rule that drops rows while *one* direction stands out sees two alike. The second one is that
+    in which honest rows spread most beside their mean, where it takes the least. With ``l`` the
+    lies' length against the mean, f of n rows spread by ``f (n - f) l^2 / n^2`` along it and by
+    ``f (width l)^2 / n`` along the second, beside what honest rows do.
+
+    Parameters
+    ----------
+    honest : Tensor
+        (h, d).
+    colluders : Tensor
+        (m, d): for how many there are.
+    memory : dict
+        Its own, from round to round.
+    pipeline : Pipeline or None
+        See :class:`.view.View`.
+    length : float, optional
+        Of the lies against the mean over the median honest norm. By default it and the width are
+        searched (without the rule: 0.7).
+    width : float
+        Along the second direction, over the length; of a length that is given.
+    every : int
+        Rounds between two searches.
+
+    Returns
+    -------
+    Tensor
+        (m, d): a row for each of those who play it.
+    """
+    norm = float(torch.linalg.vector_norm(honest, dim=1, dtype=torch.float64).median())
+    against = -torch.nn.functional.normalize(honest.mean(0), dim=0)
+    beside = _widest_beside(honest, against)
+    sides = torch.ones(len(colluders), 1, dtype=honest.dtype, device=honest.device)
+    sides[1::2] = -1
+
+    def lies(strength: tuple[float, float]) -> Tensor:
+        length, width = strength
+        return length * norm * (against + width * sides * beside)
+
+    strength = (0.7 if length is None else length, width)
+    if length is None:
+        strength = searched(lies, _OF_GROUPS, honest, memory, pipeline, every, blind=strength)
+    return lies(strength)
+
+
+def _widest_beside(rows: Tensor, direction: Tensor) -> Tensor:
+    """Return the unit vector (d,) across a direction along which rows (h, d) spread most."""
+    across = rows - (rows @ direction)[:, None] * direction
+    across = across - across.mean(0)
+    vectors = torch.linalg.eigh((across @ across.T).double()).eigenvectors
+    return torch.nn.functional.normalize(vectors[:, -1].to(across) @ across, dim=0)
 
 
 def krum_deviation(honest: Tensor, num_byzantine: int) -> float:

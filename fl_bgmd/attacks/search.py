@@ -45,7 +45,7 @@ def searched(
     Parameters
     ----------
     lie : callable
-        ``strength -> (d,)``.
+        ``strength -> (d,)``, or (m, d) where each player sends its own.
     grid : sequence
         Strengths: numbers, or tuples of plain values.
     honest : Tensor

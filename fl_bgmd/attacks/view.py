@@ -23,7 +23,8 @@
 ``rng``             data       its own randomness
 =================== ========== ====================================================================
 
-An attack on the update returns what is sent instead of it, (d,). An attack on the data returns what
+An attack on the update returns what is sent instead of it, (d,), or (m, d) where it takes
+``colluders``: each its own. An attack on the data returns what
 it takes of ``images`` and ``labels``, changed: one of them, or both as a pair.
 """
 
@@ -64,8 +65,7 @@ class View:
     Attributes
     ----------
     update : Tensor
-        (d,): the update it trained honestly. Clients that collude send the same lie: here it is the
-        first one's.
+        (d,): the update it trained honestly. Of clients that collude it is the first one's.
     generator : torch.Generator
         Its own randomness.
     num_clients, num_byzantine : int

@@ -31,6 +31,7 @@ __all__ = [
     "normalize",
     "partition",
     "partitions",
+    "root_examples",
     "scheme",
 ]
 
@@ -195,14 +196,23 @@ def load(
 
 @lru_cache(maxsize=4)
 def partitions(
-    dataset: Dataset, count: int, *, scheme: str, seed: int, validation: float = 0.0
+    dataset: Dataset,
+    count: int,
+    *,
+    scheme: str,
+    seed: int,
+    validation: float = 0.0,
+    root: int = 0,
 ) -> list[NDArray[np.int64]]:
     """Return the training examples of each of ``count`` clients: see :func:`partition`.
 
     Drawn once per process, not in each round of each client. The share ``validation`` of the
-    examples is nobody's: see :func:`held_out`.
+    examples is nobody's (see :func:`held_out`), ``root`` of them are the server's own
+    (:func:`root_examples`).
     """
-    rest = np.setdiff1d(np.arange(len(dataset.train_labels)), held_out(dataset, validation))
+    withheld = held_out(dataset, validation)
+    own = root_examples(dataset, root, seed=seed, validation=validation)
+    rest = np.setdiff1d(np.arange(len(dataset.train_labels)), np.concatenate([withheld, own]))
     shares = partition(dataset.train_labels[rest], count, scheme=scheme, seed=seed)
     return [rest[share] for share in shares]
 
@@ -211,6 +221,18 @@ def held_out(dataset: Dataset, share: float) -> NDArray[np.int64]:
     """Return the training examples, (m,), ascending, to choose settings by: alike in all runs."""
     order = np.random.default_rng(_HELD_OUT_SEED).permutation(len(dataset.train_labels))
     return np.sort(order[: int(share * len(order))])
+
+
+def root_examples(
+    dataset: Dataset, count: int, *, seed: int, validation: float = 0.0
+) -> NDArray[np.int64]:
+    """Return the training examples, (count,), ascending, that the server has and no client.
+
+    Drawn at random for each ``seed``, of those that are not held out.
+    """
+    rest = np.setdiff1d(np.arange(len(dataset.train_labels)), held_out(dataset, validation))
+    draw = np.random.default_rng([seed, _HELD_OUT_SEED])
+    return np.sort(draw.choice(rest, count, replace=False))
 
 
 _HELD_OUT_SEED = 20260131

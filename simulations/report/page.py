@@ -1,17 +1,19 @@
 """The report of runs as one HTML file, which works offline: plotly stands in the file."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fl_bgmd.attacks import AttackPlan
+from fl_bgmd.extras import require
+from fl_bgmd.strategies import RobustResult
 
-from ..experiment import RunResult
-from ..runner import Line, name_of
-from .tables import row_of
+from ..experiment import RunResult, environment, history_of
+from ..runner import Line, name_of, row_of
+from .template import PAGE
 
 MOST_RUNS = 24
 """Runs whose clients are shown: a study may have thousands, and a browser one memory."""
@@ -21,12 +23,69 @@ MOST_CELLS = 100_000
 
 PHASES = ("waiting", "screening", "rule", "evaluation")
 
-_ASSETS = Path(__file__).resolve().parent / "assets"
+NO_PLOTLY = "report.html is not written: plotly is missing (pip install 'fl-bgmd[plots]')"
 
 
 def has_plotly() -> bool:
     """Whether there is a plotly to embed."""
     return find_spec("plotly") is not None
+
+
+def write_report(
+    result: RobustResult,
+    folder: Path | str,
+    *,
+    accuracy: str = "accuracy",
+    config: Mapping[str, Any] | None = None,
+    title: str = "Federated run",
+) -> Path:
+    """Write the report of a run of your own app; return the path of ``report.html``.
+
+    Parameters
+    ----------
+    result : RobustResult
+        What ``strategy.start`` of any strategy of :mod:`fl_bgmd.strategies` returned.
+    folder : path
+        For the file; it is made where it is not there.
+    accuracy : str
+        The metric, 0 to 1, to draw by round: of ``evaluate_fn``, or of the clients' evaluation.
+    config : mapping, optional
+        What else shall stand in the report, such as the app's ``context.run_config``.
+    title : str
+        The heading.
+
+    Raises
+    ------
+    MissingExtraError
+        Where plotly is not installed.
+    ValueError
+        For another ``accuracy`` than the default that no round has.
+    """
+    require("plotly", "report.html", "plots")
+    rounds = [_with_accuracy(entry, accuracy) for entry in history_of(result)]
+    if accuracy != "accuracy" and not any("accuracy" in entry for entry in rounds):
+        names = sorted({key for entry in rounds for key in entry})
+        raise ValueError(f"accuracy is {accuracy!r}; allowed: {', '.join(names)}")
+    told = {**environment(), **(config or {})}
+    run = RunResult({}, rounds, verdicts=result.verdicts, environment=told)
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    return write_page(place, [(title, title, run)], title=title)
+
+
+def _with_accuracy(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a round whose ``accuracy`` is the metric called ``name``, if it has that."""
+    others = {key: value for key, value in entry.items() if key != "accuracy"}
+    found = entry.get(name, entry.get(f"clients-{name}"))
+    return others if found is None else {**others, "accuracy": found}
+
+
+def write_run_page(folder: Path, output: Path | None = None, *, title: str = "") -> Path:
+    """Write the report of the run that a folder holds, there or to ``output``; return its path."""
+    result = RunResult.read(folder)
+    cell = f"{result.config['strategy']} under {result.config['attack']}"
+    named = f"{cell}, seed {result.config['seed']}"
+    return write_page(output or folder, [(cell, named, result)], title=title or cell)
 
 
 def write_page(
@@ -59,7 +118,7 @@ def write_page(
     }
     # What is told comes from files: no tag in it ends the script.
     text = json.dumps(_finite(data), allow_nan=False).replace("<", "\\u003c")
-    page = (_ASSETS / "report.html").read_text(encoding="utf-8")
+    page = PAGE
     for mark, value in {
         "PLOTLY": get_plotlyjs(),
         "TITLE": escape(title),
@@ -149,7 +208,7 @@ def _map(run: RunResult) -> dict[str, Any]:
     for v in run.verdicts:
         if v.round in columns:
             cells[rows[v.node]][columns[v.round]] = [v.verdict, v.weight, v.norm, v.distance]
-    plan, count = AttackPlan.from_config(run.config), int(run.config["num-clients"])
+    plan, count = AttackPlan.from_config(run.config), int(run.config.get("num-clients", 0))
     hostile = [
         [rows[node], columns[number]]
         for number in rounds
@@ -157,14 +216,23 @@ def _map(run: RunResult) -> dict[str, Any]:
         for node in nodes
         if partitions.get(node) in roles
     ]
-    labels = [f"client {partitions[n]}" if n in partitions else f"node {n}" for n in nodes]
     return {
-        "labels": labels,
+        "labels": [
+            f"client {partitions[node]}" if node in partitions else _short(node, nodes)
+            for node in nodes
+        ],
         "nodes": [str(node) for node in nodes],
         "rounds": rounds,
         "cells": cells,
         "hostile": hostile,
     }
+
+
+def _short(node: int, nodes: Sequence[int]) -> str:
+    """Return the last digits of a node's id, or all of them where two nodes would look alike."""
+    last = node % 10**6
+    alike = sum(other % 10**6 == last for other in nodes)
+    return f"node {node}" if alike > 1 or node == last else f"node …{last:06d}"
 
 
 def _finite(value: Any) -> Any:

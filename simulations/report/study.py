@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..experiment import RunResult
-from ..runner import Line, result_of
+from ..runner import Line, result_of, row_of
 from ..study import Study, rounds_per_epoch
 from .plots import AXES, MOST_PANELS, Runs, plot_curves, plot_heat_map
 from .tables import (
@@ -15,7 +15,6 @@ from .tables import (
     chosen,
     counted,
     details,
-    row_of,
     with_published,
     write_markdown,
 )

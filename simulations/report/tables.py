@@ -11,8 +11,7 @@ from rich.console import Console
 
 from fl_bgmd.attacks import ATTACKS
 
-from ..runner import Line
-from ..study import told
+from ..runner import Line, row_of
 from ..terminal import print_table
 
 FAILED = "failed"
@@ -60,8 +59,8 @@ def _dropped(frame: pd.DataFrame) -> list[str]:
     """
     names = [str(name) for name in frame]
     if "status" in names:
-        empty = [name for name in _OF_DETAILS if set(frame[name]) == {"-"}]
-        return empty + [name for name in _OF_DETAILS if name not in empty]
+        there = [name for name in _OF_DETAILS if name in names]
+        return sorted(there, key=lambda name: set(frame[name]) != {MISSING})
     beside = [name for name in names if name.endswith(" success")]
     attacks = [name for name in names[1:] if name not in (WORST, "none", "worst class", *beside)]
     attacks.sort(key=lambda name: _least(list(frame[name])), reverse=True)
@@ -98,11 +97,6 @@ def chosen(lines: Sequence[Line]) -> list[Line]:
     for of_row in variants.values():
         found += max(of_row.values(), key=_worst_validation)
     return found
-
-
-def row_of(line: Line) -> str:
-    """Return a row's name with the values that were chosen for it."""
-    return " ".join([line["row"], *(f"({text})" for text in told(line.get("choice", {})))])
 
 
 def _worst_validation(lines: Iterable[Line]) -> float:
@@ -202,7 +196,8 @@ def details(lines: Sequence[Line]) -> pd.DataFrame:
     """Return the table of a study with one column, as text: what each row's runs did.
 
     Accuracies and times are means over seeds, counts and bytes are those of the first run.
-    ``backdoor`` is the share of the other classes' examples that are taken for its target.
+    ``backdoor`` is the share of the other classes' examples that are taken for its target; without
+    a backdoor there is no such column.
     """
     frame = pd.DataFrame([{**line, "row": row_of(line)} for line in lines])
     shown = []
@@ -226,7 +221,8 @@ def details(lines: Sequence[Line]) -> pd.DataFrame:
                 "MB down": f"{first['bytes-down'] / 1e6:.1f}",
             }
         )
-    return pd.DataFrame(shown)
+    table = pd.DataFrame(shown)
+    return table if (table["backdoor"] != MISSING).any() else table.drop(columns="backdoor")
 
 
 def with_published(frame: pd.DataFrame, published: dict[str, dict[str, str]]) -> pd.DataFrame:

@@ -215,6 +215,19 @@ def test_gap_filter_leaves_out_what_is_far_longer_than_the_median() -> None:
     assert not gap_filter(torch.zeros(5, 3)).vector.any()
 
 
+def test_gap_filter_looks_for_liars_also_where_honest_rows_are_left_out_for_their_length() -> None:
+    """Four clients whose data are learned last, and four liars among the others."""
+    honest = normal(10, 500) + 0.3
+    mean = honest.mean(0)
+    lie = -mean / mean.norm() * honest.norm(dim=1).median()
+    rows = torch.cat([lie.expand(4, -1), honest])
+    rows[10:] *= 8.0
+    weights = gap_filter(rows, byzantine_fraction=0.29).weights
+    assert weights is not None
+    assert not weights[10:].any()
+    assert float(weights[:4].sum()) < 0.01
+
+
 def test_gap_filter_of_many_rows_is_that_of_their_gram_matrix(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

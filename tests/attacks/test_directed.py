@@ -1,7 +1,8 @@
-"""The directed deviation against Krum."""
+"""The directed deviation against Krum, and liars in two groups."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +10,9 @@ from hypothesis import strategies as st
 from views import deployed, honest_rows, lie_of, view_of
 
 from fl_bgmd.aggregators import krum
-from fl_bgmd.attacks import ATTACKS, fang_krum, krum_deviation
+from fl_bgmd.aggregators.directions import top_of_few
+from fl_bgmd.aggregators.rows import gram_matrix
+from fl_bgmd.attacks import ATTACKS, fang_krum, krum_deviation, two_groups
 
 
 def picked(honest: torch.Tensor, size: float, f: int) -> bool:
@@ -77,3 +80,38 @@ def test_it_is_declared_with_the_rule_and_refuses_negative_lengths() -> None:
     assert ATTACKS["fang-krum"].knows == "rule"
     with pytest.raises(ValueError, match=r"length is -1\.0; allowed: .*0 or more"):
         fang_krum(honest_rows(), 4, {}, None, -1.0)
+
+
+def test_two_groups_pull_against_the_mean_and_differ_across_it() -> None:
+    honest = honest_rows(10, 500)
+    mean = honest.mean(0)
+    lies = two_groups(honest, honest[:4], {}, None, 0.8, width=0.5)
+    assert lies.shape == (4, 500)
+    assert torch.equal(lies[0], lies[2])
+    assert torch.equal(lies[1], lies[3])
+    norm = honest.norm(dim=1).median()
+    common, apart = lies.mean(0), (lies[0] - lies[1]) / 2
+    torch.testing.assert_close(common, -0.8 * norm * mean / mean.norm())
+    torch.testing.assert_close(apart.norm(), 0.4 * norm)
+    assert abs(float(apart @ mean)) < 1e-9 * float(apart.norm() * mean.norm())
+
+
+def test_two_groups_hide_that_one_direction_stands_out() -> None:
+    honest = honest_rows(10, 500) - honest_rows(10, 500).mean(0) / 2
+
+    def gap(width: float) -> float:
+        lies = two_groups(honest, honest[:4], {}, None, 0.9, width)
+        return top_of_few(gram_matrix(torch.cat([lies, honest])), np.ones(14))[1]
+
+    assert gap(0.0) > 3
+    assert min(gap(width) for width in (0.5, 0.7, 0.85, 1.0)) < 2
+
+
+def test_two_groups_find_the_strength_that_harms_most() -> None:
+    honest = honest_rows()
+    pipeline = deployed("gap-filter", honest)
+    memory: dict[str, object] = {}
+    searched = two_groups(honest, honest[:4], memory, pipeline)
+    moved = float(pipeline(searched) @ honest.mean(0))
+    assert moved <= float(pipeline(two_groups(honest, honest[:4], {}, None)) @ honest.mean(0))
+    assert torch.equal(searched, two_groups(honest, honest[:4], memory, pipeline, every=12))

@@ -55,6 +55,12 @@ def crowd(honest: Tensor, memory: dict) -> Tensor:
     return memory["round"] * honest.mean(0)
 
 
+@attack("a test")
+def ranked(colluders: Tensor) -> Tensor:
+    """Return each colluder's update, times its rank."""
+    return colluders * Tensor(range(1, len(colluders) + 1)).to(colluders)[:, None]
+
+
 @attack("a test", name="both", target="label")
 def both_at_once(images, labels, label: Annotated[int, Ge(0), Le(9)] = 3, *, rng):
     """Return darker images under one label."""
@@ -195,6 +201,21 @@ def test_it_finds_its_memory_in_the_next_round() -> None:
         for partition in hostile:
             torch.testing.assert_close(weights[partition], number * honest, rtol=1e-4, atol=1e-5)
     assert grid.state_dict()["memory"] == {"tmp_mod:crowd": {"round": 2}}
+
+
+def test_each_colluder_may_send_a_lie_of_its_own() -> None:
+    """Rows of what an attack returns are the players', in the order of their partitions."""
+    plan = AttackPlan(build_attacks("tmp_mod:ranked"), fraction=0.4, selection="fixed", seed=3)
+    grid = AdversarialGrid(InProcessGrid(regression_app([_naming]), N, {}), plan, N)
+    model, honest = regression_model(), deliver([])
+    messages = [train_message(model, node, {"server-round": 1}) for node in grid.get_node_ids()]
+    hostile = sorted(byzantine_clients(N, 0.4, 1, 3, "fixed"))
+    for partition, reply in enumerate(grid.send_and_receive(messages)):
+        back = to_numpy(reply.content["arrays"])  # type: ignore[arg-type]
+        sent = np.concatenate([(to_numpy(model)[key] - back[key]).ravel() for key in back])
+        rank = 1 + hostile.index(partition) if partition in hostile else 1
+        np.testing.assert_allclose(sent, rank * honest[partition], rtol=1e-4, atol=1e-6)
+    assert grid.played == {"tmp_mod:ranked": len(hostile)}
 
 
 def _naming(message: Message, context: Context, call_next: Any) -> Message:

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fl_bgmd.models import MODELS, build
+from fl_bgmd.models import IMAGE_MODELS, MODELS, build
 
-IMAGE_MODELS = [name for name in MODELS if name != "linear"]
 NATURAL = {
     "lenet": (1, 28, 28),
     "tiny-cnn": (1, 28, 28),

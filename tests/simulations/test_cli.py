@@ -8,12 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
+import typer
 from rich.console import Console
 
 from fl_bgmd.aggregators import RECOMMENDED
 from fl_bgmd.data import data_directory
-from simulations.cli import main
+from simulations.cli import app, main, reproducible
 from simulations.config import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +51,10 @@ def test_run_writes_history_table_and_plot(tmp_path: Path) -> None:
     assert ["accuracy" in entry for entry in rounds] == [True, False, True]
     for plot in ("accuracy-rounds.png", "accuracy-bytes.png"):
         assert (folder / plot).read_bytes().startswith(b"\x89PNG")
-    assert f"| {RECOMMENDED} | finished " in (folder / "table.md").read_text()
+    table = (folder / "table.md").read_text()
+    assert f"| {RECOMMENDED} | finished " in table
+    assert "backdoor" not in table  # there was none
+    assert f"<h1>{RECOMMENDED}</h1>" in (folder / "report.html").read_text()
     assert len((folder / "cells.jsonl").read_text().splitlines()) == 1
 
 
@@ -111,7 +116,8 @@ def test_averaging_diverges_and_is_a_result_not_a_crash(tmp_path: Path) -> None:
         (["compare", "--num-shards=81"], ["num-shards", "81", "partition = 'shards:81'"]),
         (["compare", "--mixing", "bucketing"], ["mixing", "strategy = 'bgmd+bucketing'"]),
         (["run", "--bgmd.memory=mean"], ["bgmd.memory", "strategy = 'bgmd:memory=mean'"]),
-        (["compare", "--strategy=gmd"], ["strategy", "gmd", "with run"]),
+        (["compare", "--strategy=gmd"], ["strategy", "gmd", "as an argument, compare gmd"]),
+        (["reproduce", "fig-toy", "--strategy=gmd"], ["strategy", "gmd", "with run"]),
         (["reproduce", "fig-toy", "--seed=3"], ["seed", "3", "with run"]),
     ],
 )
@@ -124,6 +130,13 @@ def test_bad_options_are_refused_before_anything_starts(
     for part in named:
         assert part in error
     assert not (tmp_path / "results").exists()
+
+
+def test_a_command_that_does_not_exist_is_refused_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["comapre", "gmd"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: command is 'comapre'; did you mean 'compare'?; allowed: run, ")
+    assert error.count("mean") == 1
 
 
 def test_without_data_the_exit_status_tells(
@@ -175,7 +188,24 @@ def test_keys_lists_what_may_be_given(
     for key in expected:
         option = SETTINGS[key]
         assert option.allowed in found[key]
-        assert option.help in found[key]
+        assert option.help.replace("`", "").replace(":class:", "") in found[key]
+
+
+def test_every_option_says_what_it_is() -> None:
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group)
+    for command in group.commands.values():
+        for parameter in command.params:
+            if isinstance(parameter, click.Option) and not parameter.hidden:
+                assert parameter.help, f"{command.name} {parameter.name}"
+                assert "`" not in parameter.help
+
+
+def test_reproduce_names_each_study_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "--help"]) == 0
+    names = capsys.readouterr().out.partition("NAMES:")[2].replace("\n", " ").split(",")
+    assert [name.strip() for name in names] == reproducible()
+    assert len(set(reproducible())) == len(reproducible())
 
 
 def test_keys_without_a_match_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:

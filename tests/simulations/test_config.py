@@ -45,6 +45,7 @@ BAD: dict[str, list[Any]] = {
     "server-learning-rate": [0.0, -1.0, NAN, INF],
     "server-optimizer": ["", "lamb", "adam:beta1=1", "adam:betas=0.9", "sgd:0.9", "math:floor"],
     "validation-fraction": [-0.1, 1.0, NAN],
+    "root-examples": [-1, 1.5, "many"],
     "client-momentum": [-0.1, 1.0, NAN],
     "client-momentum-of-lies": ["maybe", "", 1, 0.0],
     "compress-lies": ["maybe", "", 1, 0.0],
@@ -111,9 +112,6 @@ BAD: dict[str, list[Any]] = {
     "results-dir": ["", "~nobody-of-this-name/results"],
 }
 
-
-WITHOUT_ROOT = [name for name, kind in RULES.items() if not kind.needs_root]
-"""Rules that need no data of the server's."""
 
 SPECS = {"server-optimizer", "attack", "compressor", "downlink-compressor", "partition", "strategy"}
 """Keys that hold things with options."""
@@ -226,15 +224,16 @@ def test_a_number_beyond_all_range_is_refused_like_any_other(key: str) -> None:
         ("data-dir", ["", "/somewhere/else"]),
         ("checkpoint-dir", ["", "/somewhere/else"]),
         ("lr-schedule", ["constant", "cosine", "exponential"]),
-        ("strategy", WITHOUT_ROOT),
+        ("strategy", list(RULES)),
         ("strategy", ["bgmd:1e-9", "bgmd:block-fraction=1.0", "bgmd:block-fraction=1"]),
         ("strategy", ["norm-threshold:order=1", "norm-threshold:order=100.0"]),
     ],
 )
 def test_the_ends_of_a_range_are_allowed(key: str, values: list[Any]) -> None:
     for value in values:
-        # Of the ten clients the least share asks one.
-        assert validate({"min-valid-replies": 1, key: value})[key] == value
+        # Of the ten clients the least share asks one; some rules need examples of the server's.
+        root = int(key == "strategy" and RULES[value.partition(":")[0]].needs_root)
+        assert validate({"min-valid-replies": 1, "root-examples": root, key: value})[key] == value
 
 
 @pytest.mark.parametrize(
@@ -370,7 +369,7 @@ def test_hostile_clients_need_an_attack() -> None:
 
 @pytest.mark.parametrize("strategy", RULES)
 def test_weighting_needs_a_rule_that_weights(strategy: str) -> None:
-    given = {"weighting": "examples", "strategy": strategy}
+    given = {"weighting": "examples", "strategy": strategy, "root-examples": 1, "partition": "iid"}
     if RULES[strategy].weightable:
         assert strategy in ("mean", "gmd")
         assert validate(given)["weighting"] == "examples"
@@ -392,13 +391,22 @@ def test_an_error_of_the_strategy_names_the_keys_and_the_spec() -> None:
 
 def test_linear_regression_takes_no_images() -> None:
     message = refusal({"model": "linear"})
-    assert message.startswith("model is 'linear'; allowed with images: lenet, ")
-    assert "linear" not in message.partition("images: ")[2]
+    assert message.startswith("model is 'linear'; allowed: lenet, ")
+    assert "linear" not in message.partition("allowed: ")[2]
 
 
 def test_a_rule_that_needs_data_of_the_servers_is_refused_where_there_are_none() -> None:
-    message = refusal({"strategy": "fltrust+clipping"})
-    assert message.startswith("root_update is None with fltrust+clipping; allowed: a function from")
+    message = refusal({"strategy": "fltrust+clipping", "dataset": "mnist"})
+    assert message == (
+        "root-examples is 0; allowed: 1 to 59990, which 'fltrust+clipping' needs, training "
+        "examples of mnist that are left with one for each client"
+    )
+    given = {"dataset": "mnist", "validation-fraction": 0.5, "partition": "iid"}
+    assert refusal({**given, "root-examples": 29991}).startswith(
+        "root-examples is 29991; allowed: 0 to 29990, training examples of mnist that are left"
+    )
+    for strategy in ("fltrust+clipping", "monna", "mean"):
+        validate({**given, "strategy": strategy, "root-examples": 29990})
 
 
 def test_per_client_memory_and_bucketing_are_refused_before_anything_starts() -> None:
@@ -459,12 +467,13 @@ def test_an_unknown_key_cannot_be_parsed() -> None:
 # ------------------------------------------------------------------------------- strategy
 
 
-@pytest.mark.parametrize("name", WITHOUT_ROOT)
+@pytest.mark.parametrize("name", RULES)
 def test_the_shared_settings_reach_the_strategy(name: str) -> None:
     strategy = build_strategy(
         validate(
             {
                 "strategy": f"{name}+clipping:3",
+                "root-examples": 1,
                 "num-clients": 20,
                 "partition": "iid",
                 "fraction-train": 0.29,

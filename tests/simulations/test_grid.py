@@ -770,6 +770,28 @@ def test_the_server_app_raises_what_every_client_raised(tmp_path: Path) -> None:
     assert json.loads(written.read_text())["status"] == "failed"
 
 
+@pytest.mark.usefixtures("synthetic")
+@pytest.mark.parametrize("plotly", [True, False])
+def test_the_server_app_leaves_a_report_beside_its_models(
+    plotly: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("simulations.report.page.has_plotly", lambda: plotly)
+    config = SMALL | {"strategy": "gap-filter", "results-dir": str(tmp_path)}
+    grid = InProcessGrid(clients.app, 5, validate(config))
+    server_app.app(grid, Context(1, 0, {}, RecordDict(), validate(config)))
+    [folder] = tmp_path.iterdir()
+    files = {path.name for path in folder.iterdir()}
+    assert files >= {"run.json", "final.safetensors", "best.safetensors"}
+    assert ("report.html" in files) == plotly
+    assert ("pip install 'fl-bgmd[plots]'" in caplog.text) != plotly
+    if plotly:
+        text = (folder / "report.html").read_text()
+        assert "<title>gap-filter under none</title>" in text
+
+
 def raising(message: Message, context: Context) -> Message:
     raise RuntimeError("never")
 

@@ -126,7 +126,8 @@ def test_flwr_run_from_a_neutral_directory(superlink: dict[str, str], tmp_path: 
     assert shutil.which("flwr", path=superlink["PATH"])
     results = tmp_path / "results"
     settings = (
-        "strategy='bgmd' attack='bit-flip' byzantine-fraction=0.4 num-server-rounds=2 "
+        "strategy='fltrust' root-examples=50 attack='bit-flip' byzantine-fraction=0.4 "
+        "num-server-rounds=2 "
         "num-clients=5 partition='shards:80' model='tiny-cnn' local-steps=1 batch-size=8 "
         f"results-dir='{results}'"
     )
@@ -156,6 +157,7 @@ def test_flwr_run_from_a_neutral_directory(superlink: dict[str, str], tmp_path: 
     [entry] = json.loads(listed.stdout)["runs"]
     assert entry["status"] == "finished:completed", output
     [folder] = results.iterdir()
+    assert (folder / "report.html").is_file()
     record = json.loads((folder / "run.json").read_text())
     assert record["config"]["byzantine-fraction"] == 0.4
     assert record["accepted"] == 10

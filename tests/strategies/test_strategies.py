@@ -441,7 +441,7 @@ def test_a_subclass_sees_the_root() -> None:
 
 
 def test_roots_that_are_refused() -> None:
-    message = "root_update is None with FLTrust; allowed: a function from the model's arrays to"
+    message = "root_update is None with FLTrust; allowed: a function from the model's arrays and"
     with pytest.raises(ValueError, match=message):
         FLTrust(seed=SEED)
     with pytest.raises(ValueError, match="root_update is None with fltrust\\+clipping; allowed"):
@@ -450,7 +450,7 @@ def test_roots_that_are_refused() -> None:
         GMD(root_update=shrunk)
     with pytest.raises(ValueError, match="root_update is 3; allowed: a function from the model"):
         FLTrust(root_update=3)
-    strategy = FLTrust(root_update=lambda _: to_record({"x": np.ones(2, np.float32)}), seed=SEED)
+    strategy = FLTrust(root_update=lambda *_: to_record({"x": np.ones(2, np.float32)}), seed=SEED)
     with pytest.raises(ValueError, match=r"root_update returned arrays \['x'\]; allowed: those of"):
         messages_of(strategy, plain_model())
 

@@ -1,4 +1,6 @@
-<!doctype html>
+"""The page of a report, as Python: of an app's files Flower bundles no HTML."""
+
+PAGE = r"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -29,6 +31,7 @@ th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px so
 select { font: inherit; max-width: 100%; color: inherit; background: var(--paper);
   border: 1px solid var(--line); border-radius: 6px; padding: .3rem .5rem; }
 .bar { display: flex; flex-wrap: wrap; gap: .5rem; margin: 0 0 1rem; align-items: center; }
+.bar[hidden] { display: none; }
 .bar label { color: var(--soft); }
 .plot { width: 100%; }
 summary { cursor: pointer; }
@@ -38,7 +41,7 @@ summary { cursor: pointer; }
 <h1><!--TITLE--></h1>
 <p><!--ABOUT--></p>
 <!--TABLE-->
-<section><h2>Test accuracy</h2><p>Mean over the seeds; the band spans all of them.</p>
+<section><h2>Accuracy</h2><p id="seeds">Mean over the seeds; the band spans all of them.</p>
 <div id="accuracy" class="plot"></div></section>
 <div class="bar"><label for="run">Run</label><select id="run"></select><span id="left"></span></div>
 <p id="status"></p>
@@ -74,12 +77,21 @@ function draw(id, traces, layout) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {color: ink("--ink"), size: 12},
     margin: {l: 45, r: 10, t: 24, b: 40}, height: 260, colorway: COLORS,
     legend: {orientation: "h", y: 1.02, yanchor: "bottom", font: {size: 11}},
+    modebar: {bgcolor: "rgba(0,0,0,0)", color: ink("--soft"), activecolor: ink("--ink")},
   }, layout);
   found.xaxis = Object.assign({}, axis, layout.xaxis);
   found.yaxis = Object.assign({}, axis, layout.yaxis);
-  return Plotly.react(id, traces, found, {responsive: true, displaylogo: false, displayModeBar: !narrow.matches && "hover"});
+  // Its buttons would lie over the legends of the small ones.
+  const bar = (id === "accuracy" || id === "map") && !narrow.matches && "hover";
+  return Plotly.react(id, traces, found, {responsive: true, displaylogo: false, displayModeBar: bar});
+}
+const byRound = rounds => ({title: {text: "round"}, tickformat: "d", ...(rounds.length < 12 ? {dtick: 1} : {nticks: 12})});
+function show(id, isThere) {
+  at(id).closest("section").hidden = !isThere;
+  return isThere;
 }
 function accuracy() {
+  if (!show("accuracy", data.curves.some(curve => curve.x.length))) return;
   const cells = new Map();
   for (const curve of data.curves) {
     if (!cells.has(curve.cell)) cells.set(curve.cell, []);
@@ -98,20 +110,22 @@ function accuracy() {
     traces.push({x, y: mean, name: cell, legendgroup: cell, mode: x.length < 40 ? "lines+markers" : "lines", line: {color, dash, width: 2}, marker: {size: 4},
       hovertemplate: "%{y:.1f} % in round %{x}"});
   });
+  at("seeds").hidden = cells.size === data.curves.length;
   const rows = Math.ceil(cells.size / (narrow.matches ? 1 : 3));
-  const height = 330 + 19 * rows;
-  draw("accuracy", traces, {height, margin: {l: 45, r: 10, t: 10, b: 60 + 19 * rows}, legend: {orientation: "h", y: -0.2, font: {size: 11}}, xaxis: {title: {text: "round"}}, yaxis: {title: {text: "%"}, rangemode: "tozero"}});
+  const height = 350 + 19 * rows;
+  draw("accuracy", traces, {height, margin: {l: 45, r: 10, t: 30, b: 60 + 19 * rows}, legend: {orientation: "h", y: -0.2, font: {size: 11}}, xaxis: byRound(data.curves[0].x), yaxis: {title: {text: "%"}, rangemode: "tozero"}});
 }
 const reasonColor = reason => BAD[reason] || REST[[...reason].reduce((a, c) => a + c.charCodeAt(0), 0) % REST.length];
 function map(run) {
   const {labels, rounds, cells, hostile, nodes} = run.map, place = {weight: 1, norm: 2, distance: 3}[at("what").value];
-  const log = place > 1, show = v => v == null ? null : log ? Math.log10(Math.max(v, 1e-300)) : v;
-  const z = cells.map(row => row.map(c => c ? show(c[place]) : null));
+  const log = place > 1, shown = v => v == null ? null : log ? Math.log10(Math.max(v, 1e-300)) : v;
+  const z = cells.map(row => row.map(c => c ? shown(c[place]) : null));
   const say = v => v == null ? "-" : Number(v).toPrecision(3);
   const text = cells.map((row, i) => row.map(c => c ? `node ${nodes[i]}<br>${c[0]}<br>weight ${say(c[1])}, norm ${say(c[2])}<br>distance ${say(c[3])}` : "not asked"));
   const traces = [{type: "heatmap", x: rounds, y: labels, z, text, xgap: rounds.length < 80 ? 1 : 0, ygap: labels.length < 60 ? 1 : 0,
-    colorscale: dark.matches ? [[0, "#1f2d44"], [1, "#7db4ff"]] : [[0, "#e6eefb"], [1, "#1f5fbf"]],
-    ...(place === 1 ? {zmin: 0} : {}),
+    colorscale: dark.matches ? [[0, "#1f2d44"], [1, "#4a7fcb"]] : [[0, "#e6eefb"], [1, "#5b8fd9"]],
+    // Equal weights have a scale too.
+    ...(place === 1 ? {zmin: 0, zmax: Math.max(...z.flat()) || 1} : {}),
     hovertemplate: "%{y}, round %{x}<br>%{text}<extra></extra>", colorbar: {thickness: 10, outlinewidth: 0, tickprefix: log ? "10^" : ""}}];
   const bad = {};
   cells.forEach((row, i) => row.forEach((c, j) => { if (c && c[0] !== "accepted") (bad[c[0]] = bad[c[0]] || []).push([i, j]); }));
@@ -122,23 +136,24 @@ function map(run) {
   if (hostile.length)
     traces.push({type: "scatter", mode: "markers", name: "hostile", x: hostile.map(p => rounds[p[1]]), y: hostile.map(p => labels[p[0]]),
       marker: {symbol: "x-thin", size: size * .6, line: {width: 1.5, color: dark.matches ? "#fff" : "#111"}}, hoverinfo: "skip"});
-  draw("map", traces, {height: Math.min(1400, 130 + 22 * labels.length), showlegend: true, xaxis: {title: {text: "round"}, showgrid: false, tickformat: "d", nticks: 12},
+  draw("map", traces, {height: Math.min(1400, 130 + 22 * labels.length), showlegend: true, xaxis: {...byRound(rounds), showgrid: false},
     yaxis: {autorange: "reversed", type: "category", showgrid: false}, margin: {l: 60, r: 10, t: 30, b: 45}});
 }
 function showRun() {
   const run = data.runs[+at("run").value || 0];
   if (!run) return;
-  at("status").textContent = run.status + (run.error ? ": " + run.error : "");
+  const rejected = Object.keys(run.reasons).length ? "" : ", no reply was rejected";
+  at("status").textContent = run.status + (run.error ? ": " + run.error : rejected);
   map(run);
   const names = Object.keys(run.reasons).sort((a, b) => run.reasons[a] - run.reasons[b]);
-  draw("reasons", [{type: "bar", orientation: "h", y: names, x: names.map(n => run.reasons[n]), marker: {color: names.map(reasonColor)}}],
-    {height: 90 + 40 * Math.max(2, names.length), xaxis: {title: {text: names.length ? "replies" : "none"}}, yaxis: {type: "category"}});
-  draw("classes", [{type: "bar", x: run.classes.map((_, i) => i), y: run.classes, marker: {color: COLORS[0]}}],
+  if (show("reasons", names.length)) draw("reasons", [{type: "bar", orientation: "h", y: names, x: names.map(n => run.reasons[n]), marker: {color: names.map(reasonColor)}}],
+    {height: 90 + 40 * Math.max(2, names.length), xaxis: {title: {text: "replies"}}, yaxis: {type: "category"}});
+  if (show("classes", run.classes.length)) draw("classes", [{type: "bar", x: run.classes.map((_, i) => i), y: run.classes, marker: {color: COLORS[0]}}],
     {xaxis: {title: {text: "class"}, tickformat: "d"}, yaxis: {range: [0, 100], title: {text: "%"}}});
   draw("seconds", Object.entries(run.seconds).map(([name, y]) => ({x: run.rounds, y, name, stackgroup: "one", mode: "lines", line: {width: 1}})),
-    {xaxis: {title: {text: "round"}}, yaxis: {rangemode: "tozero"}});
+    {xaxis: byRound(run.rounds), yaxis: {rangemode: "tozero"}});
   draw("bytes", Object.entries(run.bytes).map(([name, y]) => ({x: run.rounds, y: y.map(v => v == null ? null : v / 1e6), name, mode: "lines"})),
-    {xaxis: {title: {text: "round"}}, yaxis: {rangemode: "tozero"}});
+    {xaxis: byRound(run.rounds), yaxis: {rangemode: "tozero"}});
   at("config").replaceChildren(...Object.entries({...run.versions, ...run.config}).map(pair => {
     const row = document.createElement("tr");
     for (const text of pair) row.appendChild(document.createElement("td")).textContent = text;
@@ -146,6 +161,7 @@ function showRun() {
   }));
 }
 data.runs.forEach((run, i) => at("run").add(new Option(run.name, i)));
+at("run").parentElement.hidden = data.runs.length < 2;
 at("run").value = Math.max(0, data.runs.findIndex(run => Object.keys(run.reasons).length));
 if (data.left) at("left").textContent = `and ${data.left} more, which the folder holds`;
 at("run").onchange = at("what").onchange = showRun;
@@ -156,3 +172,4 @@ all();
 </script>
 </body>
 </html>
+"""

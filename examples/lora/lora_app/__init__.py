@@ -1,0 +1,1 @@
+"""Federated fine-tuning of a transformer: only LoRA adapters travel."""
