@@ -112,7 +112,9 @@ class RayCrew(Crew):
         """See :class:`.shards.Crew`; they hold one matrix at a time."""
         edges = even_edges(rows.shape[1], len(self._workers))
         held = Sharded(self, rows, edges, rows.shape, rows.dtype)
-        self._each(held, lambda shard: self._send(held, shard))
+        sent = [self._send(held, shard) for shard in range(len(held.columns))]
+        for shard, last in enumerate(sent):
+            self._result(held, shard, last)
         return held
 
     def release(self) -> None:
@@ -128,15 +130,16 @@ class RayCrew(Crew):
             steps = [Step(s.call.at(columns), s.instead, s.number) for s in rows.steps]
             return self._workers[shard].call.remote(steps, call.at(columns))
 
-        return self._each(rows, ask)
-
-    def _each(self, rows: Sharded, ask: Callable[[int], Any]) -> list[Any]:
-        """Return the results of all shards, which work at the same time."""
-        asked = [ask(shard) for shard in range(len(rows.columns))]
+        asked = [ask(shard) for shard in range(len(rows.columns))]  # they work at the same time
         return [self._result(rows, shard, asked[shard], ask) for shard in range(len(asked))]
 
-    def _result(self, rows: Sharded, shard: int, asked: Any, ask: Callable[[int], Any]) -> Any:
-        """Return the result of a shard, asked again of another worker if this one dies."""
+    def _result(
+        self, rows: Sharded, shard: int, asked: Any, ask: Callable[[int], Any] | None = None
+    ) -> Any:
+        """Return the result of a shard: if its worker dies, of another one that has its rows.
+
+        ``ask`` asks that one; None: sending the rows was all.
+        """
         attempt = 1
         while True:
             try:
@@ -154,8 +157,8 @@ class RayCrew(Crew):
                     *(shard, type(error).__name__),
                 )
                 self._workers[shard] = self._hire(shard)
-            self._send(rows, shard)
-            asked = ask(shard)
+            sent = self._send(rows, shard)
+            asked = sent if ask is None else ask(shard)
 
     def _send(self, rows: Sharded, shard: int) -> Any:
         """Send a worker its columns, a piece at a time; return the last call's reference."""
