@@ -3,7 +3,8 @@
 ``python -m benchmarks.scale --clients 100 --parameters 100000000 --folder /data`` puts the rows of
 a round into a file there (40 GB), applies the rules, and prints JSON lines: seconds, also in
 multiples of reading the file once, and the peak of anonymous memory, in bytes. What the system
-keeps of the file in memory it takes back when it needs it; it does not count.
+keeps of the file in memory it takes back when it needs it; it does not count. ``--shards ray``
+sends the columns to the machines of a Ray cluster first, in the seconds of each rule.
 """
 
 import argparse
@@ -12,14 +13,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fl_bgmd.aggregators import build_rule
+from fl_bgmd.aggregators import Rule, build_rule
 from fl_bgmd.mapped import mapped
+from fl_bgmd.shards import Crew
 
 PASSES = {
     "gmd": "2 reads: Gram matrix, weighted sum",
@@ -85,6 +88,12 @@ def timed(function: Callable[[], object]) -> tuple[float, int]:
         return time.perf_counter() - started, peak.bytes
 
 
+def apply(rule: Rule, rows: Tensor, crew: Crew | None) -> None:
+    """Apply a rule; on shards it begins with sending them."""
+    with nullcontext(rows) if crew is None else crew.holding(rows) as given:
+        rule(given, overwrite=True)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -93,11 +102,19 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--rules", nargs="+", default=list(PASSES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--shards", choices=["none", "ray"], default="none")
+    parser.add_argument("--shards-address", default="", help="HOST:PORT of a Ray cluster")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     n, d = options.clients, options.parameters
     rows = mapped((n, d), torch.float32, options.folder)
     shape = {"n": n, "d": d, "file-bytes": 4 * n * d, "threads": options.threads}
+    crew = None
+    if options.shards == "ray":
+        from fl_bgmd.ray_shards import RayCrew
+
+        crew = RayCrew(options.shards_address)
+        shape["machines"] = len(crew.pids())
     seconds, _ = timed(lambda: fill(rows))
     print(json.dumps({"step": "fill", **shape, "seconds": round(seconds, 2)}), flush=True)
     once, held = timed(lambda: read(rows))
@@ -106,7 +123,7 @@ def main() -> None:
     for spec in options.rules:
         rule = build_rule(spec, generator=torch.Generator().manual_seed(0))
         # Mixings write into the file: such a rule comes last.
-        seconds, held = timed(lambda rule=rule: rule(rows, overwrite=True))
+        seconds, held = timed(lambda rule=rule: apply(rule, rows, crew))
         line = {
             "step": spec,
             **shape,
@@ -116,6 +133,8 @@ def main() -> None:
             "anonymous-bytes": held,
         }
         print(json.dumps(line), flush=True)
+    if crew is not None:
+        crew.close()
 
 
 if __name__ == "__main__":

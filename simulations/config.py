@@ -283,10 +283,13 @@ _APP_DEFAULTS = {"byzantine_fraction": 0.4}
 """Where the app differs from the strategies: its experiments are attacked."""
 
 _ROWS: Any = OWN_OPTIONS["rows"].annotation
+_SHARDS, _SHARDS_ADDRESS = (OWN_OPTIONS[x].annotation for x in ("shards", "shards_address"))
 _ANNOTATIONS: dict[str, Any] = {
     "server_learning_rate": Positive,
     "rows": Annotated[_ROWS, Environment()],
+    "shards": Annotated[_SHARDS, Environment()],
     "rows_dir": Annotated[str, *_FOLDER, Operation(), Environment()],
+    "shards_address": Annotated[_SHARDS_ADDRESS, Environment()],
 }
 """Strategy options that take less from a configuration, or of which it says more: functions are no
 text."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fl_bgmd.arrivals import Arrivals, as_they_arrive
 from fl_bgmd.layout import ModelLayout
+from fl_bgmd.shards import Crew
 from fl_bgmd.wire import Terms
 
 from .alerts import Alerts
@@ -29,7 +30,7 @@ from .rows import gathered
 from .sent import Sent, packed, round_seed
 from .stale import StaleUpdates, heard
 from .step import Outcome, Round, State, take_step
-from .storage import rows_in_file
+from .storage import crew_for, rows_in_file
 from .verdicts import RobustResult, Verdicts
 
 
@@ -63,6 +64,7 @@ class RobustStrategy(DeclaredStrategy):
         self._before_run: State | None = None
         self._sent: Sent | None = None
         self._rows: Tensor | None = None
+        self._crew: Crew | None = None
         self.verdicts = Verdicts()
         self._roster, self._alerts = Roster(self.settings), Alerts(self)
 
@@ -102,6 +104,7 @@ class RobustStrategy(DeclaredStrategy):
         # Copies: what this strategy asks of clients is not the next one's.
         train, evaluate = (ConfigRecord(dict(c or {})) for c in (train_config, evaluate_config))
         folder, ends = self.settings.folder, (evaluate_fn, should_stop)
+        self._crew = self._crew or crew_for(self.settings)
         try:
             with nullcontext() if folder is None else folder.locked():
                 return run_rounds(
@@ -109,6 +112,9 @@ class RobustStrategy(DeclaredStrategy):
                 )
         finally:
             self._before_run = before
+            if self._crew is not None:
+                self._crew.close()
+                self._crew = None
 
     # ---------------------------------------------------------------------------- what goes out
 
@@ -286,7 +292,10 @@ class RobustStrategy(DeclaredStrategy):
         buffers, rows = intake.buffers[:count], [current]
         del fresh, current  # the step lets go of the rows before it makes a model
         seed = self._seed(state.round, 2)
-        outcome = take_step(state, sent, rows.pop(), stale, buffers, self.rule, self.settings, seed)
+        crew = self._crew = self._crew or crew_for(self.settings)
+        # No tuple of arguments, which would hold on to the rows.
+        rule, settings = self.rule, self.settings
+        outcome = take_step(state, sent, rows.pop(), stale, buffers, rule, settings, seed, crew)
         assert outcome.survey is not None
         long = dict(zip(nodes, outcome.survey.norms.tolist(), strict=True))
         self._alerts.of_liars(state.round, intake, asked, long)

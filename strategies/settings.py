@@ -15,10 +15,11 @@ from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 from pydantic import AfterValidator, StringConstraints
 
-from fl_bgmd.aggregators import Rule, build_mixings
+from fl_bgmd.aggregators import MIXINGS, RULES, Rule, build_mixings
 from fl_bgmd.checkpoints import Checkpoints
 from fl_bgmd.compression import Compressor, build_compressor, build_downlink, names_of
 from fl_bgmd.devices import resolve_device
+from fl_bgmd.extras import require
 from fl_bgmd.options import (
     Allowed,
     Count,
@@ -163,6 +164,14 @@ class Settings:
     rows_dir : path
         Folder on a disk with room for the rows of a round; by default that of temporary files,
         which must not be in memory itself.
+    shards : {"none", "ray"}
+        Where the rule works on the rows: ``ray`` sends each machine of a Ray cluster a range of
+        the columns, which it holds in memory for the round, and what the rule asks of the rows is
+        computed there. For rules and mixings that can. A worker that dies is replaced, and gets
+        its columns again from ``rows``.
+    shards_address : str
+        ``HOST:PORT`` of a running Ray cluster; empty: that which this process is connected to, or
+        else a Ray of its own on this machine.
     verdict_distances : bool
         Whether verdicts say how far each update is from the aggregate, which costs about as much as
         a sum over the rows, with mixings four times as much.
@@ -220,6 +229,12 @@ class Settings:
     device: Annotated[str, _accepted_by(resolve_device), Operation()] = "auto"
     rows: Annotated[Literal["auto", "memory", "file"], Operation()] = "auto"
     rows_dir: Annotated[str | Path, Operation()] = ""
+    shards: Annotated[Literal["none", "ray"], Operation()] = "none"
+    shards_address: Annotated[
+        Annotated[str, StringConstraints(pattern=r"^(\S+:\d+)?$")],
+        Operation(),
+        Allowed("HOST:PORT of a running Ray cluster, or empty"),
+    ] = ""
     verdict_distances: Annotated[bool, Operation(), OwnRounds()] = True
     on_round: Annotated[
         Callable[[int, dict[str, float]], object] | None,
@@ -317,6 +332,7 @@ class Settings:
         if self.weighting != "uniform" and not kind.weightable:
             raise OptionError(f"weighting is {self.weighting!r} with {name}; allowed: uniform")
         self._check_root(rule, name)
+        self._check_shards(rule, name)
         if self.shared_coordinates:
             if self.packing is None or not self.packing.can_share_coordinates:
                 raise OptionError(
@@ -337,6 +353,26 @@ class Settings:
             return self
         safe = kind.robust and self.first_share > 0
         return replace(self, min_valid_replies=FEWEST if safe else 1)
+
+    def _check_shards(self, rule: Rule, name: str) -> None:
+        """Refuse shards for a rule that reads its rows in other ways, and an address for none."""
+        if self.shards == "none":
+            if self.shards_address:
+                raise OptionError(
+                    f"shards_address is {self.shards_address!r} with shards 'none'; allowed: empty"
+                )
+            return
+        for bound, kinds in ((rule.rule, RULES), *((b, MIXINGS) for b in rule.mixings)):
+            if not bound.sharded:
+                able = ", ".join(key for key, kind in kinds.items() if kind.sharded)
+                raise OptionError(
+                    f"shards is {self.shards!r} with {bound}; allowed: none, or one of {able}"
+                )
+        if self.torch_device.type != "cpu":
+            raise OptionError(
+                f"shards is {self.shards!r} with device {self.device!r}; allowed: device cpu"
+            )
+        require("ray", f"shards={self.shards!r}", "simulation")
 
     def _check_root(self, rule: Rule, name: str) -> None:
         """Refuse a rule without the root that it needs, and a root that nobody asks for."""

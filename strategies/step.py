@@ -1,6 +1,7 @@
 """A round as a pure step: from one state to the next, or back to the old one."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fl_bgmd.aggregators import Aggregate, Rule, project
 from fl_bgmd.layout import ModelLayout
+from fl_bgmd.shards import Crew
 
 from .optimizer import descend
 from .reputation import Reputation
@@ -203,6 +205,7 @@ def take_step(
     rule: Rule,
     settings: Settings,
     seed: int,
+    crew: Crew | None = None,
 ) -> Outcome:
     """Aggregate the rows of a round and move the model.
 
@@ -225,6 +228,8 @@ def take_step(
         Those of the server's optimizer count, and whether distances are wanted.
     seed : int
         What is drawn from to keep track of rows that are overwritten.
+    crew : Crew, optional
+        Who holds shards of the rows while the rule works on them.
 
     Returns
     -------
@@ -242,7 +247,7 @@ def take_step(
     with np.errstate(all="ignore"):
         look = _look(current.updates[: counts[0]], rule, settings, seed)
         try:
-            result, drawn = aggregate(rule, current, state, rate)
+            result, drawn = aggregate(rule, current, state, rate, crew)
         except ValueError as error:
             why = f"the rule failed: {error}"
             return Outcome(state.emptied(), sent.model, None, why, True, survey=look(None))
@@ -303,7 +308,7 @@ def kept_near(state: State, sent: Sent, settings: Settings) -> Tensor | None:
 
 
 def aggregate(
-    rule: Rule, current: Round, state: State, step_size: float
+    rule: Rule, current: Round, state: State, step_size: float, crew: Crew | None = None
 ) -> tuple[Aggregate, Tensor]:
     """Apply a rule in a state; return its result and the generator's next state.
 
@@ -314,17 +319,18 @@ def aggregate(
     generator = torch.Generator()
     generator.set_state(state.generator)
     share = current.byzantine_fraction
-    result = replace(rule, generator=generator, byzantine_fraction=share)(
-        current.updates,
-        state.memory,
-        weights=current.weights,
-        norms=current.norms,
-        nodes=current.nodes,
-        root=current.root,
-        last=state.last,
-        step_size=step_size,
-        overwrite=True,
-    )
+    with nullcontext(current.updates) if crew is None else crew.holding(current.updates) as rows:
+        result = replace(rule, generator=generator, byzantine_fraction=share)(
+            rows,
+            state.memory,
+            weights=current.weights,
+            norms=current.norms,
+            nodes=current.nodes,
+            root=current.root,
+            last=state.last,
+            step_size=step_size,
+            overwrite=True,
+        )
     width = current.updates.shape[1]
     if result.vector.shape != (width,):
         raise ValueError(f"its vector has shape {tuple(result.vector.shape)}; allowed: ({width},)")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fl_bgmd.mapped import NoRoomError, mapped
+from fl_bgmd.shards import Crew
 
 from .errors import RowsError
 from .settings import Settings
@@ -44,6 +45,18 @@ def rows_in_file(count: int, width: int, dtype: torch.dtype, settings: Settings)
         return None
     LOG.info("the rows of the round (%s bytes) are in a file in %s", f"{size:,}", folder)
     return rows
+
+
+def crew_for(settings: Settings) -> Crew | None:
+    """Return who holds the shards of the rows where the settings ask for it.
+
+    Raises :class:`~fl_bgmd.shards.ShardsError` where nobody answers.
+    """
+    if settings.shards == "none":
+        return None
+    from fl_bgmd.ray_shards import RayCrew
+
+    return RayCrew(settings.shards_address)
 
 
 def available_memory() -> int | None:

@@ -79,6 +79,10 @@ class StrategyOptions(TypedDict, total=False):
     """Where the updates of a round are kept, one row for each client."""
     rows_dir: str | Path
     """Folder on a disk with room for the rows of a round."""
+    shards: Literal["none", "ray"]
+    """Where the rule works on the rows."""
+    shards_address: str
+    """``HOST:PORT`` of a running Ray cluster."""
     verdict_distances: bool
     """Whether verdicts say how far each update is from the aggregate, which costs about as much as
     a sum over the rows, with mixings four times as much."""

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_bgmd.options import Share
+from fl_bgmd.shards import over_shards, side_by_side
 from fl_bgmd.shares import floor_share
 
 from .coordinates import check_sum, column_block
@@ -19,7 +20,7 @@ from .rule import rule
 _ELEMENTS = 1 << 17  # of a block of columns
 
 
-@rule("meamed")
+@rule("meamed", sharded=True)
 def mean_around_median(updates: Tensor, *, byzantine_fraction: Share = 0.25) -> Aggregate:
     """Average, in every coordinate, the ``n - f`` values nearest to the median.
 
@@ -53,7 +54,7 @@ def _bulyan_limits(n: int, hostile: int, share: float) -> Iterator[tuple[str, st
         )
 
 
-@rule("bulyan", limits=_bulyan_limits)
+@rule("bulyan", limits=_bulyan_limits, sharded=True)
 def bulyan(updates: Tensor, *, byzantine_fraction: Share = 0.25) -> FilteredAggregate:
     """Select ``n - 2 f`` rows by Krum, then average the values nearest to their median.
 
@@ -109,6 +110,7 @@ def _repeated_krum(squared: NDArray[np.float64], count: int, hostile: int) -> ND
     return ~left
 
 
+@over_shards(side_by_side)
 def _around_median(updates: Tensor, chosen: NDArray[np.int64], count: int) -> Tensor:
     """Return the means of the ``count`` values of the chosen rows nearest to the median, (d,)."""
     d = updates.shape[1]

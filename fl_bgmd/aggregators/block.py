@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_bgmd.options import Count, Fraction, Named, Positive
+from fl_bgmd.shards import PerShard, Sharded, over_shards, side_by_side, within
 
 from .geometric_median import Solver, geometric_median
 from .location import robust_weights, sketch
@@ -24,6 +25,7 @@ from .rows import (
     Block,
     check_updates,
     combine,
+    divided,
     dot,
     empty,
     fill_zeros,
@@ -54,7 +56,12 @@ def _uses(options: Mapping[str, Any]) -> Collection[str]:
     return used
 
 
-@rule("bgmd", weights_tell=True, uses=_uses, draws="blocks")
+def _shardable(options: Mapping[str, Any]) -> bool:
+    """Return whether the rows may be in shards: those of a memory of their own may not."""
+    return bool(options["memory_rule"] != "per-client" and options["solver"] != "newton")
+
+
+@rule("bgmd", weights_tell=True, uses=_uses, draws="blocks", sharded=_shardable)
 def block_geometric_median(
     updates: Tensor,
     memory: BlockMemory | None = None,
@@ -221,9 +228,7 @@ def _prepared(
     rows, scales = in_range(updates)
     scale = float(scales.min())
     if largest / scale > 1e100:
-        wide, divisor = rows, largest / scale
-        shape = (wide.shape[0], wide.shape[1])
-        rows, scale = written(lambda r: wide[r] / divisor, shape, wide, wide.dtype), largest
+        rows, scale = divided(rows, np.full(len(rows), largest / scale)), largest
     return rows, scale, memory if memory is None or scale == 1.0 else memory.scaled(1 / scale)
 
 
@@ -250,15 +255,27 @@ def _column_scores(
     total = float(((factors * norms) ** 2).sum())
     if total == 0.0:
         return fill_zeros(empty(rows.shape[1], rows, torch.float32))
-    scores = empty(rows.shape[1], rows, torch.float32)
     # Divided by the total before the sum: float32 holds the result whatever the rows' size.
-    weights = native(torch.from_numpy(factors**2 / total).to(work), rows)
+    return _weighted_squares(rows, offset, factors**2 / total, score == "norm", work)
+
+
+@over_shards(side_by_side)
+def _weighted_squares(
+    rows: Tensor,
+    offset: Tensor | None,
+    shares: NDArray[np.float64],
+    root: bool,
+    work: torch.dtype,
+) -> Tensor:
+    """Return ``sum_i shares_i (x_i + offset)^2``, or its root, (d,) float32."""
+    scores = empty(rows.shape[1], rows, torch.float32)
+    weights = native(torch.from_numpy(shares).to(work), rows)
     target = native(scores, rows)
 
     def write(columns: slice, block: Block) -> float:
         block *= block
         column = dot(weights, block)
-        target[columns] = column**0.5 if score == "norm" else column
+        target[columns] = column**0.5 if root else column
         return 0.0
 
     sum_blocks(write, rows, offset, dtype=work)
@@ -267,6 +284,10 @@ def _column_scores(
 
 def _gather(rows: Tensor, offset: Tensor | None, block: Tensor, out: Tensor) -> None:
     """Write the columns ``block`` of ``rows + offset`` into ``out``, (n, k), in its range."""
+    if isinstance(rows, Sharded):
+        parts = rows.each(_gathered, offset, PerShard(lambda part: within(block, part)), out.dtype)
+        torch.cat(parts, dim=1, out=out)
+        return
     if rows.device.type != "cpu" or rows.dtype != out.dtype:
         out.copy_(rows[:, block])
         if offset is not None:
@@ -288,6 +309,12 @@ def _gather(rows: Tensor, offset: Tensor | None, block: Tensor, out: Tensor) -> 
     on_cores(gather, len(block), few=out.numel() < 1 << 16)
 
 
+def _gathered(rows: Tensor, offset: Tensor | None, block: Tensor, dtype: torch.dtype) -> Tensor:
+    out = torch.empty((len(rows), len(block)), dtype=dtype)
+    _gather(rows, offset, block, out)
+    return out
+
+
 def _weighted_sum(
     coefficients: NDArray[np.float64],
     rows: Tensor,
@@ -296,6 +323,9 @@ def _weighted_sum(
     work: torch.dtype,
 ) -> None:
     """Write ``coefficients @ (rows + offset)`` into ``out``, kept in the range of its dtype."""
+    if isinstance(rows, Sharded):
+        torch.cat(rows.each(_weighted, coefficients, offset, out.dtype, work), out=out)
+        return
     weights = native(torch.from_numpy(coefficients).to(work), rows)
     target = native(out, rows)
     shift = None if offset is None else native(offset, rows)
@@ -309,6 +339,18 @@ def _weighted_sum(
         return 0.0
 
     sum_blocks(write, rows, dtype=work)
+
+
+def _weighted(
+    rows: Tensor,
+    coefficients: NDArray[np.float64],
+    offset: Tensor | None,
+    dtype: torch.dtype,
+    work: torch.dtype,
+) -> Tensor:
+    out = torch.empty(rows.shape[1], dtype=dtype)
+    _weighted_sum(coefficients, rows, offset, out, work)
+    return out
 
 
 def _finite(values: Tensor) -> Tensor:

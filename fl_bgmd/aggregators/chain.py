@@ -20,8 +20,8 @@ from .rows import (
     bordered_gram,
     check_updates,
     densest_row,
-    has_cheap_gram,
     in_range,
+    prefers_gram,
     squared_distances,
 )
 
@@ -136,7 +136,7 @@ def chained(
     range, and where digits would be lost.
     """
     updates = check_updates(updates)
-    if not has_cheap_gram(*updates.shape):
+    if not prefers_gram(updates):
         return None
     rows, scales = in_range(updates)
     if (scales != 1.0).any():

@@ -14,17 +14,17 @@ from .rows import (
     check_updates,
     combine,
     dot,
-    has_cheap_gram,
     in_range,
     native,
+    prefers_gram,
     result_dtype,
     row_norms,
-    sum_strips,
 )
 from .rule import rule
+from .strips import sum_strips
 
 
-@rule("centered-clipping", memory="center")
+@rule("centered-clipping", memory="center", sharded=True)
 def centered_clipping(
     updates: Tensor,
     *,
@@ -71,7 +71,7 @@ def centered_clipping(
     if center is not None:
         start = center.double() / scale
     limit = None if radius is None else radius / scale
-    if has_cheap_gram(n, d):
+    if prefers_gram(rows):
         weights = _clip_in_gram_space(rows, start, limit, iterations)
         vector = combine(weights[:n], rows, result_dtype(updates))
         if center is not None:

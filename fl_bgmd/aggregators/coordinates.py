@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_bgmd.options import Share
+from fl_bgmd.shards import over_shards, side_by_side
 from fl_bgmd.shares import floor_share
 
 from .results import Aggregate
@@ -28,7 +29,7 @@ _NETWORK_ROWS, _NETWORK_ROWS_ON_DEVICE = 16, 128  # with more rows sorting is fa
 _MIN, _MAX, _BOTH = 1, 2, 3
 
 
-@rule("cmd")
+@rule("cmd", sharded=True)
 def coordinate_median(updates: Tensor) -> Aggregate:
     """Return the median of every coordinate; the mean of the two middle values for even n.
 
@@ -47,7 +48,7 @@ def coordinate_median(updates: Tensor) -> Aggregate:
     """
     updates = check_updates(updates)
     n = updates.shape[0]
-    return _mean_of_middle(updates, (n - 1) // 2)
+    return Aggregate(_mean_of_middle(updates, (n - 1) // 2))
 
 
 def _trim_limits(
@@ -62,7 +63,7 @@ def _trim_limits(
         )
 
 
-@rule("trimmed-mean", limits=_trim_limits)
+@rule("trimmed-mean", limits=_trim_limits, sharded=True)
 def trimmed_mean(
     updates: Tensor, *, trim_fraction: Share | None = None, byzantine_fraction: Share = 0.25
 ) -> Aggregate:
@@ -87,20 +88,21 @@ def trimmed_mean(
     """
     updates = check_updates(updates)
     trim = byzantine_fraction if trim_fraction is None else trim_fraction
-    return _mean_of_middle(updates, floor_share(trim, updates.shape[0]))
+    return Aggregate(_mean_of_middle(updates, floor_share(trim, updates.shape[0])))
 
 
-def _mean_of_middle(updates: Tensor, trim: int) -> Aggregate:
+@over_shards(side_by_side)
+def _mean_of_middle(updates: Tensor, trim: int) -> Tensor:
     """Average, per coordinate, the values of rank ``trim`` to ``n - trim - 1``."""
     n, d = updates.shape
     vector = empty(d, updates, result_dtype(updates))
     if updates.device.type != "cpu":
         few = n <= _NETWORK_ROWS_ON_DEVICE
         (_network if few else _sort_on_device)(updates, trim, vector, slice(0, d))
-        return Aggregate(vector, None)
+        return vector
     method = _network if n <= _NETWORK_ROWS else _sort
     on_cores(lambda columns: method(updates, trim, vector, columns), d)
-    return Aggregate(vector, None)
+    return vector
 
 
 def _network(updates: Tensor, trim: int, vector: Tensor, columns: slice) -> None:

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .rows import Block, combine, dot, native, numbers, sum_strips
+from .rows import Block, combine, dot, native, numbers
+from .strips import sum_strips
 
 Array = NDArray[np.float64]
 

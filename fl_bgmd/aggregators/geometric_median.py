@@ -29,9 +29,9 @@ from .rows import (
     check_weights,
     combine,
     gram_matrix,
-    has_cheap_gram,
     in_range,
     majority_radius,
+    prefers_gram,
     refuse_non_finite,
     result_dtype,
     row_norms,
@@ -47,7 +47,7 @@ Solver = Literal["gram", "newton", "weiszfeld"]
 _EPSILON = float(np.finfo(np.float64).eps)
 
 
-@rule("gmd", weights_tell=True)
+@rule("gmd", weights_tell=True, sharded=lambda options: options["solver"] != "newton")
 def geometric_median(
     updates: Tensor,
     *,
@@ -103,7 +103,7 @@ def geometric_median(
     row_weights = check_weights(weights, n)
     dtype = result_dtype(updates)
     rows, scales = in_range(updates)
-    if solver == "newton" or (solver == "gram" and not has_cheap_gram(n, updates.shape[1])):
+    if solver == "newton" or (solver == "gram" and not prefers_gram(updates)):
         point, y, iterations = minimize_in_space(rows, row_weights, tol, max_iter)
         vector = torch.from_numpy(y).to(updates.device, dtype)
     else:

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_bgmd.shards import PerShard, Sharded, within
+
 from .rows import native, on_cores
 
 _FEW_ROWS = 512  # up to which the rows' Gram matrix is the cheaper way to their distances
@@ -84,8 +86,23 @@ def sketch(
         secret, seed = torch.randint(2**62, (2,), generator=generator).tolist()
         bits = np.random.default_rng(seed).integers(0, 256, _POOL // 8, dtype=np.uint8)
         pool = torch.from_numpy(np.unpackbits(bits)).to(dtype) * 2 - 1
-    starts = range(0, d, width)
-    bounds = np.searchsorted(left_out.cpu().numpy(), [*starts, d])
+    if isinstance(rows, Sharded):
+        firsts = PerShard(lambda part: part.start)
+        left = PerShard(lambda part: within(left_out, part))
+        signs = PerShard(lambda part: pool)
+        parts = rows.each(_sketched, left, signs, secret, width, firsts, d)
+        return np.asarray(sum(parts), dtype=np.float64)
+    return _sketched(rows, left_out, pool, secret, width, 0, d)
+
+
+def _sketched(
+    rows: Tensor, left_out: Tensor, pool: Tensor, secret: int, width: int, first: int, d: int
+) -> Array:
+    """Return the sketch of a range of d columns, from ``first`` on: ``rows`` and ``left_out``."""
+    (n, columns), dtype = rows.shape, pool.dtype
+    # Pieces begin at multiples of the width, of all columns.
+    edges = [0, *range(width - first % width, columns, width), columns]
+    bounds = np.searchsorted(left_out.cpu().numpy(), edges)
     chosen, signs_of_all = native(left_out, rows), native(pool, rows)
 
     multiply: Callable[..., Any] = np.multiply if rows.device.type == "cpu" else torch.mul
@@ -95,18 +112,20 @@ def sketch(
         total = native(torch.zeros(n, width, dtype=dtype), rows)
         signed = native(torch.empty(n, width, dtype=dtype), rows)
         for i in range(pieces.start, pieces.stop):
-            count = min(width, d - starts[i])
-            offset = (secret + i * _STRIDE) % (len(pool) - count + 1)
-            signs = signs_of_all[offset : offset + count] * 1
-            signs[chosen[bounds[i] : bounds[i + 1]] - starts[i]] = 0.0
-            piece = native(rows[:, starts[i] : starts[i] + count].to(dtype), rows)
-            multiply(piece, signs, out=signed[:, :count])
-            total[:, :count] += signed[:, :count]
+            start, end = edges[i], edges[i + 1]
+            whole, at = divmod(first + start, width)
+            count = min(width, d - whole * width)
+            offset = (secret + whole * _STRIDE) % (len(pool) - count + 1) + at
+            signs = signs_of_all[offset : offset + end - start] * 1
+            signs[chosen[bounds[i] : bounds[i + 1]] - start] = 0.0
+            piece = native(rows[:, start:end].to(dtype), rows)
+            multiply(piece, signs, out=signed[:, : end - start])
+            total[:, at : at + end - start] += signed[:, : end - start]
         return total
 
     if rows.device.type != "cpu":
-        return np.asarray(add_up(slice(0, len(starts))).double().cpu().numpy())
-    parts = on_cores(add_up, len(starts), few=rows.numel() < _ELEMENTS)
+        return np.asarray(add_up(slice(0, len(edges) - 1)).double().cpu().numpy())
+    parts = on_cores(add_up, len(edges) - 1, few=rows.numel() < _ELEMENTS)
     return np.asarray(sum(parts), dtype=np.float64)
 
 

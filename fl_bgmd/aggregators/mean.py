@@ -17,7 +17,7 @@ from .rows import (
 from .rule import rule
 
 
-@rule("mean", robust=False)
+@rule("mean", robust=False, sharded=True)
 def mean(updates: Tensor, *, weights: Tensor | None = None) -> Aggregate:
     """Return the (weighted) mean of the rows. Breakdown point 0.
 

@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_bgmd.shards import Sharded
+
 from .rows import Block, combine, dot, empty, native, on_cores, result_dtype, sum_blocks
 
 _MASK_ELEMENTS = 1 << 20  # of a strip of neighbors: 8 MiB in float64
@@ -226,6 +228,19 @@ class Recentered(Mixing):
     def spread(self, shares: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the shares."""
         return shares
+
+
+def mixed(mixing: Mixing, updates: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return what a mixing makes of rows, also of sharded ones: see :meth:`Mixing.apply`."""
+    if not isinstance(updates, Sharded) or isinstance(mixing, Recentered):
+        return mixing.apply(updates, out)
+    rows, dtype = len(mixing.average(np.zeros(len(updates)))), result_dtype(updates)
+    over = out is not None
+    return updates.made(_mixed_shard, mixing, over, rows=rows, dtype=dtype, instead=over)
+
+
+def _mixed_shard(updates: Tensor, mixing: Mixing, over: bool) -> Tensor:
+    return mixing.apply(updates, updates if over else None)
 
 
 def add_to_rows(rows: Tensor, shares: NDArray[np.float64], vector: Tensor) -> None:

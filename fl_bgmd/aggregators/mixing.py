@@ -16,14 +16,14 @@ from .geometric_median import geometric_median, minimize_in_hull
 from .means import Buckets, Dense, Mixing, Neighbors, Recentered, Scaled, Towards
 from .norms import clip_factors, finite_norms, lower_median
 from .rows import (
-    DENSE_ROWS,
     check_updates,
     in_range,
-    measure_strips,
+    is_dense,
     pairwise_squared_distances,
     row_norms,
 )
 from .rule import mixing
+from .strips import measure_strips
 
 
 def nearest_neighbor_mixing(updates: Tensor, *, byzantine_fraction: float = 0.25) -> Tensor:
@@ -53,7 +53,7 @@ def nearest_neighbor_mixing(updates: Tensor, *, byzantine_fraction: float = 0.25
     return nearest_neighbors(updates, byzantine_fraction=byzantine_fraction).apply(updates)
 
 
-@mixing("nearest-neighbor", chains="distances")
+@mixing("nearest-neighbor", chains="distances", sharded=True)
 def nearest_neighbors(updates: Tensor | Points, *, byzantine_fraction: Share = 0.25) -> Mixing:
     """Replace every row by the mean of the rows nearest to it (Allouah et al., AISTATS 2023).
 
@@ -61,7 +61,7 @@ def nearest_neighbors(updates: Tensor | Points, *, byzantine_fraction: Share = 0
     """
     n = len(updates) if isinstance(updates, Points) else len(check_updates(updates))
     count = n - floor_share(byzantine_fraction, n)
-    if isinstance(updates, Points) or n <= DENSE_ROWS:
+    if isinstance(updates, Points) or is_dense(updates):
         squared = (
             updates.squared_distances()
             if isinstance(updates, Points)
@@ -135,7 +135,7 @@ def _bucket_limits(
         )
 
 
-@mixing("bucketing", keeps_rows=False, draws="buckets", limits=_bucket_limits)
+@mixing("bucketing", keeps_rows=False, draws="buckets", limits=_bucket_limits, sharded=True)
 def buckets(
     updates: Tensor,
     *,
@@ -160,7 +160,7 @@ def buckets(
     return Buckets(bucket, np.bincount(bucket))
 
 
-@mixing("centering")
+@mixing("centering", sharded=True)
 def centering(updates: Tensor, *, last: Tensor | None = None) -> Mixing:
     """Let the clipping that follows go to the last round's aggregate, not to zero.
 
@@ -173,7 +173,7 @@ def centering(updates: Tensor, *, last: Tensor | None = None) -> Mixing:
     return Recentered(None if last is None else last.to(updates.device))
 
 
-@mixing("clipping", chains="norms")
+@mixing("clipping", chains="norms", sharded=True)
 def clipping(
     updates: Tensor | Points,
     *,
@@ -199,7 +199,7 @@ def clipping(
     return _scaled(clip_factors(norms, factor * limit), origin)
 
 
-@mixing("arc", chains="norms")
+@mixing("arc", chains="norms", sharded=True)
 def adaptive_clipping(
     updates: Tensor | Points, *, origin: Tensor | None = None, byzantine_fraction: Share = 0.25
 ) -> Mixing:
@@ -216,7 +216,7 @@ def adaptive_clipping(
     return _scaled(clip_factors(norms, float(np.sort(norms)[n - 1 - count])), origin)
 
 
-@mixing("median-clipping", chains="distances")
+@mixing("median-clipping", chains="distances", sharded=True)
 def median_clipping(updates: Tensor | Points, *, factor: Positive = 1.0) -> Mixing:
     """Clip every row's distance to the geometric median to the lower median distance.
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .certificate import HullPoint, better
 from .coordinates import coordinate_median
-from .rows import Block, dot, native, numbers, squared_sizes, sum_strips
+from .rows import Block, dot, native, numbers, squared_sizes
+from .strips import sum_strips
 
 Array = NDArray[np.float64]
 

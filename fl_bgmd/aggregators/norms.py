@@ -133,7 +133,7 @@ def threshold_norms(
     )
 
 
-@rule("norm-clip")
+@rule("norm-clip", sharded=True)
 def norm_clip(updates: Tensor, *, radius: Positive | None = None) -> Aggregate:
     """Scale every row down to at most ``radius`` and average: norm clipping.
 

@@ -16,13 +16,13 @@ from .means import Scaled
 from .norms import clip_factors, lower_median
 from .results import Aggregate, FilteredAggregate, average_of
 from .rows import (
-    DENSE_ROWS,
     blas_on_one_thread,
     center,
     check_updates,
     combine,
     gram_matrix,
     in_range,
+    is_dense,
     refuse_non_finite,
     result_dtype,
     row_norms,
@@ -32,7 +32,7 @@ from .rule import rule
 Array = NDArray[np.float64]
 
 
-@rule("caf")
+@rule("caf", sharded=True)
 @blas_on_one_thread()
 def covariance_agnostic_filter(updates: Tensor, *, byzantine_fraction: Share = 0.25) -> Aggregate:
     """Down-weight rows along the top of the covariance; return the mean that spread least.
@@ -61,7 +61,7 @@ def covariance_agnostic_filter(updates: Tensor, *, byzantine_fraction: Share = 0
     n = updates.shape[0]
     least_sum = n - 2 * floor_share(byzantine_fraction, n)
     rows, scales = in_range(updates)
-    gram = center(rows, gram_matrix(rows)) if n <= DENSE_ROWS else None
+    gram = center(rows, gram_matrix(rows)) if is_dense(updates) else None
     if gram is None:
         row_norms(rows)  # names a row that is not finite
     weights, best, smallest = np.ones(n), np.ones(n), np.inf
@@ -82,7 +82,7 @@ def covariance_agnostic_filter(updates: Tensor, *, byzantine_fraction: Share = 0
     return Aggregate(combine(shares, updates, result_dtype(updates)), torch.from_numpy(shares))
 
 
-@rule("gap-filter")
+@rule("gap-filter", sharded=True)
 @blas_on_one_thread()
 def gap_filter(
     updates: Tensor,
@@ -131,12 +131,12 @@ def gap_filter(
     left, gross = int(weights.sum()), int((lengths > far**2 * median).sum())
     hostile = max(0, floor_share(byzantine_fraction, n) - gross)
     least_sum = left - 2 * min(hostile, (left - 1) // 2)  # a majority of them is honest
-    if n <= DENSE_ROWS:
+    if is_dense(updates):
         gram = gram_matrix(rows) * factors[:, None] * factors
     else:
         rows = Scaled(factors).apply(rows)
     while weights.sum() > least_sum:
-        if n <= DENSE_ROWS:
+        if is_dense(updates):
             errors, found = top_of_few(gram, weights)
         else:
             spread = top_spread(rows, weights)
@@ -211,7 +211,7 @@ def divide_and_conquer(
         part = rows
         if d > coordinates:
             part = rows[:, _drawn_columns(d, coordinates, generator).to(rows.device)]
-        if n <= DENSE_ROWS:
+        if is_dense(updates):
             scores = errors_along_top(center(part, gram_matrix(part)), np.ones(n))
         else:
             scores = top_spread(part, np.ones(n)).errors

@@ -9,6 +9,7 @@ Few rows are best served by their n x n Gram matrix, which is cheap beside the r
 For many it would be the larger of the two: there the rules work in strips.
 """
 
+import functools
 import itertools
 import math
 import threading
@@ -25,15 +26,14 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from fl_bgmd import mapped
+from fl_bgmd.shards import Sharded, over_shards, root_of_squares, side_by_side
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK_ELEMENTS = 1 << 19  # of a block: 4 MiB in float64, the fastest of 2^15 to 2^21
 _PIECE, _STRIP = 512, 8  # columns and rows of a small product
 _SMALL_ROWS = 100  # with more rows small products gain nothing
-_FEW_ELEMENTS = 1 << 16  # fewer are done sooner than a thread is started
-_STRIP_ELEMENTS = 1 << 17  # of a strip of rows: 1 MiB in float64
+FEW_ELEMENTS = 1 << 16  # fewer are done sooner than a thread is started
 _WRITTEN_ELEMENTS = 1 << 20  # of rows that are written together
-_DISTANCE_ELEMENTS, _DISTANCE_WIDTH = 1 << 20, 128  # of a strip of distances; columns at a time
 DENSE_ROWS = 1000  # up to here an n x n matrix is small
 
 Result = TypeVar("Result")
@@ -47,7 +47,7 @@ def check_updates(updates: Tensor, name: str = "updates") -> Tensor:
     Raises ``TypeError`` or ``ValueError`` unless it is a floating-point (n, d) tensor with n and d
     at least 1.
     """
-    if not isinstance(updates, Tensor):
+    if not isinstance(updates, Tensor | Sharded):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(updates).__name__}")
     if updates.ndim != 2 or min(updates.shape) < 1:
         raise ValueError(
@@ -181,45 +181,7 @@ def sum_blocks(
             total = total + function(columns, block)
         return total
 
-    return sum(on_cores(sum_range, d, few=n * d < _FEW_ELEMENTS))
-
-
-def sum_strips(
-    function: Callable[[slice, Block], Any], updates: Tensor, offset: Tensor | None = None
-) -> Any:
-    """Return the sum over strips of rows of ``function(rows, block)``, as NumPy values.
-
-    ``block``, (m, d), holds ``updates[rows] + offset`` in float64, with all columns: one pass
-    gives what depends on whole rows. Otherwise like :func:`sum_blocks`.
-    """
-    n, d = updates.shape
-    height = max(1, _STRIP_ELEMENTS // d)
-    on_cpu = updates.device.type == "cpu"
-    shift = None if offset is None else native(offset, updates)
-
-    def sum_range(part: slice) -> Any:
-        total: Any = 0.0
-        buffer = torch.empty(
-            (min(height, part.stop - part.start), d), dtype=torch.float64, device=updates.device
-        )
-        for start in range(part.start, part.stop, height):
-            rows = slice(start, min(start + height, part.stop))
-            strip = buffer[: rows.stop - start]
-            block: Block
-            if on_cpu and updates.dtype in (torch.float32, torch.float64):
-                block = strip.numpy()
-                block[:] = updates[rows].numpy()
-            else:
-                strip.copy_(updates[rows])
-                block = strip.numpy() if on_cpu else strip
-            if shift is not None:
-                block += shift
-            total = total + function(rows, block)
-        return numbers(total)
-
-    if not on_cpu:
-        return sum_range(slice(0, n))
-    return sum(on_cores(sum_range, n, few=n * d < _FEW_ELEMENTS))
+    return sum(on_cores(sum_range, d, few=n * d < FEW_ELEMENTS))
 
 
 def native(values: NDArray[Any] | Tensor, updates: Tensor) -> Any:
@@ -248,7 +210,9 @@ def empty(shape: int | tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Ten
     """
     if like.device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=like.device)
-    beside = None if isinstance(shape, int) else mapped.like(like, shape, dtype)
+    beside = None
+    if not isinstance(shape, int) and not isinstance(like, Sharded):
+        beside = mapped.like(like, shape, dtype)
     if beside is not None:
         return beside
     return torch.from_numpy(np.empty(shape, np.float64 if dtype == torch.float64 else np.float32))
@@ -279,10 +243,11 @@ def fill_zeros(vector: Tensor) -> Tensor:
     if vector.device.type != "cpu":
         return vector.zero_()
     target = vector.numpy()
-    on_cores(lambda part: target[part].fill(0), len(target), few=len(target) < _FEW_ELEMENTS)
+    on_cores(lambda part: target[part].fill(0), len(target), few=len(target) < FEW_ELEMENTS)
     return vector
 
 
+@over_shards(lambda parts: None)
 def refuse_non_finite(updates: Tensor) -> None:
     """Raise ``ValueError`` naming the first row with a NaN or an infinity, if there is one."""
     for i, row in enumerate(updates):
@@ -298,6 +263,15 @@ def has_cheap_gram(n: int, d: int) -> bool:
     return n <= 128 or n * (1 + 13 * n / d) <= 900
 
 
+def prefers_gram(rows: Tensor) -> bool:
+    """Whether rows had better be worked on by their Gram matrix.
+
+    Passes over shards are messages to others: they cost more.
+    """
+    return isinstance(rows, Sharded) or has_cheap_gram(*rows.shape)
+
+
+@over_shards(sum)
 def gram_matrix(updates: Tensor, offset: Tensor | None = None) -> NDArray[np.float64]:
     """Return ``K[i, j] = <x_i + offset, x_j + offset>`` of the rows, (n, n), in float64.
 
@@ -351,8 +325,7 @@ def in_range(updates: Tensor) -> tuple[Tensor, NDArray[np.float64]]:
     scales = np.ones(updates.shape[0])
     if updates.dtype != torch.float64:
         return updates, scales
-    low, high = torch.aminmax(updates, dim=1)
-    sizes = torch.maximum(low.abs(), high.abs()).cpu().numpy()
+    sizes = largest_entries(updates)
     if not np.isfinite(sizes).all():
         refuse_non_finite(updates)
     typical = float(np.sort(sizes)[len(sizes) // 2]) or float(sizes.max())
@@ -360,10 +333,29 @@ def in_range(updates: Tensor) -> tuple[Tensor, NDArray[np.float64]]:
     if is_ordinary and sizes.max() <= 1e150:
         return updates, scales
     scales = np.maximum(1.0 if is_ordinary else typical, sizes / 1e150)
-    divisors = torch.from_numpy(scales).to(updates.device)[:, None]
+    return divided(updates, scales), scales
+
+
+@over_shards(lambda parts: functools.reduce(np.maximum, parts))
+def largest_entries(updates: Tensor) -> NDArray[np.float64]:
+    """Return the largest absolute value of each row, (n,); NaN of a row with one."""
+    low, high = torch.aminmax(updates, dim=1)
+    sizes: NDArray[np.float64] = torch.maximum(low.abs(), high.abs()).cpu().double().numpy()
+    return sizes
+
+
+def divided(updates: Tensor, divisors: NDArray[np.float64]) -> Tensor:
+    """Return a matrix with each row divided by one of the divisors (n,)."""
+    if isinstance(updates, Sharded):
+        return updates.made(divided, divisors, rows=len(updates), dtype=updates.dtype)
+    by = torch.from_numpy(divisors).to(updates.device)[:, None]
     shape = (updates.shape[0], updates.shape[1])
-    rows = written(lambda r: updates[r] / divisors[r], shape, updates, updates.dtype)
-    return rows, scales
+    return written(lambda r: (updates[r] / by[r]).to(updates.dtype), shape, updates, updates.dtype)
+
+
+def is_dense(rows: Tensor) -> bool:
+    """Whether an n x n matrix is small, or is all that there is to work with."""
+    return len(rows) <= DENSE_ROWS or isinstance(rows, Sharded)
 
 
 def squared_distances(gram: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -372,47 +364,6 @@ def squared_distances(gram: NDArray[np.float64]) -> NDArray[np.float64]:
     squared = np.maximum(diagonal[:, None] + diagonal[None, :] - 2.0 * gram, 0.0)
     np.fill_diagonal(squared, 0.0)
     return squared
-
-
-def measure_strips(
-    function: Callable[[slice, NDArray[np.float64]], None], updates: Tensor, middle: Tensor
-) -> None:
-    """Call ``function(rows, squared)`` for strips of rows that cover all of them.
-
-    ``squared``, (m, n) float64, holds the squared distances from ``rows`` to every row, never
-    negative, 0 from a row to itself; it may be overwritten. No more than a strip for each core is
-    ever held. ``middle``, (d,), is taken for the origin: distances keep their digits where the
-    bulk of the rows is near it. Squares must not overflow: see :func:`in_range`.
-    """
-    n, d = updates.shape
-    offset = -middle.double()
-    lengths = row_norms(updates, offset) ** 2
-    height = max(1, _DISTANCE_ELEMENTS // n)
-    width = _DISTANCE_WIDTH
-    shift = native(offset, updates)
-
-    def products(rows: slice) -> Any:
-        total: Any = 0.0
-        for start in range(0, d, width):
-            columns = slice(start, min(start + width, d))
-            others = native(updates[:, columns].to(torch.float64, copy=True), updates)
-            others += shift[columns]
-            total += dot(others[rows], others.T)
-        return numbers(total)
-
-    def measure(part: slice) -> None:
-        for start in range(part.start, part.stop, height):
-            rows = slice(start, min(start + height, part.stop))
-            squared = products(rows)
-            squared *= -2.0
-            squared += lengths
-            squared += lengths[rows, None]
-            np.maximum(squared, 0.0, out=squared)
-            squared[np.arange(rows.stop - start), np.arange(start, rows.stop)] = 0.0
-            function(rows, squared)
-
-    on_device = updates.device.type != "cpu"
-    on_cores(measure, n, few=on_device)
 
 
 def pairwise_squared_distances(updates: Tensor) -> NDArray[np.float64]:
@@ -478,11 +429,22 @@ def bordered_gram(rows: Tensor, extra: Tensor) -> NDArray[np.float64]:
         gram[:n, :n] = gram_matrix(rows, offset)
         extra = extra + offset
     if bool(extra.any()):  # of zeros nothing is to be read
-        column = native(extra, rows)
-        gram[:n, n] = sum_blocks(lambda columns, block: dot(block, column[columns]), rows, offset)
+        gram[:n, n] = products_with(rows, extra, offset)
         gram[n, :n] = gram[:n, n]
     gram[n, n] = float(extra @ extra)
     return gram
+
+
+@over_shards(sum)
+def products_with(
+    rows: Tensor, vector: Tensor, offset: Tensor | None = None
+) -> NDArray[np.float64]:
+    """Return ``<x_i + offset, vector>`` of a vector (d,) float64, (n,)."""
+    column = native(vector.to(rows.device), rows)
+    result: NDArray[np.float64] = sum_blocks(
+        lambda columns, block: dot(block, column[columns]), rows, offset
+    )
+    return result
 
 
 def densest_row(squared: NDArray[np.float64], count: int) -> tuple[int, float]:
@@ -503,6 +465,12 @@ def combine(weights: NDArray[np.float64], updates: Tensor, dtype: torch.dtype) -
     used = np.flatnonzero(weights)
     if len(used) == 1 and weights[used[0]] == 1.0:
         return updates[int(used[0])].to(dtype, copy=True)
+    if isinstance(updates, Sharded):
+        return side_by_side(updates.each(_combined, weights, dtype))
+    return _combined(updates, weights, dtype)
+
+
+def _combined(updates: Tensor, weights: NDArray[np.float64], dtype: torch.dtype) -> Tensor:
     result = empty(updates.shape[1], updates, dtype)
     target, coefficients = native(result, updates), native(weights, updates)
 
@@ -514,6 +482,7 @@ def combine(weights: NDArray[np.float64], updates: Tensor, dtype: torch.dtype) -
     return result
 
 
+@over_shards(root_of_squares)
 def row_norms(
     updates: Tensor, offset: Tensor | None = None, *, dtype: torch.dtype = torch.float64
 ) -> NDArray[np.float64]:

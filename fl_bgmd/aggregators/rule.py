@@ -38,7 +38,7 @@ from fl_bgmd.registry import Registry, split_specs
 from fl_bgmd.shares import floor_share, hostile_count
 
 from .chain import chained
-from .means import Buckets, Mixing, Recentered
+from .means import Buckets, Mixing, Recentered, mixed
 from .results import Aggregate
 from .rows import result_dtype
 
@@ -90,6 +90,10 @@ class Kind:
         What it draws with the generator, in the plural.
     limits : callable or None
         See :data:`Limits`.
+    sharded : bool or callable
+        Whether its rows may be :class:`~fl_bgmd.shards.Sharded`: all that it asks of them are
+        functions under :func:`~fl_bgmd.shards.over_shards`. A function of the options by parameter
+        where that depends on them.
     """
 
     name: str
@@ -103,6 +107,7 @@ class Kind:
     chains: str = ""
     draws: str = ""
     limits: Limits | None = None
+    sharded: "bool | Callable[[Mapping[str, Any]], bool]" = False
 
     @property
     def weightable(self) -> bool:
@@ -143,6 +148,12 @@ class Bound:
     def uses(self, name: str) -> bool:
         """Whether it makes use of one of its inputs."""
         return name in self.kind.takes and name in self.kind.uses(self.values)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether its rows may be in shards."""
+        says = self.kind.sharded
+        return says(self.values) if callable(says) else says
 
     def notes(self, n: int, hostile: int, share: float) -> dict[str, str]:
         """Return what it cannot promise with n rows."""
@@ -269,7 +280,7 @@ class Rule:
                 fits = updates.dtype == result_dtype(updates)
                 fits = fits and (keeps or isinstance(made, Buckets))
                 into = updates if (overwrite or changed) and fits else None
-                updates = made.apply(updates, out=into)
+                updates = mixed(made, updates, out=into)
                 origin = made.origin if isinstance(made, Recentered) else origin
                 changed = changed or not isinstance(made, Recentered)
                 taken.append(made)
@@ -415,6 +426,7 @@ def rule(
     draws: str = "",
     limits: Limits | None = None,
     warns: bool = False,
+    sharded: bool | Callable[[Mapping[str, Any]], bool] = False,
 ) -> Callable[[Callable[P, A]], Callable[P, A]]:
     """Declare a function as a rule: see the module and :class:`Kind`.
 
@@ -433,6 +445,7 @@ def rule(
             uses=uses,
             draws=draws,
             limits=limits,
+            sharded=sharded,
         )
         return _warning(public) if warns else public
 
@@ -463,6 +476,7 @@ def mixing(
     chains: Literal["", "norms", "distances"] = "",
     draws: str = "",
     limits: Limits | None = None,
+    sharded: bool = False,
 ) -> Callable[[Callable[P, M]], Callable[P, M]]:
     """Declare a function of ``updates`` that returns a :class:`.means.Mixing` as a mixing.
 
@@ -471,7 +485,7 @@ def mixing(
 
     def declare(function: Callable[P, M]) -> Callable[P, M]:
         said = {"keeps_rows": keeps_rows, "chains": chains, "draws": draws, "limits": limits}
-        return _declare(MIXINGS, name, function, {}, **said)
+        return _declare(MIXINGS, name, function, {}, **said, sharded=sharded)
 
     return declare
 

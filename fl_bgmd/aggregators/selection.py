@@ -12,13 +12,13 @@ from fl_bgmd.shares import floor_share
 from .coordinates import coordinate_median
 from .results import FilteredAggregate, average_of
 from .rows import (
-    DENSE_ROWS,
     check_updates,
     in_range,
-    measure_strips,
+    is_dense,
     pairwise_squared_distances,
 )
 from .rule import rule
+from .strips import measure_strips
 
 
 def _krum_limits(n: int, hostile: int, share: float) -> Iterator[tuple[str, str]]:
@@ -36,7 +36,7 @@ def _selection_limits(
         )
 
 
-@rule("krum", limits=_krum_limits)
+@rule("krum", limits=_krum_limits, sharded=True)
 def krum(updates: Tensor, *, byzantine_fraction: Share = 0.25) -> FilteredAggregate:
     """Return the row with the least summed squared distance to its ``n - f - 2`` nearest rows.
 
@@ -47,7 +47,7 @@ def krum(updates: Tensor, *, byzantine_fraction: Share = 0.25) -> FilteredAggreg
     return multi_krum(updates, byzantine_fraction=byzantine_fraction, num_selected=1)
 
 
-@rule("multi-krum", limits=_selection_limits)
+@rule("multi-krum", limits=_selection_limits, sharded=True)
 def multi_krum(
     updates: Tensor, *, byzantine_fraction: Share = 0.25, num_selected: Count | None = None
 ) -> FilteredAggregate:
@@ -84,7 +84,7 @@ def _scores(updates: Tensor, neighbors: int) -> NDArray[np.float64]:
     """Return the summed squared distance of each row to its ``neighbors`` nearest, (n,)."""
     n = updates.shape[0]
     scores = np.empty(n)
-    if n <= DENSE_ROWS:
+    if is_dense(updates):
         squared = np.sort(pairwise_squared_distances(updates), axis=1)
         scores[:] = squared[:, 1 : 1 + neighbors].sum(axis=1)  # column 0 is the row itself
         return scores

@@ -136,7 +136,7 @@ def _flame_uses(options: Mapping[str, Any]) -> Collection[str]:
     return ("updates", "generator") if options["noise"] else ("updates",)
 
 
-@rule("flame", uses=_flame_uses, draws="noise")
+@rule("flame", uses=_flame_uses, draws="noise", sharded=True)
 def flame(
     updates: Tensor, *, generator: torch.Generator | None = None, noise: NonNegative = 0.0
 ) -> FilteredAggregate:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_bgmd.options import Positive, Share
+from fl_bgmd.shards import Sharded
 from fl_bgmd.shares import ceil_share
 
 from .coordinates import coordinate_median
@@ -139,7 +140,7 @@ def theoretical_sigma0(
     return math.sqrt(sampling + 16 * kappa**2)
 
 
-@rule("robust-filter", limits=_limits, warns=True)
+@rule("robust-filter", limits=_limits, warns=True, sharded=True)
 @blas_on_one_thread()
 def spectral_filter(
     updates: Tensor,
@@ -188,7 +189,7 @@ def spectral_filter(
     n = updates.shape[0]
     rows, scales = in_range(updates)
     scale = float(scales.min())
-    few = n <= EXACT_ROWS
+    few = n <= EXACT_ROWS or isinstance(rows, Sharded)
     saddle_gram = center(rows, gram_matrix(rows)) if few or method == "saddle" else np.empty(0)
     view: _View = _GramView(saddle_gram) if few else _PassView(rows)
     variance = view.honest_variance(byzantine_fraction) if sigma0 is None else (sigma0 / scale) ** 2

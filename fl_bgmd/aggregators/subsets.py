@@ -45,7 +45,7 @@ def _too_many_left_out(hostile: int, n: int) -> str:
     )
 
 
-@rule("mda", limits=_diameter_limits)
+@rule("mda", limits=_diameter_limits, sharded=True)
 def minimum_diameter_averaging(
     updates: Tensor, *, byzantine_fraction: Share = 0.25
 ) -> FilteredAggregate:
@@ -131,7 +131,7 @@ def _too_many_subsets(hostile: int, n: int) -> str:
     )
 
 
-@rule("smea", limits=_eigenvalue_limits)
+@rule("smea", limits=_eigenvalue_limits, sharded=True)
 @blas_on_one_thread()
 def smallest_eigenvalue_averaging(
     updates: Tensor, *, byzantine_fraction: Share = 0.25

@@ -16,19 +16,17 @@ from .rows import (
     check_updates,
     combine,
     densest_row,
-    dot,
     in_range,
-    native,
     pairwise_squared_distances,
+    products_with,
     result_dtype,
     row_norms,
-    sum_blocks,
     vector_norm,
 )
 from .rule import rule
 
 
-@rule("fltrust")
+@rule("fltrust", sharded=True)
 def fltrust(updates: Tensor, root: Tensor) -> Aggregate:
     """Weight rows by their cosine with the server's own update, all at its norm.
 
@@ -54,9 +52,9 @@ def fltrust(updates: Tensor, root: Tensor) -> Aggregate:
     root = _checked_root(root, updates)
     rows, scales = in_range(updates)
     length = float(euclidean_norms(root[None])[0])
-    trusted = native((root.double() / length if length else root.double()).to(updates.device), rows)
+    trusted = root.double() / length if length else root.double()
     norms = row_norms(rows)
-    along = sum_blocks(lambda columns, block: dot(block, trusted[columns]), rows)
+    along = products_with(rows, trusted)
     lengths = np.where(norms > 0, norms, np.inf)
     trust = np.maximum(along / lengths, 0.0)
     if trust.any():
@@ -65,7 +63,7 @@ def fltrust(updates: Tensor, root: Tensor) -> Aggregate:
     return Aggregate(combine(weights, updates, result_dtype(updates)), torch.from_numpy(weights))
 
 
-@rule("monna")
+@rule("monna", sharded=True)
 def nearest_neighbor_averaging(
     updates: Tensor, root: Tensor | None = None, *, byzantine_fraction: Share = 0.25
 ) -> FilteredAggregate:

@@ -233,6 +233,6 @@ def test_gap_filter_of_many_rows_is_that_of_their_gram_matrix(
 ) -> None:
     rows = torch.cat([normal(40, 60) + 0.2, torch.full((12, 60), -0.6)])
     few = gap_filter(rows, byzantine_fraction=0.25)
-    monkeypatch.setattr("fl_bgmd.aggregators.outliers.DENSE_ROWS", 10)
+    monkeypatch.setattr("fl_bgmd.aggregators.rows.DENSE_ROWS", 10)
     many = gap_filter(rows, byzantine_fraction=0.25)
     torch.testing.assert_close(many.vector, few.vector, rtol=1e-2, atol=1e-3)

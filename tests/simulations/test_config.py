@@ -104,6 +104,8 @@ BAD: dict[str, list[Any]] = {
     "bench-rounds": [0, -1],
     "rows": ["disk", ""],
     "rows-dir": ["~nobody-of-this-name/rows"],
+    "shards": ["dask", ""],
+    "shards-address": ["auto", "10.0.0.1", "10.0.0.1:port"],
     "checkpoint-dir": ["~nobody-of-this-name/runs"],
     "checkpoint-every": [0, -1],
     "checkpoint-keep": [0, -1],
