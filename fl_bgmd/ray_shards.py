@@ -2,8 +2,6 @@
 
 import logging
 import os
-import socket
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +11,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
+from .ray_cluster import check_answers, machines, same_imports
 from .shards import Call, Crew, RowsGoneError, Shard, Sharded, ShardsError, Step, even_edges
 
 LOG = logging.getLogger("flwr.fl_bgmd")
@@ -88,7 +87,7 @@ class RayCrew(Crew):
             )
         self._workers: list[Any] = []
         try:
-            self._workers = [self._hire(i) for i in range(len(_machines()))]
+            self._workers = [self._hire(i) for i in range(len(machines()))]
             ray.get([worker.pid.remote() for worker in self._workers])
         except BaseException:
             self.close()
@@ -175,30 +174,24 @@ class RayCrew(Crew):
         return worker.end.remote()
 
     def _hire(self, shard: int) -> Any:
-        machines = _machines()
-        machine = machines[shard % len(machines)]
+        there = machines()
+        machine = there[shard % len(there)]
         kind = ray.remote(_Worker).options(
             num_cpus=0,  # clients that the same machines play have those
             scheduling_strategy=NodeAffinitySchedulingStrategy(machine["NodeID"], soft=True),
-            # Workers find what this process finds: rules of one's own.
-            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}},
+            runtime_env=same_imports(),
         )
         return kind.remote(max(1, int(machine["Resources"].get("CPU", 1))))
 
 
 def _check_answers(address: str) -> None:
-    """Raise :class:`ShardsError` where no cluster answers: Ray would try for twelve minutes."""
+    """Raise :class:`ShardsError` where no cluster answers."""
     if not address:
         return
-    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=10).close()
+        check_answers(address)
     except (OSError, ValueError) as error:
         raise ShardsError(
             f"shards_address is {address!r} ({error}); allowed: empty, or HOST:PORT of a running "
             "Ray cluster that this machine belongs to"
         ) from error
-
-
-def _machines() -> list[dict[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]

@@ -6,7 +6,6 @@ of linear layers and one local step; convolutions and later steps are there best
 """
 
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,10 +97,10 @@ def cluster_machines(address: str) -> list[tuple[float, float]]:
     """
     import ray
 
-    host, _, port = address.rpartition(":")
+    from fl_bgmd.ray_cluster import check_answers, machines
+
     try:
-        # Ray itself would try for twelve minutes.
-        socket.create_connection((host, int(port)), timeout=10).close()
+        check_answers(address)
         ray.init(address=address, log_to_driver=False)
     except (ConnectionError, OSError) as error:
         raise ConfigError(
@@ -109,10 +108,10 @@ def cluster_machines(address: str) -> list[tuple[float, float]]:
             "cluster that this machine belongs to"
         ) from error
     try:
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        rooms = [machine["Resources"] for machine in machines()]
     finally:
         ray.shutdown()
-    return [(found.get("CPU", 0), found.get("GPU", 0)) for found in machines]
+    return [(found.get("CPU", 0), found.get("GPU", 0)) for found in rooms]
 
 
 class ConfiguredClientApp(ClientApp):

@@ -4,8 +4,6 @@ The model is put into the object store once a round; each worker of a node reads
 """
 
 import logging
-import os
-import sys
 from collections.abc import Hashable
 from typing import Any, Self
 
@@ -15,6 +13,7 @@ from flwr.clientapp import ClientApp
 from ray.exceptions import RayError, RayTaskError
 
 from fl_bgmd.flower import enter_run
+from fl_bgmd.ray_cluster import machines, same_imports
 
 from .config import Config
 from .grid import Decoded
@@ -79,15 +78,14 @@ class RayGrid(PooledGrid):
             log_to_driver=False,
             logging_level=logging.WARNING,
             include_dashboard=None if address else False,
-            # Workers find what this process finds: an app's module, rules of one's own.
-            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}},
+            runtime_env=same_imports(),
         )
         try:
             self._app = ray.put(client_app)
             self._kind = ray.remote(_Worker).options(
                 num_cpus=num_cpus, num_gpus=num_gpus, scheduling_strategy="SPREAD"
             )
-            room = sum(_room(node["Resources"], num_cpus, num_gpus) for node in _machines())
+            room = sum(_room(node["Resources"], num_cpus, num_gpus) for node in machines())
             self._seats = [Seat(self._hire()) for _ in range(min(num_clients, max(1, room)))]
             # Imports take seconds that are not the first round's.
             ray.get([seat.worker.ready.remote() for seat in self._seats])
@@ -130,10 +128,6 @@ class RayGrid(PooledGrid):
         except RayError as error:
             raise WorkerDiedError(type(error).__name__) from error
         return answers
-
-
-def _machines() -> list[dict[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
 def _room(machine: dict[str, float], num_cpus: float, num_gpus: float) -> int:

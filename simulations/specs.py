@@ -6,6 +6,7 @@ from typing import Any
 from flwr.app import ArrayRecord
 
 from fl_bgmd.aggregators import RULES, build_mixings, build_rule
+from fl_bgmd.aggregators.rule import Kind
 from fl_bgmd.registry import is_path, load_object, parse_spec, split_specs
 from fl_bgmd.strategies import RobustStrategy, options_of
 
@@ -56,15 +57,20 @@ def check_strategy(spec: str) -> None:
 
 def takes_root(spec: str) -> bool:
     """Whether a strategy makes use of an update of the server's own."""
-    own = own_strategy(spec)
-    if own is not None and not own.spec:
-        return True  # its aggregate sees all that there is of a round
-    return "root" in build_rule(spec if own is None else own.spec).rule.kind.takes
+    kind = _kind_of(spec)
+    # An aggregate of one's own sees all that there is of a round.
+    return kind is None or "root" in kind.takes
 
 
 def needs_root(spec: str) -> bool:
     """Whether a strategy is nothing without one."""
+    kind = _kind_of(spec)
+    return kind is not None and kind.needs_root
+
+
+def _kind_of(spec: str) -> Kind | None:
+    """Return the rule of a strategy, None for a class that has none."""
     own = own_strategy(spec)
     if own is not None and not own.spec:
-        return False
-    return build_rule(spec if own is None else own.spec).rule.kind.needs_root
+        return None
+    return build_rule(spec if own is None else own.spec).rule.kind

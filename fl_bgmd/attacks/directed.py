@@ -96,7 +96,7 @@ def fang_krum(
     every : int
         Rounds between two searches.
     """
-    norm = float(torch.linalg.vector_norm(honest, dim=1, dtype=torch.float64).median())
+    norm = _median_norm(honest)
     signs = honest.mean(0).sign()
     if length is None and pipeline is None:
         return -krum_deviation(honest, num_byzantine) * signs
@@ -149,7 +149,7 @@ def two_groups(
     Tensor
         (m, d): a row for each of those who play it.
     """
-    norm = float(torch.linalg.vector_norm(honest, dim=1, dtype=torch.float64).median())
+    norm = _median_norm(honest)
     against = -torch.nn.functional.normalize(honest.mean(0), dim=0)
     beside = _widest_beside(honest, against)
     sides = torch.ones(len(colluders), 1, dtype=honest.dtype, device=honest.device)
@@ -159,10 +159,14 @@ def two_groups(
         length, width = strength
         return length * norm * (against + width * sides * beside)
 
-    strength = (0.7 if length is None else length, width)
-    if length is None:
-        strength = searched(lies, _OF_GROUPS, honest, memory, pipeline, every, blind=strength)
-    return lies(strength)
+    if length is not None:
+        return lies((length, width))
+    blind = (0.7, width)
+    return lies(searched(lies, _OF_GROUPS, honest, memory, pipeline, every, blind=blind))
+
+
+def _median_norm(rows: Tensor) -> float:
+    return float(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).median())
 
 
 def _widest_beside(rows: Tensor, direction: Tensor) -> Tensor:

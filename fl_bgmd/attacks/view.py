@@ -24,8 +24,8 @@
 =================== ========== ====================================================================
 
 An attack on the update returns what is sent instead of it, (d,), or (m, d) where it takes
-``colluders``: each its own. An attack on the data returns what
-it takes of ``images`` and ``labels``, changed: one of them, or both as a pair.
+``colluders``: each its own. An attack on the data returns what it takes of ``images`` and
+``labels``, changed: one of them, or both as a pair.
 """
 
 from collections.abc import Collection, Mapping

@@ -210,9 +210,8 @@ def partitions(
     examples is nobody's (see :func:`held_out`), ``root`` of them are the server's own
     (:func:`root_examples`).
     """
-    withheld = held_out(dataset, validation)
     own = root_examples(dataset, root, seed=seed, validation=validation)
-    rest = np.setdiff1d(np.arange(len(dataset.train_labels)), np.concatenate([withheld, own]))
+    rest = np.setdiff1d(_not_held_out(dataset, validation), own)
     shares = partition(dataset.train_labels[rest], count, scheme=scheme, seed=seed)
     return [rest[share] for share in shares]
 
@@ -230,9 +229,13 @@ def root_examples(
 
     Drawn at random for each ``seed``, of those that are not held out.
     """
-    rest = np.setdiff1d(np.arange(len(dataset.train_labels)), held_out(dataset, validation))
+    rest = _not_held_out(dataset, validation)
     draw = np.random.default_rng([seed, _HELD_OUT_SEED])
     return np.sort(draw.choice(rest, count, replace=False))
+
+
+def _not_held_out(dataset: Dataset, share: float) -> NDArray[np.int64]:
+    return np.setdiff1d(np.arange(len(dataset.train_labels)), held_out(dataset, share))
 
 
 _HELD_OUT_SEED = 20260131

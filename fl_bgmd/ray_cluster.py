@@ -1,0 +1,30 @@
+"""What all that runs on Ray asks of it: whether a cluster answers, its machines, their imports."""
+
+import os
+import socket
+import sys
+from typing import Any
+
+import ray
+
+
+def check_answers(address: str) -> None:
+    """Raise ``OSError`` or ``ValueError`` where no cluster answers at ``HOST:PORT``.
+
+    Ray itself would try for twelve minutes.
+    """
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def machines() -> list[dict[str, Any]]:
+    """Return the machines of the cluster that this process is connected to, as Ray tells them."""
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def same_imports() -> dict[str, Any]:
+    """Return the ``runtime_env`` in which workers find what this process finds.
+
+    An app's module, rules of one's own.
+    """
+    return {"env_vars": {"PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}}
