@@ -7,7 +7,8 @@ gradients' floating-point operations alone at the speed of a matrix product on t
 take turns, and of each the fastest round counts; in brackets the ratio to the bare loop. Then the
 wall-clock seconds of a round of clients that only send back what they get, in process, on a process
 for each core (``--jobs``), on this project's grid on Ray and on Flower's Ray engine, which takes
-minutes (``--no-ray`` leaves it out).
+minutes (``--no-ray`` leaves it out). With ``--device cuda`` clients and rule of the first table are
+on the GPU, also a thousand clients, and the seconds are those of a wall clock.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from clients.client_app import prepare_together
 from fl_bgmd.aggregators import build_rule
 from fl_bgmd.attacks import AttackPlan
 from fl_bgmd.data import load, normalize, partition
-from fl_bgmd.devices import to_input
+from fl_bgmd.devices import resolve_device, to_input
 from fl_bgmd.held import held
 from fl_bgmd.models import build
 from fl_bgmd.strategies import Mean, RobustStrategy
@@ -41,6 +42,8 @@ from simulations.config import Config, validate
 from simulations.grid import InProcessGrid, Prepare
 from simulations.process_grid import ProcessGrid
 from simulations.ray_grid import RayGrid
+
+Clock = Callable[[], float]
 
 ECHO_CASES = ((1000, 1000), (100, 1_163_978), (10, 11_173_962))
 
@@ -58,7 +61,7 @@ def seconds_per_round(
     strategy: FedAvg,
     arrays: ArrayRecord,
     rounds: int,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Clock = time.perf_counter,
 ) -> float:
     """Run a strategy's rounds on a grid; return the seconds of the fastest but the first."""
     moments: list[float] = []
@@ -143,12 +146,30 @@ class Case:
 
 
 CASES = (Case("mlp", 10, 64), Case("mlp", 100, 16), Case("lenet", 10, 64))
+GPU_CASES = (*CASES, Case("mlp", 1000, 16), Case("lenet", 1000, 16))
+
+
+def clock_of(device: torch.device) -> Clock:
+    """Return the clock of a round: the processor's time, on a GPU the wall clock after its work."""
+    if device.type == "cpu":
+        return time.process_time
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
 
 
 def on_a_grid(
-    case: Case, rule: str, rounds: int, prepare: Prepare | None = None, attack: str = "none"
+    case: Case,
+    rule: str,
+    rounds: int,
+    device: torch.device,
+    prepare: Prepare | None = None,
+    attack: str = "none",
 ) -> float:
-    """CPU seconds a round through Flower: messages, screening, attack, rule and step included."""
+    """Seconds a round through Flower: messages, screening, attack, rule and step included."""
     config: Config = validate(
         {
             "dataset": "mnist",
@@ -159,7 +180,7 @@ def on_a_grid(
             "batch-size": case.batch,
             "learning-rate": 1.0,
             "momentum": 0.0,
-            "device": "cpu",
+            "device": str(device),
             "attack": attack,
             "byzantine-fraction": 0.0 if attack == "none" else 0.2,
         }
@@ -170,30 +191,31 @@ def on_a_grid(
         min_train_nodes=case.clients,
         min_available_nodes=case.clients,
         seed=0,
-        device="cpu",
+        device=str(device),
     )
     inner = InProcessGrid(client_app, case.clients, config, prepare)
     plan = AttackPlan.from_config(config)
     grid = AdversarialGrid(inner, plan, case.clients, strategy.preview)
     arrays = held(ArrayRecord(build(case.model).state_dict()))
-    return seconds_per_round(grid, strategy, arrays, rounds, time.process_time)
+    return seconds_per_round(grid, strategy, arrays, rounds, clock_of(device))
 
 
-def bare(case: Case, rule: str, rounds: int) -> float:
-    """CPU seconds a round of the same gradients, rule and step in plain PyTorch."""
-    dataset, model, aggregate = load("mnist"), build(case.model).train(), build_rule(rule)
+def bare(case: Case, rule: str, rounds: int, device: torch.device) -> float:
+    """Seconds a round of the same gradients, rule and step in plain PyTorch."""
+    dataset, aggregate, clock = load("mnist"), build_rule(rule), clock_of(device)
+    model = build(case.model).train().to(device)
     shares = partition(dataset.train_labels, case.clients, scheme="iid")
     parameters = list(model.parameters())
     sizes = [parameter.numel() for parameter in parameters]
-    draw, cpu = np.random.default_rng(0), torch.device("cpu")
-    taken = []
+    draw = np.random.default_rng(0)
+    taken: list[float] = []
     for _ in range(rounds):
-        started = time.process_time()
-        rows = torch.empty(case.clients, sum(sizes))
+        started = clock()
+        rows = torch.empty(case.clients, sum(sizes), device=device)
         for row, share in zip(rows, shares, strict=True):
             batch = draw.choice(share, case.batch, replace=False)
-            images = to_input(normalize(dataset.train_images[batch], dataset), cpu)
-            labels = torch.from_numpy(dataset.train_labels[batch])
+            images = to_input(normalize(dataset.train_images[batch], dataset), device)
+            labels = torch.from_numpy(dataset.train_labels[batch]).to(device)
             loss = torch.nn.functional.cross_entropy(model(images), labels)
             gradients = torch.autograd.grad(loss, parameters)
             torch.cat([gradient.flatten() for gradient in gradients], out=row)
@@ -201,22 +223,23 @@ def bare(case: Case, rule: str, rounds: int) -> float:
         with torch.no_grad():
             for parameter, part in zip(parameters, update.split(sizes), strict=True):
                 parameter -= 0.01 * part.view_as(parameter)
-        taken.append(time.process_time() - started)
+        taken.append(clock() - started)
     return min(taken[1:])
 
 
-def limit(case: Case) -> float:
-    """CPU seconds that a round's gradients take at the speed of a matrix product."""
+def limit(case: Case, device: torch.device) -> float:
+    """Seconds that a round's gradients take at the speed of a matrix product."""
     model = build(case.model).train()
     images, labels = torch.zeros(case.batch, 1, 28, 28), torch.zeros(case.batch, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         torch.nn.functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
-    side, taken = 1024, []
-    left, right, out = (torch.zeros(side, side) for _ in range(3))
+    side, clock = 1024 if device.type == "cpu" else 8192, clock_of(device)
+    taken: list[float] = []
+    left, right, out = (torch.rand(side, side, device=device) for _ in range(3))
     for _ in range(10):
-        started = time.process_time()
+        started = clock()
         torch.mm(left, right, out=out)
-        taken.append(time.process_time() - started)
+        taken.append(clock() - started)
     return case.clients * counter.get_total_flops() * min(taken) / (2 * side**3)
 
 
@@ -226,22 +249,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="rounds of a turn")
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--rule", default="mean", help="the spec of the server's rule")
+    parser.add_argument("--device", default="cpu", help="of clients and rule: cpu, cuda")
     parser.add_argument("--no-ray", action="store_true")
     options = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    rule, rounds = options.rule, options.rounds
+    rule, rounds, device = options.rule, options.rounds, resolve_device(options.device)
     ways: dict[str, Callable[[Case], float]] = {
-        "bare loop": lambda case: bare(case, rule, rounds),
-        "inprocess": lambda case: on_a_grid(case, rule, rounds),
-        "under attack": lambda case: on_a_grid(case, rule, rounds, attack="bit-flip"),
-        "vectorized": lambda case: on_a_grid(case, rule, rounds, prepare_together),
-        "FLOP limit": limit,
+        "bare loop": lambda case: bare(case, rule, rounds, device),
+        "inprocess": lambda case: on_a_grid(case, rule, rounds, device),
+        "under attack": lambda case: on_a_grid(case, rule, rounds, device, attack="bit-flip"),
+        "vectorized": lambda case: on_a_grid(case, rule, rounds, device, prepare_together),
+        "FLOP limit": lambda case: limit(case, device),
     }
-    table = Table(title=f"CPU seconds a round, {rule}, 1 of {os.cpu_count()} cores (to bare loop)")
+    on_gpu = device.type == "cuda"
+    kind = (
+        f"Seconds a round on {torch.cuda.get_device_name(device)}"
+        if on_gpu
+        else "CPU seconds a round"
+    )
+    table = Table(title=f"{kind}, {rule}, 1 of {os.cpu_count()} cores (to bare loop)")
     for column in ("clients x examples", *ways):
         table.add_column(column)
-    for case in CASES:
+    for case in GPU_CASES if on_gpu else CASES:
         turns = [[way(case) for way in ways.values()] for _ in range(options.turns)]
         fastest = np.min(turns, axis=0)
         cells = [f"{seconds:.3f} ({seconds / fastest[0]:.2f})" for seconds in fastest]
