@@ -41,7 +41,6 @@ from simulations.adversary import AdversarialGrid
 from simulations.config import Config, validate
 from simulations.grid import InProcessGrid, Prepare
 from simulations.process_grid import ProcessGrid
-from simulations.ray_grid import RayGrid
 
 Clock = Callable[[], float]
 
@@ -103,6 +102,8 @@ def echo_on_processes(clients: int, parameters: int, rounds: int) -> float:
 
 def echo_on_ray(clients: int, parameters: int, rounds: int) -> float:
     """Seconds a round of the same clients on the grid of Ray's actors."""
+    from simulations.ray_grid import RayGrid
+
     arrays = ArrayRecord({"w": torch.zeros(parameters)})
     with RayGrid(echo, clients, {}) as grid:
         return seconds_per_round(grid, echo_strategy(clients), arrays, rounds)

@@ -34,7 +34,7 @@ STEPS: list[dict[str, Any]] = [{"steps": 1}, {"steps": 3}, {"steps": 0, "epochs"
 
 
 def distance(one: Trained, other: Trained, before: torch.Tensor) -> float:
-    steps = [flat(result.state) - before for result in (one, other)]
+    steps = [flat(result.state).cpu() - before for result in (one, other)]
     return float((steps[0] - steps[1]).norm() / steps[0].norm())
 
 
