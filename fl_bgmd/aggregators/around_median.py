@@ -14,7 +14,14 @@ from fl_bgmd.shares import floor_share
 
 from .coordinates import check_sum, column_block
 from .results import Aggregate, FilteredAggregate
-from .rows import check_updates, empty, on_cores, pairwise_squared_distances, result_dtype
+from .rows import (
+    check_updates,
+    empty,
+    on_cores,
+    pairwise_squared_distances,
+    result_dtype,
+    width_of_blocks,
+)
 from .rule import rule
 
 _ELEMENTS = 1 << 17  # of a block of columns
@@ -115,7 +122,7 @@ def _around_median(updates: Tensor, chosen: NDArray[np.int64], count: int) -> Te
     """Return the means of the ``count`` values of the chosen rows nearest to the median, (d,)."""
     d = updates.shape[1]
     vector = empty(d, updates, result_dtype(updates))
-    width = max(16, _ELEMENTS // len(chosen))
+    width = width_of_blocks(_ELEMENTS, updates, least=16)
     on_cpu = updates.device.type == "cpu"
 
     def average(columns: slice) -> None:

@@ -21,7 +21,14 @@ from fl_bgmd.shards import over_shards, side_by_side
 from fl_bgmd.shares import floor_share
 
 from .results import Aggregate
-from .rows import check_updates, empty, on_cores, refuse_non_finite, result_dtype
+from .rows import (
+    check_updates,
+    empty,
+    on_cores,
+    refuse_non_finite,
+    result_dtype,
+    width_of_blocks,
+)
 from .rule import rule
 
 _NETWORK_ELEMENTS, _SORT_WIDTH, _SORT_ELEMENTS = 1 << 18, 1 << 12, 1 << 20
@@ -113,7 +120,7 @@ def _network(updates: Tensor, trim: int, vector: Tensor, columns: slice) -> None
     on_cpu = updates.device.type == "cpu"
     # NumPy and torch share these names; NumPy's run on this thread alone.
     library: Any = np if on_cpu else torch
-    width = max(64, _NETWORK_ELEMENTS // n)
+    width = width_of_blocks(_NETWORK_ELEMENTS, updates)
     for start in range(columns.start, columns.stop, width):
         part = slice(start, min(start + width, columns.stop))
         block = (
@@ -156,7 +163,7 @@ def _sort(updates: Tensor, trim: int, vector: Tensor, columns: slice) -> None:
 def _sort_on_device(updates: Tensor, trim: int, vector: Tensor, columns: slice) -> None:
     """Write the means of the middle ranks of ``columns`` into ``vector``: sort where they are."""
     n = updates.shape[0]
-    width = max(16, 16 * _SORT_ELEMENTS // n)
+    width = width_of_blocks(_SORT_ELEMENTS, updates, least=16)
     for start in range(columns.start, columns.stop, width):
         part = slice(start, min(start + width, columns.stop))
         block = updates[:, part].to(vector.dtype).sort(dim=0).values

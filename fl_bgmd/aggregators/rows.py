@@ -30,6 +30,7 @@ from fl_bgmd.shards import Sharded, over_shards, root_of_squares, side_by_side
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK_ELEMENTS = 1 << 19  # of a block: 4 MiB in float64, the fastest of 2^15 to 2^21
+_ON_DEVICE = 16  # times as many where there is no core's cache: a kernel costs more than its work
 _PIECE, _STRIP = 512, 8  # columns and rows of a small product
 _SMALL_ROWS = 100  # with more rows small products gain nothing
 FEW_ELEMENTS = 1 << 16  # fewer are done sooner than a thread is started
@@ -147,7 +148,7 @@ def sum_blocks(
     returns 0.
     """
     n, d = updates.shape
-    width = max(64, _BLOCK_ELEMENTS // n)
+    width = width_of_blocks(_BLOCK_ELEMENTS, updates)
     if updates.device.type != "cpu":
         total: Any = 0.0
         for start in range(0, d, width):
@@ -182,6 +183,12 @@ def sum_blocks(
         return total
 
     return sum(on_cores(sum_range, d, few=n * d < FEW_ELEMENTS))
+
+
+def width_of_blocks(elements: int, updates: Tensor, *, least: int = 64) -> int:
+    """Return the columns of a block of about ``elements`` on a core of the CPU, more elsewhere."""
+    times = 1 if updates.device.type == "cpu" else _ON_DEVICE
+    return max(least, times * elements // updates.shape[0])
 
 
 def native(values: NDArray[Any] | Tensor, updates: Tensor) -> Any:
