@@ -165,7 +165,8 @@ def compare(
     ] = None,
     strategies: Annotated[list[str], Option("--strategies", hidden=True)] = [],  # noqa: B006
     attack: Annotated[
-        str | None, Option(help="Attacks, separated by commas, or all", metavar="V")
+        list[str] | None,
+        Option(help="Attacks, separated by commas, or all (repeatable)", metavar="V"),
     ] = None,
     seeds: Seeds = None,
     jobs: Jobs = 1,
@@ -187,14 +188,14 @@ def compare(
     """
     named = [*strategies, *(specs or ())]
     if any(name.endswith(".toml") for name in named):
-        if len(named) > 1 or attack is not None:
+        if len(named) > 1 or attack:
             raise ConfigError(
                 f"study is {named[0]!r} with other strategies or attacks; allowed: those in the "
                 "file, of which --row and --column choose some"
             )
         study = read_study(folder_path(named[0])).changed(config=given)
     else:
-        attacks = split_attacks(attack or "none")
+        attacks = split_attacks(",".join(attack or ["none"]))
         many = len(attacks) > 1 or attacks == ["all"]
         study = Study(
             strategy_rows(named or ["mean", "gmd", str(SETTINGS["strategy"].default)]),

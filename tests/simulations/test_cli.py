@@ -139,6 +139,11 @@ def test_a_command_that_does_not_exist_is_refused_once(capsys: pytest.CaptureFix
     assert error.count("mean") == 1
 
 
+def test_attacks_that_are_given_one_by_one_all_count(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "gmd", *SMALL, "--attack", "bit-flipp", "--attack=alie"]) == 2
+    assert "attack is 'bit-flipp'" in capsys.readouterr().err
+
+
 def test_without_data_the_exit_status_tells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
