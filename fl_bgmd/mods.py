@@ -3,6 +3,7 @@
 ``ClientApp(mods=[ByzantineMod()])``
 """
 
+import math
 from dataclasses import InitVar, dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from fl_bgmd.compression import build_compressor, build_received
 from fl_bgmd.layout import ModelLayout
 from fl_bgmd.momentum import MomentumMod
 from fl_bgmd.wire import (
+    COMPRESSION_ERROR,
     PARTITION,
     Terms,
     TrainedReply,
@@ -173,6 +175,9 @@ class CompressionMod:
     adhere to the protocol (Option I of Ghosh et al.): what they send is compressed. Put after it,
     they send anything (Option II).
 
+    What the packing has lost goes with the reply's metrics, as ``compression-error``:
+    ``||p - Q(p)||^2 / ||p||^2``, so 1 minus the delta of Definition 4 that this round had.
+
     Attributes
     ----------
     compressor : str, optional
@@ -222,10 +227,20 @@ class CompressionMod:
         if feedback:
             update = update + kept(context, _ERROR, update)
         data = compressor.encode(update, _generator(terms, context))
+        lost = update - compressor.decode(data, len(update))
         if feedback:
-            keep(context, _ERROR, update - compressor.decode(data, len(update)))
+            keep(context, _ERROR, lost)
+        for metrics in reply.content.metric_records.values():
+            metrics[COMPRESSION_ERROR] = _share_lost(lost, update)
         trained.pack(data, compressor, _norm(update, terms.norm_order))
         return reply
+
+
+def _share_lost(lost: Tensor, update: Tensor) -> float:
+    """Return ``||p - Q(p)||^2 / ||p||^2``, 0 for an update of zeros or one that is not finite."""
+    whole = _norm(update, None) ** 2
+    share = _norm(lost, None) ** 2 / whole if whole else 0.0
+    return share if math.isfinite(share) else 0.0
 
 
 def _norm(update: Tensor, order: float | None) -> float:

@@ -30,6 +30,9 @@ PACKED_RECORD = "compression"
 ATTACK_RECORD = "byzantine"
 """ConfigRecord in which a hostile reply says, for the record, which attack it played."""
 
+COMPRESSION_ERROR = "compression-error"
+"""The metric of a packed reply with the share of the squared norm that the packing has lost."""
+
 EXAMPLES = "num-examples"
 """The metric with the number of examples."""
 

@@ -295,6 +295,10 @@ class Settings:
         """``compressor``, None for ``none``."""
         return None if self.compressor == "none" else build_compressor(self.compressor)
 
+    def contraction(self, size: int) -> float:
+        """Return the delta that ``compressor`` guarantees for updates of that length, 1 without."""
+        return 1.0 if self.packing is None else self.packing.delta(size)
+
     @cached_property
     def rounding(self) -> Compressor | None:
         """``downlink_compressor``, None for ``none``."""

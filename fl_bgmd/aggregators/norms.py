@@ -82,7 +82,15 @@ def norm_threshold(
 
 
 def _limits(
-    n: int, hostile: int, share: float, *, drop_fraction: float | None, **_: object
+    n: int,
+    hostile: int,
+    share: float,
+    *,
+    drop_fraction: float | None,
+    use: str,
+    delta: float = 1.0,
+    feedback: bool = False,
+    **_: object,
 ) -> Iterator[tuple[str, str]]:
     drop = share if drop_fraction is None else drop_fraction
     if ceil_share(drop, n) < hostile:
@@ -91,6 +99,40 @@ def _limits(
             f"drop_fraction is {drop}: {ceil_share(drop, n)} of {n} updates are dropped and "
             f"{hostile} may be hostile",
         )
+    theorem = 3 if feedback else 1 if use == "reported" else 2
+    if delta < 1 and not is_proven(delta, share, drop, theorem):
+        yield (
+            "proven",
+            f"a hostile share of {share:.2f} under a compressor of which delta {delta:.2g} is "
+            f"guaranteed: Theorem {theorem} of Ghosh et al. promises nothing there (at that delta "
+            f"it ends at {most_hostile(delta, theorem):.3f}; it is far from tight)",
+        )
+
+
+def least_delta(alpha: float, beta: float, theorem: int) -> float:
+    """Return the delta that a compressor must exceed for norm thresholding to converge.
+
+    Ghosh et al., Theorems 1 (Option I: restricted adversaries) and 2 (Option II: arbitrary ones),
+    with their lambda_0 towards 0, ``alpha`` the hostile share and ``beta`` the share dropped.
+    """
+    if theorem == 1:
+        return 1 - (1 - beta) ** 2 + 4 * alpha - 9 * alpha**2 + 4 * alpha**3
+    first = 1 - (1 - beta) ** 2 / (1 + beta) ** 2
+    return first + 4 * alpha - 8 * alpha**2 + 4 * alpha**3
+
+
+def is_proven(delta: float, alpha: float, beta: float, theorem: int) -> bool:
+    """Whether a theorem of Ghosh et al. (3: error feedback) promises convergence."""
+    if theorem == 3:
+        spread = alpha**2 + beta**2 + (beta - alpha) ** 2
+        return (1 + math.sqrt(1 - delta)) ** 2 / (1 - beta) ** 2 * spread < 0.107
+    return delta > least_delta(alpha, beta, theorem)
+
+
+def most_hostile(delta: float, theorem: int) -> float:
+    """Return the largest hostile share, to a thousandth, where beta is alpha."""
+    shares = [i / 1000 for i in range(500)]
+    return max((a for a in shares if is_proven(delta, a, a, theorem)), default=0.0)
 
 
 def _uses(options: Mapping[str, Any]) -> Collection[str]:

@@ -53,7 +53,11 @@ INJECTED = (
 )
 
 Limits = Callable[..., Iterator[tuple[str, str]]]
-"""``(n, hostile, share, **options)`` to subjects and sentences: what cannot be promised then."""
+"""``(n, hostile, share, delta=, feedback=, **options)`` to subjects and sentences.
+
+What cannot be promised then: of n rows, packed by a compressor of that guarantee (1: not packed),
+with or without error feedback.
+"""
 
 RECOMMENDED = "gap-filter"
 """The spec of the recommended strategy: the best worst case measured (docs/attacks.md)."""
@@ -155,10 +159,10 @@ class Bound:
         says = self.kind.sharded
         return says(self.values) if callable(says) else says
 
-    def notes(self, n: int, hostile: int, share: float) -> dict[str, str]:
+    def notes(self, n: int, hostile: int, share: float, **packing: float) -> dict[str, str]:
         """Return what it cannot promise with n rows."""
         limits = self.kind.limits
-        return {} if limits is None else dict(limits(n, hostile, share, **self.values))
+        return {} if limits is None else dict(limits(n, hostile, share, **packing, **self.values))
 
     def __str__(self) -> str:
         """Return the spec."""
@@ -339,12 +343,16 @@ class Rule:
             return self.byzantine_fraction
         return hostile / rows
 
-    def notes(self, n: int) -> dict[str, str]:
-        """Return what cannot be promised of n clients, sentences by their subjects."""
+    def notes(self, n: int, *, delta: float = 1.0, feedback: bool = False) -> dict[str, str]:
+        """Return what cannot be promised of n clients, sentences by their subjects.
+
+        ``delta`` is what their compressor guarantees (1: they send updates as they are),
+        ``feedback`` whether they add what it lost to the next update.
+        """
         hostile = hostile_count(self.byzantine_fraction, n)
         found: dict[str, str] = {}
         for bound in (*self.mixings, self.rule):
-            found |= bound.notes(n, hostile, self.tolerated(n, n))
+            found |= bound.notes(n, hostile, self.tolerated(n, n), delta=delta, feedback=feedback)
         return found
 
     @property

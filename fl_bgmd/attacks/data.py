@@ -24,8 +24,17 @@ _BGMD = "Acharya et al. (BGMD), Section 7"
 
 
 @attack(_BGMD, sweep=(1, 8), authors_code={"": 0}, target="target")
-def backdoor(labels: Labels, target: Annotated[int, Ge(0), Le(9)] = 8) -> Labels:
-    """Return ``target`` for every label (8 is "bag").
+def backdoor(
+    labels: Labels,
+    target: Annotated[int, Ge(0), Le(9)] = 8,
+    rng: np.random.Generator | None = None,
+    *,
+    share: Fraction = 1.0,
+) -> Labels:
+    """Return ``target`` for every label (8 is "bag"), or for a share of them.
+
+    Acharya et al. corrupt the samples of some clients; ``backdoor:8,share=0.4`` on all of them
+    (a hostile share of 1) corrupts some samples of all clients.
 
     Parameters
     ----------
@@ -33,8 +42,15 @@ def backdoor(labels: Labels, target: Annotated[int, Ge(0), Le(9)] = 8) -> Labels
         (B,) int64.
     target : int
         The label that the model is to see in every image.
+    rng : numpy.random.Generator, optional
+        What the examples are drawn with; one of its own by default.
+    share : float
+        Share of the examples, each drawn for itself.
     """
-    return np.full_like(labels, target)
+    if share == 1.0:
+        return np.full_like(labels, target)
+    rng = rng or np.random.default_rng()
+    return np.where(rng.random(len(labels)) < share, np.int64(target), labels)
 
 
 @attack("Ghosh et al., Section 8 (9 - y)")

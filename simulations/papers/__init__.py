@@ -39,6 +39,8 @@ class Figure:
 FIGURES: Mapping[str, Figure] = {
     "fig-toy": Figure("figures", "draw_toy", 200),
     "fig-complexity": Figure("figures", "draw_complexity", 5),
+    "fig-breakdown": Figure("figures", "draw_breakdown", 5),
+    "fig-tolerance": Figure("figures", "draw_tolerance", 3),
     "fig-speedup": Figure("figures", "draw_speedup", 2),
     "theory-bgmd": Figure("theory", "draw_bgmd", 20),
     "theory-ghosh": Figure("theory", "draw_ghosh", 3),

@@ -1,5 +1,6 @@
 """Figures that need no training grid: the toy picture, what aggregation costs, the speed-up."""
 
+import itertools
 import math
 import os
 import statistics
@@ -8,15 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from fl_bgmd.aggregators import RULES as RULE_KINDS
 from fl_bgmd.aggregators import (
     block_geometric_median,
+    build_rule,
     coordinate_median,
     geometric_median,
     mean,
@@ -26,7 +30,7 @@ from fl_bgmd.devices import threads
 
 from ..backends import run
 from ..config import Value, validate
-from ..report.drawing import Done, panels, save
+from ..report.drawing import Done, name_ends, panels, save
 from ..report.tables import write_markdown
 
 CENTERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -139,6 +143,127 @@ def draw_complexity(
         f"{torch.get_num_threads()} threads on {os.cpu_count()} cores; medians certified to 1e-6."
     )
     return write_markdown(folder, note, pd.DataFrame(lines))
+
+
+# ------------------------------------------------------- Table 1: breakdown, cost against epsilon
+
+
+SIZES = (1.0, 10.0, 1e3, 1e6)
+"""How far liars go, in honest deviations."""
+
+
+def draw_breakdown(
+    folder: Path, *, seeds: int, done: Done, clients: int = 20, dimensions: int = 200
+) -> Path:
+    """Error of every rule against the corrupt share that it is told: Table 1's last column.
+
+    Honest rows are N(0, I). The corrupt ones are equal and lie in one direction, at one of
+    :data:`SIZES` times ``sqrt(d)``; or each is its honest row times minus that. Of these the worst
+    counts, as the mean over ``seeds`` draws of the distance from the honest mean. A share that a
+    rule does not take leaves a gap. Writes ``breakdown.png`` and ``table.md``; returns it.
+    """
+    hostile = range(clients // 2)
+    errors: dict[str, list[float]] = {}
+    for name, kind in RULE_KINDS.items():
+        if kind.needs_root:
+            continue
+        errors[name] = [worst_error(name, f, clients, dimensions, seeds) for f in hostile]
+        done(name)
+    shares = [f / clients for f in hostile]
+    figure, grid = panels(1, 2, 5.4, 5.6)
+    for panel in grid[0]:
+        styles = itertools.cycle(("-", "--", ":"))
+        for (name, found), style in zip(errors.items(), styles, strict=False):
+            panel.plot(shares, found, style, label=name)
+        panel.set(xlabel="corrupt share", ylabel="distance from the honest mean")
+        panel.grid(alpha=0.3)
+    grid[0][0].set(yscale="log", ylim=(0.1, None))
+    grid[0][1].set(ylim=(0, 20))
+    broken = [name for name, found in errors.items() if np.nanmax(found) > UNBOUNDED]
+    for line in list(grid[0][1].lines):
+        if line.get_label() in broken:
+            line.remove()
+    name_ends(grid[0][1])
+    grid[0][0].legend(
+        handles=[line for line in grid[0][0].lines if line.get_label() in broken], fontsize=6
+    )
+    save(figure, folder / "breakdown.png")
+    lines = []
+    for name, found in errors.items():
+        # Far above what honest rows can do to each other, far below the largest lie.
+        held = [share for share, error in zip(shares, found, strict=True) if error < UNBOUNDED]
+        lines.append(
+            {"rule": name, "holds to": f"{max(held, default=0.0):.0%}"}
+            | {f"{share:.0%}": f"{e:.3g}" for share, e in zip(shares, found, strict=True)}
+        )
+    note = (
+        f"{clients} rows of {dimensions} values, {seeds} draws; the largest lie is "
+        f"{SIZES[-1] * math.sqrt(dimensions):.0f} long. *holds to*: the largest share with an "
+        f"error below {UNBOUNDED:.0f}; nan: the rule does not take that share."
+    )
+    return write_markdown(folder, note, pd.DataFrame(lines))
+
+
+UNBOUNDED = 1e3
+
+
+def worst_error(name: str, hostile: int, clients: int, dimensions: int, seeds: int) -> float:
+    """Return a rule's largest mean error over kinds and sizes of lies, nan where it takes none."""
+    rule = build_rule(name, byzantine_fraction=hostile / clients)
+    worst = 0.0
+    for size, equal in itertools.product(SIZES, (True, False)):
+        errors = []
+        for seed in range(seeds):
+            generator = torch.Generator().manual_seed(seed)
+            rows = torch.randn(clients, dimensions, generator=generator, dtype=torch.float64)
+            middle = rows[hostile:].mean(0)
+            lie = torch.ones(dimensions, dtype=torch.float64)
+            rows[:hostile] = size * (lie if equal else -rows[:hostile])
+            torch.manual_seed(seed)  # what the rule draws
+            try:
+                errors.append(float((rule(rows).vector - middle).norm()))
+            except ValueError:
+                return math.nan
+        worst = max(worst, statistics.mean(errors))
+    return worst
+
+
+def draw_tolerance(
+    folder: Path,
+    *,
+    seeds: int,
+    done: Done,
+    shape: tuple[int, int] = (32, 100_000),
+    tolerances: Sequence[float] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8),
+) -> Path:
+    """Cost of the geometric median against its accuracy, which Table 1 puts at eps^-2.
+
+    Iterations and milliseconds (the least of ``seeds`` calls) of Weiszfeld's steps in R^d and of
+    this project's solver on the Gram matrix, to a certified gap. Writes ``tolerance.png`` and
+    ``table.md``; returns it.
+    """
+    rows, lines = round_rows(*shape), []
+    solvers: tuple[Literal["weiszfeld", "gram"], ...] = ("weiszfeld", "gram")
+    for tol in tolerances:
+        line: dict[str, Any] = {"eps": f"{tol:g}"}
+        for solver in solvers:
+            find = partial(geometric_median, tol=tol, solver=solver, max_iter=100_000)
+            line[f"{solver}, iterations"] = find(rows).iterations
+            line[f"{solver}, ms"] = round(1000 * _least_seconds(find, rows, seeds), 1)
+        lines.append(line)
+        done(f"eps = {tol:g}")
+    frame = pd.DataFrame(lines)
+    figure, grid = panels(1, 2, 5.2, 4.0)
+    for panel, unit in zip(grid[0], ("iterations", "ms"), strict=True):
+        for solver in solvers:
+            panel.plot(tolerances, frame[f"{solver}, {unit}"], "o-", ms=4, label=solver)
+        panel.set(xscale="log", yscale="log", xlabel="eps", ylabel=unit)
+        panel.invert_xaxis()
+        panel.grid(alpha=0.3, which="both")
+    grid[0][0].legend(fontsize=7)
+    save(figure, folder / "tolerance.png")
+    note = f"{shape[0]} x {shape[1]:,} rows in float32, the least of {seeds} calls; gaps certified."
+    return write_markdown(folder, note, frame)
 
 
 def round_rows(n: int, d: int) -> Tensor:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_bgmd.aggregators import BlockMemory, block_geometric_median, geometric_median
+from fl_bgmd.aggregators.norms import is_proven, least_delta, most_hostile
 
 from ..report.drawing import Done, panels, save
 from ..report.tables import write_markdown
@@ -322,33 +323,6 @@ def speedups(rows: int = 20, dimensions: int = 2000) -> list[dict[str, str]]:
 REGRESSION = Regression()
 
 
-def least_delta(alpha: float, beta: float, option: int) -> float:
-    """Return the compression factor that has to be exceeded (lambda_0 towards 0).
-
-    ``option`` 1 is Theorem 1 (restricted adversaries), 2 is Theorem 2 (arbitrary ones).
-    """
-    if option == 1:
-        return 1 - (1 - beta) ** 2 + 4 * alpha - 9 * alpha**2 + 4 * alpha**3
-    first = 1 - (1 - beta) ** 2 / (1 + beta) ** 2
-    return first + 4 * alpha - 8 * alpha**2 + 4 * alpha**3
-
-
-def allows_feedback(delta: float, alpha: float, beta: float) -> bool:
-    """Whether Theorem 3 (error feedback) says anything of these."""
-    spread = alpha**2 + beta**2 + (beta - alpha) ** 2
-    return (1 + math.sqrt(1 - delta)) ** 2 / (1 - beta) ** 2 * spread < 0.107
-
-
-def most_hostile(delta: float, theorem: int) -> float:
-    """Return the largest share of hostile workers, to a thousandth, with beta = alpha."""
-    shares = [i / 1000 for i in range(500)]
-    if theorem == 3:
-        allowed = [share for share in shares if allows_feedback(delta, share, share)]
-    else:
-        allowed = [share for share in shares if delta > least_delta(share, share, theorem)]
-    return max(allowed, default=0.0)
-
-
 def measured_delta(problem: Regression, iterations: int, seed: int) -> Array:
     """Return the least delta of l1-sign of all honest workers, in each iteration."""
     task = problem.draw(Curve("", 0, 0), torch.Generator().manual_seed(seed))
@@ -377,7 +351,7 @@ def draw_ghosh(folder: Path, *, seeds: int, done: Done, problem: Regression = RE
                 f"{least_delta(count / 200, count / 200, option):.2f}"
             )
         line["Theorem 3 allows l1-sign"] = (
-            "yes" if allows_feedback(float(deltas.min()), count / 200, count / 200) else "no"
+            "yes" if is_proven(float(deltas.min()), count / 200, count / 200, 3) else "no"
         )
         for attack in attacks:
             curve = Curve("", count, count and count + 2, attack=attack)

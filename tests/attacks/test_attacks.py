@@ -29,11 +29,19 @@ from flwr.clientapp.mod import message_size_mod
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_bgmd.attacks import SELECTIONS, bit_flip, byzantine_clients, gaussian
+from fl_bgmd.attacks import (
+    SELECTIONS,
+    AttackPlan,
+    backdoor,
+    bit_flip,
+    byzantine_clients,
+    gaussian,
+)
 from fl_bgmd.layout import ModelLayout
 from fl_bgmd.mods import ByzantineMod
 from fl_bgmd.replies import screen
 from fl_bgmd.wire import ATTACK_RECORD
+from simulations.config import validate
 from simulations.grid import InProcessGrid
 
 NODES = 10
@@ -186,6 +194,18 @@ def test_gaussian_adds_noise_of_its_deviation(dtype: torch.dtype, std: float) ->
     assert abs(float(noise.var()) - 1) < 5 * math.sqrt(2 / d)
     assert abs(float(noise.pow(4).mean()) - 3) < 5 * math.sqrt(96 / d)
     assert abs(float((noise[1:] * noise[:-1]).mean())) < 5 / math.sqrt(d)
+
+
+def test_a_backdoor_may_take_a_share_of_the_examples() -> None:
+    labels = np.arange(10_000) % 10
+    assert (backdoor(labels, 3) == 3).all()
+    changed = backdoor(labels, 3, np.random.default_rng(0), share=0.4)
+    hit = changed != labels
+    assert (changed[hit] == 3).all()
+    assert 0.34 < hit.mean() < 0.38  # 0.4, less those that were 3
+    # In a run: all clients, of whose examples that share is corrupt.
+    config = {"attack": "backdoor:8,share=0.4", "byzantine-fraction": 1.0}
+    assert AttackPlan.from_config(validate(config)).roles(5, 1).keys() == set(range(5))
 
 
 def test_gaussian_is_reproducible_from_its_generator() -> None:

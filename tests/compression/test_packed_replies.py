@@ -38,7 +38,7 @@ from fl_bgmd.strategies import (
     NormThreshold,
     RobustFilter,
 )
-from fl_bgmd.wire import ATTACK_RECORD, PACKED_KEY, PACKED_RECORD
+from fl_bgmd.wire import ATTACK_RECORD, COMPRESSION_ERROR, PACKED_KEY, PACKED_RECORD
 from simulations.backends import run
 from simulations.config import ConfigError, validate
 from simulations.grid import InProcessGrid
@@ -561,3 +561,35 @@ def test_the_median_of_signs_is_the_majority_vote(clients: int) -> None:
     sign = build_compressor("sign")
     votes = torch.stack([sign.decode(sign.encode(update), 40) for update in updates])
     assert torch.equal(coordinate_median(votes).vector, updates.sign().sum(0).sign())
+
+
+def test_a_packed_reply_says_what_it_has_lost() -> None:
+    model = batch_norm_model()
+    message = train_message(model, 1, {"server-round": 1}, "train")
+    values = [value.ravel() for value in random_update(model, 0).values()]
+    update = torch.from_numpy(np.concatenate(values)).double()
+    [metrics] = packed(message, "top-k:0.5").content.metric_records.values()
+    kept = update.square().sort(descending=True).values[: len(update) // 2]
+    lost = 1 - float(kept.sum() / update.square().sum())
+    assert metrics[COMPRESSION_ERROR] == pytest.approx(lost, rel=1e-4)
+    # With the median of the replies among the round's metrics, not above what is guaranteed.
+    rounds = fit(GMD(**options(compressor="top-k:0.5")), [CompressionMod()], rounds=3)
+    found = [record[COMPRESSION_ERROR] for record in rounds.train_metrics_clientapp.values()]
+    assert len(found) == 3
+    assert all(0 < share <= 0.5 for share in found)
+
+
+@pytest.mark.parametrize(("feedback", "theorem"), [(False, 2), (True, 3)])
+def test_where_the_theorems_promise_nothing_is_said_once(
+    feedback: bool, theorem: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    strategy = NormThreshold(
+        **options(compressor="top-k:0.1", error_feedback=feedback, byzantine_fraction=0.3)
+    )
+    fit(strategy, [CompressionMod()], rounds=3)
+    said = [text for text in caplog.messages if "of Ghosh et al. promises nothing" in text]
+    assert len(said) == 1
+    assert f"delta 0.11 is guaranteed: Theorem {theorem}" in said[0]
+    caplog.clear()
+    fit(NormThreshold(**options(byzantine_fraction=0.3)), [], rounds=1)
+    assert "promises nothing" not in caplog.text

@@ -30,7 +30,14 @@ from simulations.papers.diggavi import (
     slope,
     theorem_gamma,
 )
-from simulations.papers.figures import draw_complexity, draw_speedup, draw_toy, toy_points
+from simulations.papers.figures import (
+    draw_complexity,
+    draw_speedup,
+    draw_tolerance,
+    draw_toy,
+    toy_points,
+    worst_error,
+)
 from simulations.report.study import heading, table_of
 from simulations.report.tables import markdown
 from simulations.runner import finished_before, line_of
@@ -370,7 +377,22 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     ).read_text()
     assert "| GmD, Gram / BGmD, Gram " in table
     assert len(seen) == 8 + 4 + 5
-    assert len(list(tmp_path.glob("*/*.png"))) == 3
+    table = draw_tolerance(
+        tmp_path / "eps", seeds=1, done=seen.append, shape=(8, 100), tolerances=(0.1, 1e-6)
+    ).read_text()
+    coarse, fine = (line.split(" | ") for line in table.splitlines()[-2:])
+    assert int(coarse[1]) < int(fine[1])
+    assert len(list(tmp_path.glob("*/*.png"))) == 4
+
+
+def test_a_rule_is_broken_where_its_error_grows_with_the_lie() -> None:
+    mean, median = (
+        [worst_error(name, hostile, 10, 20, 1) for hostile in (0, 1, 4)] for name in ("mean", "gmd")
+    )
+    assert mean[0] < 1e-9
+    assert min(mean[1:]) > 1e5
+    assert max(median) < 20
+    assert math.isnan(worst_error("smea", 9, 20, 20, 1))  # too many subsets
 
 
 def test_every_name_can_be_reproduced() -> None:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from fl_bgmd.aggregators.norms import is_proven, least_delta, most_hostile
 from simulations.papers.ghosh_problems import Curve, Regression
 from simulations.papers.theory import (
     Quadratic,
-    allows_feedback,
     averaged,
     beside,
     bound_of_distance,
@@ -20,9 +20,7 @@ from simulations.papers.theory import (
     descend,
     draw_bgmd,
     draw_ghosh,
-    least_delta,
     measured_delta,
-    most_hostile,
     speedups,
 )
 
@@ -78,8 +76,8 @@ def test_conditions_of_ghosh_by_hand() -> None:
     assert least_delta(0.1, 0.1, 1) == pytest.approx(1 - 0.81 + 0.4 - 0.09 + 0.004)
     assert least_delta(0.1, 0.1, 2) == pytest.approx(1 - 0.81 / 1.21 + 0.4 - 0.08 + 0.004)
     # Without compression: 2 alpha^2 / (1 - alpha)^2 < 0.107, alpha / (1 - alpha) < 0.2313
-    assert allows_feedback(1.0, 0.187, 0.187)
-    assert not allows_feedback(1.0, 0.189, 0.189)
+    assert is_proven(1.0, 0.187, 0.187, 3)
+    assert not is_proven(1.0, 0.189, 0.189, 3)
     assert most_hostile(1.0, 3) == pytest.approx(0.187)
     assert (
         most_hostile(0.05, 2) < most_hostile(0.5, 2) < most_hostile(0.5, 1) < most_hostile(1.0, 1)
