@@ -53,10 +53,10 @@ INJECTED = (
 )
 
 Limits = Callable[..., Iterator[tuple[str, str]]]
-"""``(n, hostile, share, delta=, feedback=, **options)`` to subjects and sentences.
+"""``(n, hostile, share, **options)`` to subjects and sentences: what cannot be promised then.
 
-What cannot be promised then: of n rows, packed by a compressor of that guarantee (1: not packed),
-with or without error feedback.
+One with a parameter ``delta`` or ``feedback`` is told what the compressor guarantees (1: none) and
+whether clients add what it lost to the next update.
 """
 
 RECOMMENDED = "gap-filter"
@@ -162,7 +162,11 @@ class Bound:
     def notes(self, n: int, hostile: int, share: float, **packing: float) -> dict[str, str]:
         """Return what it cannot promise with n rows."""
         limits = self.kind.limits
-        return {} if limits is None else dict(limits(n, hostile, share, **packing, **self.values))
+        if limits is None:
+            return {}
+        asked = inspect.signature(limits).parameters
+        told = {name: value for name, value in packing.items() if name in asked}
+        return dict(limits(n, hostile, share, **told, **self.values))
 
     def __str__(self) -> str:
         """Return the spec."""
