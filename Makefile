@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 FLWR_MIN := $(shell sed -n 's/.*"flwr>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install simulate laboratory test test-quick test-slow test-flwr-min test-trackers test-deployment benchmark docs lint config format release clean
+.PHONY: help install simulate laboratory test test-quick test-slow test-flwr-min test-trackers test-peers test-deployment benchmark docs lint config format release clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -62,6 +62,10 @@ test-flwr-min: ## The test suite with the oldest flwr supported, in .venv-flwr-m
 test-trackers: $(READY) ## The examples with W&B and MLflow, offline (50 packages more)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[trackers]"
 	$(BIN)/python -m pytest tests/project/test_trackers.py
+
+test-peers: $(READY) ## Against what others have: ByzFL's rules, training with Opacus
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check byzfl opacus
+	$(BIN)/python -m pytest tests/aggregators/test_byzfl.py tests/project/test_other_apps.py
 
 test-deployment: $(READY) ## One SuperLink and five SuperNodes as network namespaces (root)
 	$(BIN)/python -m pytest -m deployment

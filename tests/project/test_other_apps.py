@@ -5,11 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flower_messages import regression_app, regression_error, regression_model
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from fl_bgmd.mods import ByzantineMod
 from fl_bgmd.strategies import BGMD, GMD
@@ -101,6 +104,44 @@ def test_mods_of_an_app_s_own_around_ours() -> None:
     result = strategy.start(grid=grid_of(app), initial_arrays=regression_model(), num_rounds=60)
     assert len(seen) == 60 * NODES
     assert regression_error(result.arrays) < 0.2 * regression_error(regression_model())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_private_training_with_opacus() -> None:
+    opacus = pytest.importorskip(
+        "opacus", reason="opacus is not installed: make test-peers trains with it"
+    )
+    true = torch.tensor([[1.0, -2.0, 0.5]])
+    app = ClientApp(mods=[ByzantineMod(attack="bit-flip", fraction=0.3)])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        torch.manual_seed(int(context.node_config["partition-id"]))
+        inputs = torch.randn(64, 3)
+        model = nn.Linear(3, 1, bias=False)
+        model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
+        private, optimizer, loader = opacus.PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.2),
+            data_loader=DataLoader(TensorDataset(inputs, inputs @ true.T), batch_size=16),
+            noise_multiplier=0.5,
+            max_grad_norm=1.0,
+        )
+        for batch, targets in loader:
+            optimizer.zero_grad()
+            nn.functional.mse_loss(private(batch), targets).backward()
+            optimizer.step()
+        content = {
+            "arrays": ArrayRecord(model.state_dict()),
+            "metrics": MetricRecord({"num-examples": 64}),
+        }
+        return Message(RecordDict(content), reply_to=message)
+
+    strategy = GMD(min_train_nodes=NODES, min_available_nodes=NODES, fraction_evaluate=0.0, seed=1)
+    initial = ArrayRecord({"weight": torch.zeros(1, 3)})
+    result = strategy.start(grid=grid_of(app), initial_arrays=initial, num_rounds=20)
+    found = result.arrays.to_torch_state_dict()["weight"]
+    assert float((found - true).norm()) < 0.2 * float(true.norm())
 
 
 def _array(value: Any) -> Array:
