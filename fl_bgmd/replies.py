@@ -493,7 +493,7 @@ def view_array(array: Array, spec: ArraySpec) -> NDArray[np.generic]:
 def _check_values(
     array: Array, spec: ArraySpec, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> None:
-    """Raise where an array is, whatever it declares, not of the shape and dtype to be had."""
+    """Raise unless an array has the shape and dtype that are expected, whatever it declares."""
     if shape != spec.shape:
         raise InvalidReplyError(
             Rejection.SHAPE,

@@ -210,7 +210,7 @@ class Sharded:
         dtype: torch.dtype,
         instead: bool = False,
     ) -> "Sharded":
-        """Return what a function makes of the rows of each shard: so many ``rows`` of a ``dtype``.
+        """Return what a function makes of the rows of each shard: ``rows`` rows of ``dtype``.
 
         It is computed with the first question that is asked of it. ``instead`` says that the
         function may write into the rows, which are not asked about any more.

@@ -307,7 +307,7 @@ class AdversarialGrid(Grid):
         return [*found, *self._inner.pull_messages(asked)]
 
     def _pulled(self, cohort: _Cohort, asked: list[str]) -> list[Message]:
-        """Return what there is to be had of a cohort's replies."""
+        """Return what can be known of a cohort's replies."""
         waits = cohort.layout is not None
         numbers = sorted(cohort.missing) if waits else [n for n in asked if n in cohort.missing]
         came = list(self._inner.pull_messages(numbers))

@@ -210,7 +210,7 @@ def dot(a: Any, b: Any) -> Any:
 
 
 def empty(shape: int | tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return an uninitialised tensor on the device of ``like``; a matrix in a file if ``like`` is.
+    """Return an uninitialized tensor on the device of ``like``; a matrix in a file if ``like`` is.
 
     On the CPU it lies in NumPy's memory: large arrays of NumPy's ask for huge pages, without
     which the first touch of fresh memory can cost more than the arithmetic.

@@ -74,7 +74,7 @@ class Setup:
     own_step : bool
         Whether Algorithm 2 takes the step of Theorem 5; else k/d of it.
     radius : float
-        C is the ball of so many distances of the optimum around the start; 0 for all of R^d.
+        C is the ball of that many distances of the optimum around the start; 0 for all of R^d.
     iterations : int
         T; the error is averaged over the last quarter.
     """

@@ -194,7 +194,7 @@ def bound_of_perturbation(problem: Quadratic, sigma: float, xi: float, accuracy:
 def bound_of_gradient(
     problem: Quadratic, sigma: float, xi: float, accuracy: float, iterations: Array
 ) -> Array:
-    """Return Theorem 1's, Equation 16, of the mean squared gradient of so many iterations."""
+    """Return Theorem 1's, Equation 16, of the mean squared gradient of that many iterations."""
     gamma, smooth = problem.step, problem.smooth
     apart = (1 - problem.alpha) ** 2
     noise = 8 * smooth * gamma * sigma**2
