@@ -28,7 +28,7 @@ class NoRoomError(OSError):
 
 
 def mapped(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> Tensor:
-    """Return an uninitialised tensor in a file in ``folder``, which nobody else can see.
+    """Return an uninitialized tensor in a file in ``folder``, which nobody else can see.
 
     The file has no name, so that nothing is left of it after a crash, and all of its bytes are
     reserved: a full disk is an error here and not later.
