@@ -187,7 +187,12 @@ def settings(request: pytest.FixtureRequest) -> dict[str, dict[str, object]]:
             "local-epochs": 2,
             "batch-size": 16,
         },
-        "lora": {"num-server-rounds": 12, "local-steps": 10, "fraction-evaluate": 0.0},
+        "lora": {
+            "num-server-rounds": 6,
+            "local-steps": 10,
+            "learning-rate": 0.02,
+            "fraction-evaluate": 0.0,
+        },
     }
 
 
