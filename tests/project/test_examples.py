@@ -19,6 +19,7 @@ import pytest
 import torch
 from flower_messages import regression_app, regression_error, regression_model
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.cli.app import app as flwr
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import (
     LocalDpMod,
@@ -37,6 +38,7 @@ from flwr.serverapp.strategy import (
     Result,
     Strategy,
 )
+from typer.testing import CliRunner
 
 from fl_bgmd.data import load
 from fl_bgmd.devices import threads
@@ -256,18 +258,19 @@ def test_bgmd_holds_in_flowers_simulation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_flower_builds_each_example(name: str, tmp_path: Path) -> None:
+def test_flower_builds_each_example(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the patch applied by the tool that the README names."""
     app = copied(name, tmp_path, "FedAvg").rename(tmp_path / name)
     subprocess.run(["patch", "-p1", "-i", "bgmd.patch"], cwd=app, check=True, capture_output=True)
     assert (app / f"{name}_app" / "server_app.py").read_bytes() == (
         copied(name, tmp_path, "BGMD") / f"{name}_app" / "server_app.py"
     ).read_bytes()
-    flwr = Path(sys.executable).parent / "flwr"
-    done = subprocess.run(
-        [flwr, "build", "--app", app], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(flwr, ["build", "--app", str(app)])
+    sys.modules.pop(f"{name}_app", None)  # flwr imports the package to look for its modules
+    assert done.exit_code == 0, done.output
     [bundle] = tmp_path.glob("*.fab")
     assert f"{name}_app/server_app.py" in zipfile.ZipFile(bundle).namelist()
 

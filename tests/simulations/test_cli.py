@@ -213,16 +213,9 @@ def test_keys_without_a_match_are_an_error(capsys: pytest.CaptureFixture[str]) -
     assert "pattern is 'mixing'; allowed: part of num-server-rounds, " in capsys.readouterr().err
 
 
-def test_data_command_names_the_folder() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "simulations", "data", "--dataset", "cifar10"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "50000 training and 10000 test images" in done.stdout.replace("\n", " ")
+def test_data_command_names_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "--dataset", "cifar10"]) == 0
+    assert "50000 training and 10000 test images" in capsys.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.parametrize(
