@@ -59,7 +59,7 @@ def run_code(
     cwd: Path | str = ".",
     env: Mapping[str, str] | None = None,
 ) -> "subprocess.CompletedProcess[str]":
-    """Run code as ``python -c`` does, after torch, numpy and flwr; return its status and what it wrote.
+    """Run code as ``python -c`` does, after these imports; return its status and what it wrote.
 
     ``env`` is all of its environment, without it this process's but for ``PYTHONPATH``.
     """

@@ -307,12 +307,14 @@ def test_rows_and_columns_are_named_once(
     ],
     ids=["run", "clients", "grid"],
 )
-@pytest.mark.parametrize("wait", [0.5, 5], ids=["starting", "computing"])
+@pytest.mark.parametrize(
+    "awaited", ["results", "checkpoints/**/round-*"], ids=["starting", "computing"]
+)
 def test_an_interrupted_command_ends_at_once_with_a_word(
-    command: list[str], wait: float, tmp_path: Path
+    command: list[str], awaited: str, tmp_path: Path
 ) -> None:
-    results = tmp_path / "results"
-    many = [*command, "--num-server-rounds=100000", f"--results-dir={results}"]
+    many = [*command, "--num-server-rounds=100000", f"--results-dir={tmp_path / 'results'}"]
+    many += [f"--checkpoint-dir={tmp_path / 'checkpoints'}"]
     with (tmp_path / "err").open("w") as err:
         process = subprocess.Popen(
             [sys.executable, "-m", "simulations", *many],
@@ -325,9 +327,10 @@ def test_an_interrupted_command_ends_at_once_with_a_word(
         )
         try:
             deadline = time.monotonic() + 120
-            while not results.exists() and time.monotonic() < deadline:
+            while not next(tmp_path.glob(awaited), None):
+                assert time.monotonic() < deadline, f"no {awaited}"
                 time.sleep(0.1)
-            time.sleep(wait)
+            time.sleep(0.5)
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does
             assert process.wait(timeout=30) == 130
         finally:
