@@ -21,6 +21,7 @@ from simulations.config import SETTINGS
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "--backend=inprocess",
+    "--dataset=mnist",
     "--model=tiny-cnn",
     "--num-server-rounds=2",
     "--local-steps=1",

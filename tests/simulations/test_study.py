@@ -157,6 +157,7 @@ def test_a_file_that_is_no_study_is_refused(text: str, message: str, tmp_path: P
         read_study(file)
 
 
+@pytest.mark.usefixtures("without_curves")
 def test_the_command_line_runs_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mine.toml"
     keys = "\n".join(f"{key} = {json.dumps(value)}" for key, value in SMALL.items())
@@ -350,6 +351,7 @@ def test_an_incomplete_cell_is_not_a_mean_of_what_is_there() -> None:
         assert means.loc["gmd"].tolist() == [0.5, 0.5, 0.5]
 
 
+@pytest.mark.usefixtures("without_curves")
 @pytest.mark.usefixtures("without_curves")
 def test_report_refuses_runs_of_different_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
