@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import signal
+import threading
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,7 @@ import pytest
 
 from fl_bgmd.attacks import ATTACKS
 from fl_bgmd.data import held_out, load, partitions
+from simulations import runner
 from simulations.backends import run
 from simulations.cli import main
 from simulations.config import ConfigError
@@ -265,6 +271,23 @@ def test_a_study_with_an_idle_attack_fails_and_says_so(
     assert "attack delayed was not played" in capsys.readouterr().err
     [folder] = tmp_path.iterdir()
     assert table_rows(folder)[-1][-2:] == ["failed", "failed"]
+
+
+def die_while_reporting() -> None:
+    _, one_at_a_time = runner._NEWS
+    one_at_a_time.acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_killed_while_it_reports_keeps_nobody_waiting() -> None:
+    def play() -> None:
+        with suppress(BrokenProcessPool), runner.pool(1) as workers:
+            workers.submit(die_while_reporting).result()
+
+    study = threading.Thread(target=play, daemon=True)
+    study.start()
+    study.join(60)
+    assert not study.is_alive()
 
 
 def test_more_jobs_than_one_need_the_in_process_backend(capsys: pytest.CaptureFixture[str]) -> None:
