@@ -126,7 +126,9 @@ def _teller(tell: OnProgress, name: str) -> OnRound:
 def pool(jobs: int, tell: OnProgress | None = None) -> Iterator[ProcessPoolExecutor]:
     """Provide processes that share out the cores, end with this one and report their rounds."""
     context = multiprocessing.get_context("spawn")
-    news = context.SimpleQueue()
+    # Not a queue: it ends with a word of this process, which a worker that is killed while it
+    # reports keeps from being said. This ends with those who report.
+    news, sender = context.Pipe(duplex=False)
     threads = max(1, torch.get_num_threads() // jobs)
     listener = threading.Thread(target=_listen, args=(news, tell), daemon=True)
     listener.start()
@@ -135,35 +137,41 @@ def pool(jobs: int, tell: OnProgress | None = None) -> Iterator[ProcessPoolExecu
             jobs,
             mp_context=context,
             initializer=_prepare_worker,
-            initargs=(threads, logging.getLogger("flwr").level, news),
+            initargs=(threads, logging.getLogger("flwr").level, sender, context.Lock()),
         ) as workers:
             yield workers
     finally:
-        news.put(None)
+        sender.close()
         listener.join(timeout=1)
 
 
 def _listen(news: Any, tell: OnProgress | None) -> None:
-    while (event := news.get()) is not None:
+    while True:
+        try:
+            event = news.recv()
+        except (EOFError, OSError):  # in between, or in the middle of a report
+            return
         if tell is not None:
             tell(*event)
 
 
 _NEWS: list[Any] = []
-"""In a worker: where it reports its rounds."""
+"""In a worker: where it reports its rounds, and what one at a time holds for that."""
 
 
-def _prepare_worker(threads: int, log_level: int, news: Any) -> None:
+def _prepare_worker(threads: int, log_level: int, sender: Any, one_at_a_time: Any) -> None:
     torch.set_num_threads(threads)
     threadpool_limits(threads, user_api="blas")  # NumPy's, which knows nothing of torch's
     logging.getLogger("flwr").setLevel(log_level)
-    _NEWS[:] = [news]
+    _NEWS[:] = [sender, one_at_a_time]
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _run_in_worker(config: Config, backend: str, name: str, folder: Path) -> RunResult:
     def tell(number: int, accuracy: float | None) -> None:
-        _NEWS[0].put((name, number, accuracy))
+        sender, one_at_a_time = _NEWS
+        with one_at_a_time:
+            sender.send((name, number, accuracy))
 
     return run_validated(config, backend, ClientResources(), tell, folder / name)
 

@@ -8,6 +8,7 @@ import io
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -643,6 +644,15 @@ def regression_error(arrays: ArrayRecord) -> float:
     return float(np.sqrt(difference @ difference + float(values["offset"]) ** 2))
 
 
+@cache
+def regression_data(partition: int, examples: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return a client's inputs (examples, DIMENSIONS) and targets (examples,), float32."""
+    draw = np.random.default_rng([5, partition])
+    inputs = draw.normal(size=(examples, DIMENSIONS)).astype(np.float32)
+    noise = draw.normal(size=examples).astype(np.float32)
+    return inputs, (inputs @ TRUE_WEIGHTS + 0.1 * noise).astype(np.float32)
+
+
 def regression_app(
     mods: Sequence[Mod] = (), *, learning_rate: float = 0.1, examples: int = 64
 ) -> ClientApp:
@@ -650,10 +660,7 @@ def regression_app(
     app = ClientApp(mods=list(mods))
 
     def data(context: Context) -> tuple[NDArray[Any], NDArray[Any]]:
-        draw = np.random.default_rng([5, int(context.node_config["partition-id"])])
-        inputs = draw.normal(size=(examples, DIMENSIONS)).astype(np.float32)
-        noise = draw.normal(size=examples).astype(np.float32)
-        return inputs, (inputs @ TRUE_WEIGHTS + 0.1 * noise).astype(np.float32)
+        return regression_data(int(context.node_config["partition-id"]), examples)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

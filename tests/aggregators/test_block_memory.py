@@ -58,7 +58,9 @@ def noise_of_rounds() -> Tensor:
 
 
 @cache
-def distance_after(name: str, share: float, spread: float, attack: bool) -> float:
+def distance_after(
+    name: str, share: float, spread: float, attack: bool, rounds: int = 150
+) -> float:
     """Return how far from the optimum a quadratic ends that starts at 10.
 
     Each client covers ``share`` of its way in a round, less where the curvature is lower: it is
@@ -71,7 +73,7 @@ def distance_after(name: str, share: float, spread: float, attack: bool) -> floa
     model *= 10 / model.norm()
     curvature = torch.logspace(-math.log10(spread), 0, DIMENSIONS)
     curvature = curvature[torch.randperm(DIMENSIONS, generator=generator)]
-    for noise in noise_of_rounds():
+    for noise in noise_of_rounds()[:rounds]:
         updates = share * (curvature * model + noise)
         if attack:
             updates[torch.randperm(CLIENTS, generator=generator)[:4]] *= -100
@@ -90,8 +92,9 @@ def distance_after(name: str, share: float, spread: float, attack: bool) -> floa
 def test_a_quadratic_converges_however_far_clients_train(
     spread: float, attack: bool, share: float
 ) -> None:
-    median = distance_after("median", share, spread, attack)
-    assert distance_after("robust", share, spread, attack) <= 3 * median + 0.05
+    rounds = 60 if spread == 1 else 150  # what is waited for takes longer where curvatures differ
+    median = distance_after("median", share, spread, attack, rounds)
+    assert distance_after("robust", share, spread, attack, rounds) <= 3 * median + 0.05
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9])

@@ -71,9 +71,11 @@ def read(reply: Message, model: ArrayRecord, name: str) -> tuple[Screened, Any, 
     return screen(reply, layout, row, buffers, compressor=build_compressor(name)), row, buffers
 
 
-def fit(strategy: Any, mods: list[Any], rounds: int = 60, config: Any = None) -> Any:
+def fit(
+    strategy: Any, mods: list[Any], rounds: int = 60, config: Any = None, step: float = 0.1
+) -> Any:
     """Train the regression; return the final arrays and the metrics."""
-    grid = InProcessGrid(regression_app(mods), N, config or {})
+    grid = InProcessGrid(regression_app(mods, learning_rate=step), N, config or {})
     return strategy.start(grid, regression_model(), num_rounds=rounds)
 
 
@@ -131,10 +133,10 @@ def test_every_strategy_learns_from_packed_updates(strategy: Any, name: str) -> 
     torch.manual_seed(0)
     extra = {"block_fraction": 0.5} if strategy is BGMD else {}
     # Plain signs have no size: steps of 1 until the server makes them smaller.
-    rate = 0.02 if name == "sign" else 0.2 if name.startswith("scaled") else 1.0
-    rounds = 40 if rate == 1.0 else 100
+    rate = 0.05 if name == "sign" else 0.2 if name.startswith("scaled") else 1.0
+    rounds = 15 if rate == 1.0 else 40
     made = strategy(**options(compressor=name, server_learning_rate=rate, **extra))
-    result = fit(made, [CompressionMod()], rounds)
+    result = fit(made, [CompressionMod()], rounds, step=0.3)
     assert regression_error(result.arrays) < 0.25 * regression_error(regression_model())
     last = result.train_metrics_clientapp[rounds]
     assert last["accepted"] == N

@@ -21,6 +21,7 @@ from simulations.config import SETTINGS
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "--backend=inprocess",
+    "--dataset=mnist",
     "--model=tiny-cnn",
     "--num-server-rounds=2",
     "--local-steps=1",
@@ -218,16 +219,9 @@ def test_keys_without_a_match_are_an_error(capsys: pytest.CaptureFixture[str]) -
     assert "pattern is 'mixing'; allowed: part of num-server-rounds, " in capsys.readouterr().err
 
 
-def test_data_command_names_the_folder() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "simulations", "data", "--dataset", "cifar10"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "50000 training and 10000 test images" in done.stdout.replace("\n", " ")
+def test_data_command_names_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "--dataset", "cifar10"]) == 0
+    assert "50000 training and 10000 test images" in capsys.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.parametrize(
@@ -319,12 +313,14 @@ def test_rows_and_columns_are_named_once(
     ],
     ids=["run", "clients", "grid"],
 )
-@pytest.mark.parametrize("wait", [0.5, 5], ids=["starting", "computing"])
+@pytest.mark.parametrize(
+    "awaited", ["results", "checkpoints/**/round-*"], ids=["starting", "computing"]
+)
 def test_an_interrupted_command_ends_at_once_with_a_word(
-    command: list[str], wait: float, tmp_path: Path
+    command: list[str], awaited: str, tmp_path: Path
 ) -> None:
-    results = tmp_path / "results"
-    many = [*command, "--num-server-rounds=100000", f"--results-dir={results}"]
+    many = [*command, "--num-server-rounds=100000", f"--results-dir={tmp_path / 'results'}"]
+    many += [f"--checkpoint-dir={tmp_path / 'checkpoints'}"]
     with (tmp_path / "err").open("w") as err:
         process = subprocess.Popen(
             [sys.executable, "-m", "simulations", *many],
@@ -337,9 +333,10 @@ def test_an_interrupted_command_ends_at_once_with_a_word(
         )
         try:
             deadline = time.monotonic() + 120
-            while not results.exists() and time.monotonic() < deadline:
+            while not next(tmp_path.glob(awaited), None):
+                assert time.monotonic() < deadline, f"no {awaited}"
                 time.sleep(0.1)
-            time.sleep(wait)
+            time.sleep(0.5)
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does
             assert process.wait(timeout=30) == 130
         finally:

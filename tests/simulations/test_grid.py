@@ -542,8 +542,8 @@ def test_attacks_that_know_the_rule_find_what_the_printed_memory_lets_in(attack:
         )
         inner = InProcessGrid(quadratic_app(), 10, {})
         grid = AdversarialGrid(inner, plan, 10, strategy.preview)
-        result = strategy.start(grid, quadratic_model("left"), num_rounds=60)
-        assert grid.played == {attack: 240}
+        result = strategy.start(grid, quadratic_model("left"), num_rounds=40)
+        assert grid.played == {attack: 160}
         off = result.arrays["left"].numpy() - TARGET
         return float(np.linalg.norm(off) / np.linalg.norm(TARGET))
 

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 SMALL: Config = {
+    "dataset": "mnist",
     "model": "tiny-cnn",
     "num-server-rounds": 2,
     "num-clients": 4,
@@ -127,8 +128,8 @@ def test_flwr_run_from_a_neutral_directory(superlink: dict[str, str], tmp_path: 
     results = tmp_path / "results"
     settings = (
         "strategy='fltrust' root-examples=50 attack='bit-flip' byzantine-fraction=0.4 "
-        "num-server-rounds=2 "
-        "num-clients=5 partition='shards:80' model='tiny-cnn' local-steps=1 batch-size=8 "
+        "num-server-rounds=2 num-clients=5 partition='shards:80' dataset='mnist' "
+        "model='tiny-cnn' local-steps=1 batch-size=8 "
         f"results-dir='{results}'"
     )
     # All cores for one client: a second actor takes seconds to start.
@@ -170,12 +171,15 @@ def test_the_lines_of_the_docs_run_and_stop_what_they_started(tmp_path: Path) ->
         (ROOT / "docs" / "command-line.md").read_text().split("## The same app with `flwr run`")[1]
     )
     lines, port = section.split("```")[1], str(free_port())
-    small = f"num-clients=4 num-server-rounds=1 local-steps=1 results-dir='{tmp_path / 'results'}'"
+    small = "dataset='mnist' num-clients=4 num-server-rounds=1 local-steps=1 "
+    small += f"results-dir='{tmp_path / 'results'}'"
     for shown, here in (
         ("39191", port),
         ("$PWD/.venv/bin", str(BIN)),
         ("$PWD/results", str(tmp_path)),
         ("num-supernodes=10", "num-supernodes=4"),
+        # All cores for one client: a second actor takes seconds to start.
+        ("client-resources-num-cpus=1", f"client-resources-num-cpus={os.cpu_count()}"),
         ("byzantine-fraction=0.4", f"byzantine-fraction=0.4 model='tiny-cnn' {small}"),
         ("flwr list", f"flwr list --format json > {tmp_path / 'list'}"),
     ):

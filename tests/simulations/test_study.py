@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import signal
+import threading
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,7 @@ import pytest
 
 from fl_bgmd.attacks import ATTACKS
 from fl_bgmd.data import held_out, load, partitions
+from simulations import runner
 from simulations.backends import run
 from simulations.cli import main
 from simulations.config import ConfigError
@@ -29,6 +35,7 @@ SMALL = {
     "byzantine-fraction": 0.4,
     "evaluate-every": 3,
 }
+ROUNDS = ("num-server-rounds", "evaluate-every")
 
 
 @pytest.fixture
@@ -156,6 +163,7 @@ def test_a_file_that_is_no_study_is_refused(text: str, message: str, tmp_path: P
         read_study(file)
 
 
+@pytest.mark.usefixtures("without_curves")
 def test_the_command_line_runs_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mine.toml"
     keys = "\n".join(f"{key} = {json.dumps(value)}" for key, value in SMALL.items())
@@ -183,8 +191,9 @@ def table_rows(folder: Path) -> list[list[str]]:
 def test_compare_attacks_writes_table_heat_map_and_cells(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [f"--{key}={value}" for key, value in SMALL.items()]
+    options = [f"--{k}={v}" for k, v in SMALL.items() if k not in ROUNDS]
     arguments = ["--strategies", "mean", "gmd", "--attack=none,sign-flip,ipm", "--jobs=2"]
+    arguments += ["--num-server-rounds=1", "--evaluate-every=1"]
     arguments += ["--backend=inprocess", f"--results-dir={tmp_path}", "--seeds=2"]
     assert main(["compare", *options, *arguments]) == 0
     [folder] = tmp_path.iterdir()
@@ -262,6 +271,23 @@ def test_a_study_with_an_idle_attack_fails_and_says_so(
     assert "attack delayed was not played" in capsys.readouterr().err
     [folder] = tmp_path.iterdir()
     assert table_rows(folder)[-1][-2:] == ["failed", "failed"]
+
+
+def die_while_reporting() -> None:
+    _, one_at_a_time = runner._NEWS
+    one_at_a_time.acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_killed_while_it_reports_keeps_nobody_waiting() -> None:
+    def play() -> None:
+        with suppress(BrokenProcessPool), runner.pool(1) as workers:
+            workers.submit(die_while_reporting).result()
+
+    study = threading.Thread(target=play, daemon=True)
+    study.start()
+    study.join(60)
+    assert not study.is_alive()
 
 
 def test_more_jobs_than_one_need_the_in_process_backend(capsys: pytest.CaptureFixture[str]) -> None:
@@ -348,6 +374,7 @@ def test_an_incomplete_cell_is_not_a_mean_of_what_is_there() -> None:
         assert means.loc["gmd"].tolist() == [0.5, 0.5, 0.5]
 
 
+@pytest.mark.usefixtures("without_curves")
 @pytest.mark.usefixtures("without_curves")
 def test_report_refuses_runs_of_different_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -47,8 +47,8 @@ def lie(message: Message, context: Context, call_next: Call) -> Message:
     return reply
 
 
-def run(strategy: RobustStrategy, nodes: int, mods: Any = (), rounds: int = 60) -> Result:
-    app = regression_app(mods)
+def run(strategy: RobustStrategy, nodes: int, mods: Any = (), rounds: int = 20) -> Result:
+    app = regression_app(mods, learning_rate=0.3)
     return strategy.start(InProcessGrid(app, nodes, {}), regression_model(), num_rounds=rounds)
 
 
