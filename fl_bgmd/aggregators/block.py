@@ -289,7 +289,7 @@ def _gather(rows: Tensor, offset: Tensor | None, block: Tensor, out: Tensor) -> 
         parts = rows.each(_gathered, offset, PerShard(lambda part: within(block, part)), out.dtype)
         torch.cat(parts, dim=1, out=out)
         return
-    if rows.device.type != "cpu" or rows.dtype != out.dtype:
+    if rows.device.type != "cpu" or rows.dtype == torch.bfloat16:  # which NumPy has not
         out.copy_(rows[:, block])
         if offset is not None:
             _finite(out.add_(offset[block]))
@@ -301,8 +301,11 @@ def _gather(rows: Tensor, offset: Tensor | None, block: Tensor, out: Tensor) -> 
     def gather(part: slice) -> None:
         added = None if shift is None else shift[indices[part]].astype(target.dtype)
         for row, values in zip(source, target[:, part], strict=True):
-            # The indices are in range: "clip" spares NumPy a buffer.
-            np.take(row, indices[part], out=values, mode="clip")
+            if row.dtype == values.dtype:
+                # The indices are in range: "clip" spares NumPy a buffer.
+                np.take(row, indices[part], out=values, mode="clip")
+            else:
+                values[:] = row[indices[part]]
             if added is not None:
                 values += added
                 np.clip(values, -limit, limit, out=values)
