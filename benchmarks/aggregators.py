@@ -40,7 +40,6 @@ from fl_bgmd.aggregators import (
     mean_around_median,
     minimum_diameter_averaging,
     nearest_neighbor_averaging,
-    nearest_neighbor_mixing,
     norm_clip,
     norm_threshold,
     sign_guard,
@@ -48,6 +47,7 @@ from fl_bgmd.aggregators import (
     spectral_filter,
     trimmed_mean,
 )
+from fl_bgmd.aggregators.mixing import nearest_neighbors
 
 SHAPES = ((10, 11_173_962), (32, 1_163_978), (100, 1_163_978), (3_000, 1_000), (10_000, 1_000))
 MANY_ROWS = 1_000  # from here on: no rule whose cost grows with n^3, no peers, times in seconds
@@ -57,8 +57,12 @@ CONSOLE = Console(width=120)
 Rule = Callable[[Tensor], Any]
 
 
-def own_rules(memory: BlockMemory | None) -> dict[str, Rule]:
-    """Return this project's rules; the block rule starts with a memory, as in every later round."""
+def own_rules(memory: BlockMemory | None, spare: Tensor) -> dict[str, Rule]:
+    """Return this project's rules; the block rule starts with a memory, as in every later round.
+
+    The mixing writes into ``spare`` (n, d): a strategy lets it write into the rows, which other
+    rules here still need.
+    """
     return {
         "geometric median": geometric_median,
         "geometric median, Weiszfeld": partial(geometric_median, solver="weiszfeld"),
@@ -82,7 +86,7 @@ def own_rules(memory: BlockMemory | None) -> dict[str, Rule]:
         "FLTrust": lambda rows: fltrust(rows, rows[0]),
         "norm clipping": norm_clip,
         "centered clipping": centered_clipping,
-        "nearest-neighbor mixing": nearest_neighbor_mixing,
+        "nearest-neighbor mixing": lambda rows: nearest_neighbors(rows).apply(rows, out=spare),
         "mean of clip + median clip + neighbors": build_rule(
             "mean+clipping+median-clipping+nearest-neighbor"
         ),
@@ -126,7 +130,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shapes", nargs="+", metavar="NxD", help="default: the papers' models")
-    parser.add_argument("--only", default="", help="rules whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="rules whose name contains one")
     parser.add_argument("--no-peers", action="store_true")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -141,12 +145,12 @@ def measure_shape(n: int, d: int, device: torch.device, options: argparse.Namesp
     """Print the table of one shape."""
     torch.manual_seed(0)
     rows = torch.randn(n, d, device=device)
-    rules = own_rules(block_geometric_median(rows).memory)
+    rules = own_rules(block_geometric_median(rows).memory, rows.clone())
     if n >= MANY_ROWS:
         del rules["spectral filter, saddle"]
     elif not options.no_peers:
         rules |= peer_rules(device)
-    rules = {name: rule for name, rule in rules.items() if options.only in name}
+    rules = {name: rules[name] for name in rules if any(part in name for part in options.only)}
     baseline = seconds(lambda: rows.sum(0), options.repeats, device)
     reached: dict[str, float] = {}
     memory: dict[str, float] = {}

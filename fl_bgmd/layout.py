@@ -47,7 +47,7 @@ class ModelLayout:
         Batch-norm statistics and integer or boolean arrays: their values are combined, not
         their differences.
     dtype : numpy dtype
-        Of the update matrix: float64 if any direction is, float32 otherwise.
+        What updates are computed in: float64 if any direction is, float32 otherwise.
     held : bool
         Whether the model's arrays are still values (:mod:`fl_bgmd.held`), as :meth:`to_arrays`
         then makes them.
@@ -94,6 +94,11 @@ class ModelLayout:
         """Length d of an update."""
         last = self.directions[-1]
         return last.offset + last.size
+
+    @property
+    def is_half(self) -> bool:
+        """Whether all directions are float16."""
+        return all(spec.dtype == np.float16 for spec in self.directions)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:

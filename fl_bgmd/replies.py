@@ -137,8 +137,8 @@ def screen(
     layout : ModelLayout or None
         The model that was sent out; None for a reply without arrays (evaluation).
     row : ndarray, optional
-        (d,) of ``layout.dtype``: receives ``sent - received``, the update. Holds nothing of use
-        when the reply is rejected.
+        (d,) of ``layout.dtype``, or float16: receives ``sent - received``, the update, rounded to
+        its dtype. Holds nothing of use when the reply is rejected.
     buffers : ndarray, optional
         (number of buffer values,) of :data:`~fl_bgmd.layout.BUFFER_DTYPE`: receives the reply's
         buffers.
@@ -449,11 +449,11 @@ def _subtract(
     is finite only if all its terms are; one that overflows is looked at term by term. The sum is
     einsum's, half the time of ``add.reduce``.
     """
-    suspicious = False
+    suspicious, wide = False, np.promote_types(out.dtype, np.float32)
     for start in range(0, len(out), _PIECE):
         piece = slice(start, start + _PIECE)
         np.subtract(sent[piece], received[piece], out=out[piece], casting="same_kind")
-        suspicious |= not math.isfinite(np.einsum("i->", out[piece]))
+        suspicious |= not math.isfinite(np.einsum("i->", out[piece], dtype=wide))
     return not suspicious or bool(np.isfinite(out).all())
 
 

@@ -72,7 +72,7 @@ def preview(
     rate = settings.learning_rate(sent.terms.round)
     for _ in range(rounds):
         # A copy: the rule may overwrite it.
-        rows = updates.to(settings.torch_device, copy=True)
+        rows = updates.to(settings.torch_device, sent.row_dtype, copy=True)
         share = state.assumed(settings)
         fresh = Round(rows, None, nodes, byzantine_fraction=share, root=root)
         current = gathered(fresh, examples, stale, settings)

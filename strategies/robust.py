@@ -166,8 +166,8 @@ class RobustStrategy(DeclaredStrategy):
         Returns its layout. Raises ``ValueError`` for a model that holds a NaN or an infinity, or is
         another one than in the last round.
         """
-        seed, order = self._seed(server_round), self.rule.norm_order
-        sent = Sent.of(arrays, server_round, seed, self.settings, order)
+        seed = self._seed(server_round)
+        sent = Sent.of(arrays, server_round, seed, self.settings, self.rule)
         if self._sent is not None:
             sent.check_follows(self._sent)
         if self.seed is None:

@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fl_bgmd.aggregators import Rule
 from fl_bgmd.compression import Compressor
 from fl_bgmd.held import num_bytes
 from fl_bgmd.layout import ModelLayout
@@ -34,6 +35,9 @@ class Sent:
         The server's model.
     layout : ModelLayout
         Of the model as the clients have it: rounded where there is a downlink compressor.
+    row_dtype : torch.dtype
+        Of a row: that of the layout; float16 where all arrays that are trained are, their replies
+        are not packed, and no mixing writes means into the rows.
     own_layout : ModelLayout
         Of ``model``.
     compressor : Compressor or None
@@ -50,6 +54,7 @@ class Sent:
     model: ArrayRecord
     layout: ModelLayout
     own_layout: ModelLayout
+    row_dtype: torch.dtype
     compressor: Compressor | None = None
     coordinates: Indices | None = None
     num_bytes: int = 0
@@ -62,11 +67,11 @@ class Sent:
         server_round: int,
         seed: int,
         settings: Settings,
-        norm_order: float | None = None,
+        rule: Rule,
     ) -> Self:
         """Return what goes out where nothing rounds the model; clients draw from ``seed``.
 
-        ``norm_order``: of the norms that they are to report, None for none.
+        ``rule`` says which norms they are to report, and whether it mixes their updates.
 
         Raises ``ValueError`` for a model that holds a NaN or an infinity.
         """
@@ -79,13 +84,15 @@ class Sent:
             compressor=None if compressor is None else compressor.name,
             error_feedback=settings.error_feedback,
             compression_seed=seed if settings.shared_coordinates else None,
-            norm_order=None if norm_order == 2 else norm_order,
+            norm_order=None if rule.norm_order == 2 else rule.norm_order,
         )
         if settings.shared_coordinates and compressor is not None:
             compressor = compressor.for_round(seed)
             coordinates = compressor.coordinates(layout.num_directions)
+        is_narrow = layout.is_half and compressor is None and not rule.mixings
+        dtype = torch.float16 if is_narrow else torch.from_numpy(layout.values[:0]).dtype
         size, root = _num_bytes(model), _root(model, server_round, layout, settings)
-        return cls(terms, model, layout, layout, compressor, coordinates, size, root)
+        return cls(terms, model, layout, layout, dtype, compressor, coordinates, size, root)
 
     def as_received(self, content: RecordDict, received: ArrayRecord) -> Self:
         """Return what went out by what :func:`packed` made of it."""
@@ -106,11 +113,6 @@ class Sent:
     def width(self) -> int:
         """How many values a row has."""
         return self.layout.num_directions if self.coordinates is None else len(self.coordinates)
-
-    @property
-    def row_dtype(self) -> torch.dtype:
-        """The dtype of a row."""
-        return torch.from_numpy(self.layout.values[:0]).dtype
 
     def root_row(self, ties: Mapping[str, str], device: torch.device) -> Tensor | None:
         """Return the root as the rows of a rule are: see :meth:`spread`."""

@@ -153,8 +153,8 @@ def block_geometric_median(
     scores = _column_scores(rows, offset, norms, score, work)
     block = select_block(scores, k, selection=selection, generator=generator)
     # Fresh memory is dear: the vector's holds the block first, where that fits.
-    vector = empty(d, updates, dtype)
-    chosen = vector[: n * k].view(n, k) if n * k <= d else empty((n, k), updates, dtype)
+    vector = empty(d, updates, dtype) if n * k <= d else None
+    chosen = empty((n, k), updates, dtype) if vector is None else vector[: n * k].view(n, k)
     is_robust = memory_rule == "robust"
     _gather(rows, None if is_robust else offset, block, chosen)
     median = geometric_median(chosen, tol=tol, solver=solver)
@@ -170,7 +170,7 @@ def block_geometric_median(
         whose = None if nodes is None else tuple(nodes)
         next_memory = BlockMemory(left_over, nodes=whose).with_rows_of(before)
     elif memory_rule != "none" and k == d:
-        next_memory = BlockMemory(torch.zeros_like(vector))
+        next_memory = BlockMemory(fill_zeros(empty(d, updates, dtype)))
     elif memory_rule != "none":
         weights = np.full(n, 1.0 / n)
         if is_robust:
@@ -191,6 +191,7 @@ def block_geometric_median(
     elif next_memory is not None:
         next_memory = replace(next_memory, step_size=step_size)
     del chosen
+    vector = empty(d, updates, dtype) if vector is None else vector
     native(fill_zeros(vector), updates)[native(block, updates)] = native(step * scale, updates)
     total = float(squared.sum())
     return BlockGeometricMedian(
@@ -288,7 +289,7 @@ def _gather(rows: Tensor, offset: Tensor | None, block: Tensor, out: Tensor) -> 
         parts = rows.each(_gathered, offset, PerShard(lambda part: within(block, part)), out.dtype)
         torch.cat(parts, dim=1, out=out)
         return
-    if rows.device.type != "cpu" or rows.dtype != out.dtype:
+    if rows.device.type != "cpu" or rows.dtype == torch.bfloat16:  # which NumPy has not
         out.copy_(rows[:, block])
         if offset is not None:
             _finite(out.add_(offset[block]))
@@ -300,8 +301,11 @@ def _gather(rows: Tensor, offset: Tensor | None, block: Tensor, out: Tensor) -> 
     def gather(part: slice) -> None:
         added = None if shift is None else shift[indices[part]].astype(target.dtype)
         for row, values in zip(source, target[:, part], strict=True):
-            # The indices are in range: "clip" spares NumPy a buffer.
-            np.take(row, indices[part], out=values, mode="clip")
+            if row.dtype == values.dtype:
+                # The indices are in range: "clip" spares NumPy a buffer.
+                np.take(row, indices[part], out=values, mode="clip")
+            else:
+                values[:] = row[indices[part]]
             if added is not None:
                 values += added
                 np.clip(values, -limit, limit, out=values)

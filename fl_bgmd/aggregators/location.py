@@ -85,7 +85,7 @@ def sketch(
     if d > width:
         secret, seed = torch.randint(2**62, (2,), generator=generator).tolist()
         bits = np.random.default_rng(seed).integers(0, 256, _POOL // 8, dtype=np.uint8)
-        pool = torch.from_numpy(np.unpackbits(bits)).to(dtype) * 2 - 1
+        pool = torch.from_numpy(np.unpackbits(bits)).to(dtype).mul_(2).sub_(1)
     if isinstance(rows, Sharded):
         firsts = PerShard(lambda part: part.start)
         left = PerShard(lambda part: within(left_out, part))

@@ -17,6 +17,7 @@ from torch import Tensor
 from .rows import empty, stacked
 
 _LARGEST_FACTOR = 1e30
+_PIECE = 2**16  # values that are widened to float64 at a time
 
 SMOOTHING = 0.9
 """What earlier rounds count for in the curvature, each as much of the next one."""
@@ -208,4 +209,5 @@ def fading(curvature: float | None, rounds: float) -> float:
 
 def _dot(a: Tensor, b: Tensor) -> float:
     """Return the inner product of two vectors, in float64."""
-    return float(a.double() @ b.double())
+    pieces = [slice(start, start + _PIECE) for start in range(0, len(a), _PIECE)]
+    return sum(float(a[piece].double() @ b[piece].double()) for piece in pieces)

@@ -155,6 +155,22 @@ def test_the_dtype_of_the_row_follows_the_model(dtype: str) -> None:
     np.testing.assert_array_equal(row, np.concatenate(expected).astype(layout.dtype))
 
 
+def test_a_row_may_be_float16() -> None:
+    """It holds the update rounded; one that leaves its range is not finite."""
+    model = plain_model(dtype="float16")
+    message, layout = train_message(model), ModelLayout(model)
+    assert layout.is_half
+    assert not ModelLayout(plain_model()).is_half
+    reply = honest_reply(message, random_update(model, 3))
+    _, expected, buffers = read(reply, layout)
+    row = np.empty(layout.num_directions, np.float16)
+    assert screen(reply, layout, row, buffers).reason is None
+    np.testing.assert_array_equal(row, expected.astype(np.float16))
+    far = replace_values(reply, np.full(WEIGHT, 1e5, np.float32))
+    assert read(far, layout)[0].reason is None
+    assert screen(far, layout, row, buffers).reason is Rejection.NON_FINITE
+
+
 def test_zero_dimensional_and_empty_arrays_buffers_and_integers() -> None:
     model = batch_norm_model()
     message, layout = train_message(model), ModelLayout(model)
