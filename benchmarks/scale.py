@@ -4,7 +4,9 @@
 a round into a file there (40 GB), applies the rules, and prints JSON lines: seconds, also in
 multiples of reading the file once, and the peak of anonymous memory, in bytes. What the system
 keeps of the file in memory it takes back when it needs it; it does not count. ``--shards ray``
-sends the columns to the machines of a Ray cluster first, in the seconds of each rule.
+sends the columns to the machines of a Ray cluster first, in the seconds of each rule. ``--peers``
+lets ByzFL and Flower try afterwards (``pip install --no-deps byzfl seaborn``), each in a process
+that may hold ``--limit`` bytes of its own.
 """
 
 import argparse
@@ -20,7 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import peers
 from fl_bgmd.aggregators import Rule, build_rule
+from fl_bgmd.aggregators.rows import has_cheap_gram
 from fl_bgmd.mapped import mapped
 from fl_bgmd.shards import Crew
 
@@ -31,6 +35,9 @@ PASSES = {
     "robust-filter+nearest-neighbor": "4 reads, 1 write: Gram matrix and means, twice",
 }
 """What each rule does with the file."""
+
+MANY_ROWS = {"gmd": "1 read for a start, 3 to 9 until the gap is certified"}
+"""The same of so many rows that the median needs no Gram matrix."""
 
 HOSTILE = 0.2
 _PIECE = 2**22
@@ -104,7 +111,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--shards", choices=["none", "ray"], default="none")
     parser.add_argument("--shards-address", default="", help="HOST:PORT of a Ray cluster")
+    parser.add_argument("--peers", action="store_true", help="ByzFL and Flower, too")
+    parser.add_argument("--limit", type=int, default=0, help="of a peer, in bytes; 0: half of all")
+    parser.add_argument("--most-seconds", type=float, default=600.0, help="of a peer")
     options = parser.parse_args()
+    measure(options)
+    if options.peers:
+        shape = options.clients, options.parameters
+        for line in peers.measured(*shape, options.folder, options.limit, options.most_seconds):
+            print(json.dumps(line), flush=True)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Measure this project's rules and print."""
     torch.set_num_threads(options.threads)
     n, d = options.clients, options.parameters
     rows = mapped((n, d), torch.float32, options.folder)
@@ -120,6 +139,7 @@ def main() -> None:
     once, held = timed(lambda: read(rows))
     line = {"step": "read", **shape, "seconds": round(once, 2), "anonymous-bytes": held}
     print(json.dumps(line), flush=True)
+    passes = PASSES if has_cheap_gram(n, d) else PASSES | MANY_ROWS
     for spec in options.rules:
         rule = build_rule(spec, generator=torch.Generator().manual_seed(0))
         # Mixings write into the file: such a rule comes last.
@@ -129,7 +149,7 @@ def main() -> None:
             **shape,
             "seconds": round(seconds, 2),
             "reads": round(seconds / once, 2),
-            "passes": PASSES.get(spec, ""),
+            "passes": passes.get(spec, ""),
             "anonymous-bytes": held,
         }
         print(json.dumps(line), flush=True)

@@ -5,7 +5,9 @@ the gradient ``-sum_i (o_i / r_i) b_i`` and the Hessian ``S I - sum_i (o_i / r_i
 ``S = sum_i o_i / r_i``. Neither the n x n Gram matrix nor a d x d matrix is formed: conjugate
 gradients ask for products with the Hessian, one pass over the rows each. Distances along a line
 follow from n inner products, so the line search is exact and costs no pass at all. Every step ends
-with Weiszfeld's map, which brings y into the convex hull.
+with Weiszfeld's map, which brings y into the convex hull. Where that map, a pass each time, is to
+come near enough in fewer passes than Newton's step takes, as where rows lie in many directions, a
+step does nothing else.
 """
 
 from dataclasses import dataclass
@@ -17,14 +19,15 @@ from torch import Tensor
 
 from .certificate import HullPoint, better
 from .coordinates import coordinate_median
-from .rows import Block, dot, native, numbers, squared_sizes
-from .strips import sum_strips
+from .rows import dot, native, squared_sizes
+from .strips import sum_weighted
 
 Array = NDArray[np.float64]
 
 _EPSILON = float(np.finfo(np.float64).eps)
 _CG_STEPS = 50
 _STALLED = 3  # steps in a row that gain nothing
+_MAPS = 3  # that are fewer passes than a Newton step
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def minimize_in_space(
     """
     start = _look(rows, row_weights, coordinate_median(rows).vector.cpu().double().numpy())
     point, view = _enter_hull(rows, row_weights, start)
+    moved = start
     best, best_y = point, view.y
     tried: set[int] = set()
     iterations = stalled = 0
@@ -103,11 +107,20 @@ def minimize_in_space(
             if best.gap <= 0.99 * tol:
                 break
         iterations += 1
+        sizes = [float(np.linalg.norm(seen.resultant)) for seen in (view, moved)]
+        fall = sizes[0] / sizes[1] if sizes[0] < sizes[1] else 1.0  # by the last map
         before = view
-        direction, along = _direction(rows, view, 0.3 * tol * row_weights.sum() / 2)
-        length = _line_search(row_weights, view.distances, along, float(direction @ direction))
-        moved = _look(rows, row_weights, view.y + length * direction)
-        point, view = _enter_hull(rows, row_weights, moved, before.y)
+        if point.gap * fall**_MAPS > 0.99 * tol:
+            direction, along = _direction(rows, view, 0.3 * tol * row_weights.sum() / 2)
+            length = _line_search(row_weights, view.distances, along, float(direction @ direction))
+            moved = _look(rows, row_weights, view.y + length * direction)
+            point, view = _enter_hull(rows, row_weights, moved, before.y)
+        else:
+            for _ in range(_MAPS):
+                moved = view
+                point, view = _enter_hull(rows, row_weights, moved, before.y)
+                if point.gap <= 0.99 * tol:
+                    break
         is_better, gains = better(point, best), _is_lower(row_weights, before, view)
         if is_better:
             best, best_y = point, view.y
@@ -117,23 +130,26 @@ def minimize_in_space(
 
 def _look(rows: Tensor, row_weights: Array, y: Array, step: Array | None = None) -> _View:
     """Pass over the rows once and return what is seen from y."""
-    n = len(row_weights)
-    distances, along, pulls = np.empty(n), np.zeros(n), np.zeros(n)
-    coincident = np.zeros(n, dtype=bool)
-    size = float(np.linalg.norm(y))
-    direction = None if step is None else native(step, rows)
+    n, size = len(row_weights), float(np.linalg.norm(y))
+    measures = [lambda columns, block: squared_sizes(block)]
+    if step is not None:
+        direction = native(step, rows)
+        measures.append(lambda columns, block: dot(block, direction[columns]))
 
-    def look(part: slice, block: Block) -> Block:
-        distances[part] = np.sqrt(numbers(squared_sizes(block)))
-        near = distances[part] <= 8 * _EPSILON * (distances[part] + size)
-        coincident[part] = near
-        pulls[part] = np.where(near, 0.0, row_weights[part] / np.where(near, 1.0, distances[part]))
-        if direction is not None:
-            along[part] = numbers(dot(block, direction))
-        return dot(native(pulls[part], rows), block)
+    def is_near(squared: Array) -> NDArray[np.bool_]:
+        distances = np.sqrt(squared)
+        near: NDArray[np.bool_] = distances <= 8 * _EPSILON * (distances + size)
+        return near
 
-    resultant = sum_strips(look, rows, torch.from_numpy(-y))
-    return _View(y, distances, coincident, pulls, resultant, along)
+    def pull(part: slice, values: Array) -> Array:
+        near = is_near(values[0])
+        pulls: Array = row_weights[part] / np.where(near, 1.0, np.sqrt(values[0]))
+        return np.where(near, 0.0, pulls)
+
+    values, resultant = sum_weighted(measures, pull, rows, torch.from_numpy(-y))
+    along = np.zeros(n) if step is None else values[1]
+    distances, pulls = np.sqrt(values[0]), pull(slice(0, n), values)
+    return _View(y, distances, is_near(values[0]), pulls, resultant, along)
 
 
 def _nearest(view: _View, row_weights: Array) -> int:
@@ -217,16 +233,14 @@ def _direction(rows: Tensor, view: _View, enough: float) -> tuple[Array, Array]:
 
 def _hessian_product(rows: Tensor, view: _View, vector: Array) -> tuple[Array, Array]:
     """Return the Hessian times ``vector``, (d,), and ``<vector, x_i - y>``, (n,)."""
-    along = np.zeros_like(view.pulls)
     safe = np.where(view.coincident, 1.0, view.distances)
     direction = native(vector, rows)
-
-    def multiply(part: slice, block: Block) -> Block:
-        along[part] = numbers(dot(block, direction))
-        shares = view.pulls[part] * (along[part] / safe[part] / safe[part])
-        return dot(native(shares, rows), block)
-
-    product = sum_strips(multiply, rows, torch.from_numpy(-view.y))
+    [along], product = sum_weighted(
+        [lambda columns, block: dot(block, direction[columns])],
+        lambda part, values: view.pulls[part] * (values[0] / safe[part] / safe[part]),
+        rows,
+        torch.from_numpy(-view.y),
+    )
     return view.pulls.sum() * vector - product, along
 
 

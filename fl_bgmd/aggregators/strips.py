@@ -1,6 +1,6 @@
 """Passes over many rows, a strip of them at a time: no n x n matrix."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,17 +14,21 @@ from .rows import (
     FEW_ELEMENTS,
     Block,
     dot,
+    empty,
+    fill_zeros,
     gram_matrix,
     native,
     numbers,
     on_cores,
     row_norms,
     squared_distances,
+    sum_blocks,
 )
 
 _DISTANCE_ELEMENTS, _DISTANCE_WIDTH = 1 << 20, 128  # of a strip of distances; columns at a time
 
 _STRIP_ELEMENTS = 1 << 17  # of a strip of rows: 1 MiB in float64
+_LONG_ROW, _HIGH = 1 << 18, 64  # values that leave a core's cache; then a strip has so many rows
 
 
 def sum_strips(
@@ -63,6 +67,63 @@ def sum_strips(
     if not on_cpu:
         return sum_range(slice(0, n))
     return sum(on_cores(sum_range, n, few=n * d < FEW_ELEMENTS))
+
+
+def sum_weighted(
+    measures: Sequence[Callable[[slice, Block], Any]],
+    weigh: Callable[[slice, NDArray[np.float64]], NDArray[np.float64]],
+    updates: Tensor,
+    offset: Tensor,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return what is measured of each row, and the sum of the rows weighted by it.
+
+    One pass in strips; where rows are too long for that, each strip is read twice in blocks.
+
+    Parameters
+    ----------
+    measures : sequence of callable
+        ``measure(columns, block)``, (m,), of m rows of ``updates + offset``: adds up over columns.
+    weigh : callable
+        ``weigh(rows, values)``: the weights of some rows, (m,), from their measures (k, m).
+    updates : Tensor
+        (n, d).
+    offset : Tensor
+        (d,) float64.
+
+    Returns
+    -------
+    values : (k, n)
+        The measures.
+    total : (d,)
+        ``sum_i weights_i (x_i + offset)``.
+    """
+    n, d = updates.shape
+    values = np.empty((len(measures), n))
+    if d < _LONG_ROW:
+
+        def take(rows: slice, block: Block) -> Any:
+            for value, measure in zip(values, measures, strict=True):
+                value[rows] = numbers(measure(slice(0, d), block))
+            return dot(native(weigh(rows, values[:, rows]), updates), block)
+
+        return values, sum_strips(take, updates, offset)
+    offset, total = offset.to(updates.device), fill_zeros(empty(d, updates, torch.float64))
+    target = native(total, updates)
+
+    def measured(columns: slice, block: Block) -> NDArray[np.float64]:
+        return np.stack([numbers(measure(columns, block)) for measure in measures])
+
+    for start in range(0, n, _HIGH):
+        rows = slice(start, min(start + _HIGH, n))
+        values[:, rows] = sum_blocks(measured, updates[rows], offset)
+        weights = native(weigh(rows, values[:, rows]), updates)
+
+        def add(columns: slice, block: Block, weights: Any = weights) -> float:
+            target[columns] += dot(weights, block)
+            return 0.0
+
+        sum_blocks(add, updates[rows], offset)
+    return values, numbers(total)
 
 
 def measure_strips(

@@ -23,10 +23,12 @@ from fl_bgmd.aggregators import (
     mean,
     multi_krum,
     nearest_neighbor_mixing,
+    newton,
     norm_clip,
     norm_threshold,
     spectral,
     spectral_filter,
+    strips,
     trimmed_mean,
 )
 from fl_bgmd.aggregators.mixing import buckets, nearest_neighbors
@@ -165,6 +167,41 @@ def test_every_dtype_and_weights(dtype: torch.dtype) -> None:
     assert max(weighted.gap, repeated.gap) <= TOL
     torch.testing.assert_close(weighted.vector, repeated.vector, rtol=0, atol=1e-4)
     assert weighted.objective == pytest.approx(repeated.objective, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["normal", "minus 100", "40 % equal"])
+def test_no_more_passes_over_more_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time is linear in n. Where Weiszfeld's map is quick no Newton step is taken: 4 passes."""
+    passes: list[int] = []
+    sum_weighted = newton.sum_weighted
+
+    def counting(*args: Any) -> Any:
+        passes[-1] += 1
+        return sum_weighted(*args)
+
+    monkeypatch.setattr(newton, "sum_weighted", counting)
+    for n in (1_500, 6_000):
+        passes.append(0)
+        assert geometric_median(attacked(kind, n, 600)).gap <= TOL
+    assert passes[1] <= passes[0] <= 16
+    if kind != "40 % equal":
+        assert passes[0] <= 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_rows_are_read_twice_with_the_same_result(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updates = attacked(kind, 700, 30)
+    once = geometric_median(updates)
+    monkeypatch.setattr(strips, "_LONG_ROW", 1)
+    twice = geometric_median(updates)
+    assert max(once.gap, twice.gap) <= TOL
+    assert twice.objective == pytest.approx(once.objective, rel=2 * TOL)
+    assert twice.weights is not None
+    formed = twice.weights.numpy() @ numpy64(updates)
+    size = twice.weights.numpy() @ np.abs(numpy64(updates))
+    assert (np.abs(formed - numpy64(twice.vector)) <= 1e-6 * size + 1e-300).all()
 
 
 def test_equal_rows_are_their_own_median_to_the_bit() -> None:
