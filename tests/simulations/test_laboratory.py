@@ -98,7 +98,7 @@ def test_strengths_of_the_paper_and_of_the_authors_code() -> None:
     values = {name: list(ATTACKS[name].bound().values.values()) for name in ATTACKS}
     assert values["bit-flip"] == [100.0]
     assert values["gaussian"] == [10.0]
-    assert values["backdoor"] == [8]
+    assert values["backdoor"] == [8, 1.0]
     assert values["replace-gaussian"] == [200.0]
     assert values["alie"] == [None]
     assert values["fang"] == [None, SEARCH_EVERY]
