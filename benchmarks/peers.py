@@ -74,7 +74,9 @@ def measured(n: int, d: int, folder: Path, limit: int, most: float) -> Iterator[
         if found.returncode < 0:  # an allocation that nobody looked at
             yield line | {"result": f"out of memory (signal {-found.returncode})"}
         elif found.returncode:
-            yield line | {"result": (found.stderr.strip().splitlines() or ["failed"])[-1][:200]}
+            last = (found.stderr.strip().splitlines() or ["failed"])[-1][:200]
+            no_stack = "Thread creation failed" in last  # which is memory, too
+            yield line | {"result": f"out of memory ({last})" if no_stack else last}
         else:
             yield line | json.loads(found.stdout.splitlines()[-1])
 
