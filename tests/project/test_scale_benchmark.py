@@ -14,6 +14,7 @@ LIMIT = 2 * N * D
 """Bytes: half of the matrix."""
 
 
+@pytest.mark.slow  # what a process may hold beyond its libraries differs from machine to machine
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory limits of Linux")
 @pytest.mark.parametrize(
     ("name", "result"),
