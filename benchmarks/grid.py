@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measure import wait
 from clients.client_app import app as client_app
 from clients.client_app import prepare_together
 from fl_bgmd.aggregators import build_rule
@@ -156,7 +157,7 @@ def clock_of(device: torch.device) -> Clock:
         return time.process_time
 
     def clock() -> float:
-        torch.cuda.synchronize(device)
+        wait(device)
         return time.perf_counter()
 
     return clock

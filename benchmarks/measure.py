@@ -8,16 +8,18 @@ from pathlib import Path
 
 import torch
 
+STATUS = Path("/proc/self/status")
+
 
 def seconds(function: Callable[[], object], repeats: int, device: torch.device) -> float:
     """Return the median wall clock of ``repeats`` calls, after one that does not count."""
     function()
     taken = []
     for _ in range(repeats):
-        _wait(device)
+        wait(device)
         started = time.perf_counter()
         function()
-        _wait(device)
+        wait(device)
         taken.append(time.perf_counter() - started)
     return sorted(taken)[len(taken) // 2]
 
@@ -30,19 +32,18 @@ def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> in
     gc.collect()
     _release_freed_memory()
     if device.type == "cuda":
-        _wait(device)
+        wait(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         function()
-        _wait(device)
+        wait(device)
         return int(torch.cuda.max_memory_allocated(device) - before)
-    status = Path("/proc/self/status")
-    if not status.exists():
+    if not STATUS.exists():
         return 0
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _kilobytes(status, "VmRSS")
+    before = held_bytes("VmRSS")
     function()
-    return max(0, _kilobytes(status, "VmHWM") - before) * 1024
+    return max(0, held_bytes("VmHWM") - before)
 
 
 def _release_freed_memory() -> None:
@@ -52,11 +53,13 @@ def _release_freed_memory() -> None:
         trim(0)
 
 
-def _kilobytes(status: Path, key: str) -> int:
-    [line] = [line for line in status.read_text().splitlines() if line.startswith(key + ":")]
-    return int(line.split()[1])
+def held_bytes(key: str) -> int:
+    """Return what the kernel says of this process under a key such as ``VmRSS`` (Linux)."""
+    [line] = [line for line in STATUS.read_text().splitlines() if line.startswith(key + ":")]
+    return int(line.split()[1]) * 1024
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Wait until a device has done its work; a CPU has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

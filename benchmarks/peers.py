@@ -20,6 +20,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.serverapp import strategy as flower
 
+from benchmarks.measure import held_bytes
 from benchmarks.server_peak import ARRAYS, Clients
 from fl_bgmd.aggregators import build_rule
 from fl_bgmd.mapped import mapped
@@ -57,35 +58,33 @@ def measured(n: int, d: int, folder: Path, limit: int, most: float) -> Iterator[
         yield {"step": "byzfl", "result": "skipped: byzfl is not installed"}
     else:
         names += [f"byzfl {name}" for name in BYZFL]
+    shape = {"n": n, "d": d, "matrix-bytes": 4 * n * d, "limit-bytes": limit}
     for name in names:
-        line = {"step": name, "n": n, "d": d, "matrix-bytes": 4 * n * d, "limit-bytes": limit}
-        code = [sys.executable, "-m", "benchmarks.peers", name, f"{n}", f"{d}"]
-        try:
-            found = subprocess.run(
-                [*code, str(folder), f"{limit}"],
-                capture_output=True,
-                text=True,
-                timeout=most,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            yield line | {"result": f"more than {most:g} seconds"}
-            continue
-        if found.returncode < 0:  # an allocation that nobody looked at
-            yield line | {"result": f"out of memory (signal {-found.returncode})"}
-        elif found.returncode:
-            last = (found.stderr.strip().splitlines() or ["failed"])[-1][:200]
-            no_stack = "Thread creation failed" in last  # which is memory, too
-            yield line | {"result": f"out of memory ({last})" if no_stack else last}
-        else:
-            yield line | json.loads(found.stdout.splitlines()[-1])
+        yield {"step": name, **shape, **tried(name, n, d, folder, limit, most)}
+
+
+def tried(name: str, n: int, d: int, folder: Path, limit: int, most: float) -> dict[str, Any]:
+    """Return what became of a peer in a process of its own; see :func:`measured`."""
+    code = [sys.executable, "-m", "benchmarks.peers", name, f"{n}", f"{d}", str(folder), f"{limit}"]
+    try:
+        found = subprocess.run(code, capture_output=True, text=True, timeout=most, check=False)
+    except subprocess.TimeoutExpired:
+        return {"result": f"more than {most:g} seconds"}
+    if found.returncode < 0:  # an allocation that nobody looked at
+        return {"result": f"out of memory (signal {-found.returncode})"}
+    if found.returncode:
+        last = (found.stderr.strip().splitlines() or ["failed"])[-1][:200]
+        no_stack = "Thread creation failed" in last  # which is memory, too
+        return {"result": f"out of memory ({last})" if no_stack else last}
+    result: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
+    return result
 
 
 def one(name: str, n: int, d: int, folder: Path, limit: int) -> dict[str, Any]:
     """Return the seconds that a peer takes, or that it ran out of memory."""
     whose, kind = name.split()
     work = _flower(kind, n, d) if whose == "flower" else _on_rows(whose, kind, n, d, folder)
-    resource.setrlimit(resource.RLIMIT_DATA, (_held() + limit, -1))
+    resource.setrlimit(resource.RLIMIT_DATA, (held_bytes("VmData") + limit, -1))
     started = time.perf_counter()
     try:
         work()
@@ -131,13 +130,6 @@ def _flower(kind: str, n: int, d: int) -> Callable[[], Any]:
             raise ValueError("no model came of it")
 
     return round_of
-
-
-def _held() -> int:
-    """Return how much of what a limit of data counts is in use."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    [line] = [line for line in lines if line.startswith("VmData:")]
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
+from benchmarks.measure import held_bytes
 from fl_bgmd.aggregators import Rule, build_rule
 from fl_bgmd.aggregators.rows import has_cheap_gram
 from fl_bgmd.mapped import mapped
@@ -79,10 +80,8 @@ class Peak:
         self._thread.join()
 
     def _look(self) -> None:
-        status = Path("/proc/self/status")
         while True:
-            lines = [x for x in status.read_text().splitlines() if x.startswith("RssAnon:")]
-            self.bytes = max(self.bytes, int(lines[0].split()[1]) * 1024)
+            self.bytes = max(self.bytes, held_bytes("RssAnon"))
             if self._done.wait(0.02):
                 return
 

@@ -1,13 +1,11 @@
 """The benchmark of what does not fit, in small: who finishes with less memory than the matrix."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import peers
+from benchmarks.measure import STATUS
 
 N, D = 20, 400_000
 LIMIT = 2 * N * D
@@ -15,7 +13,7 @@ LIMIT = 2 * N * D
 
 
 @pytest.mark.slow  # what a process may hold beyond its libraries differs from machine to machine
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory limits of Linux")
+@pytest.mark.skipif(not STATUS.exists(), reason="memory limits of Linux")
 @pytest.mark.parametrize(
     ("name", "result"),
     [
@@ -25,19 +23,12 @@ LIMIT = 2 * N * D
         ("flower FedMedian", "out of memory"),
     ],
 )
-def test_who_finishes_in_half_of_the_matrix(name: str, result: str, tmp_path: Path) -> None:
-    code = [sys.executable, "-m", "benchmarks.peers", name, f"{N}", f"{D}"]
-    own = {**os.environ, "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[2]
-    found = subprocess.run(
-        [*code, str(tmp_path), f"{LIMIT}"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=root,
-        env=own,
-    )
-    assert f'"result": "{result}"' in found.stdout
+def test_who_finishes_in_half_of_the_matrix(
+    name: str, result: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert peers.tried(name, N, D, tmp_path, LIMIT, 600.0)["result"] == result
 
 
 def test_without_byzfl_its_rules_are_left_out_and_a_line_says_so(
