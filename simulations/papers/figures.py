@@ -151,6 +151,9 @@ def draw_complexity(
 SIZES = (1.0, 10.0, 1e3, 1e6)
 """How far liars go, in honest deviations."""
 
+UNBOUNDED = 1e3
+"""An error far above what honest rows can do to each other, far below the largest lie."""
+
 
 def draw_breakdown(
     folder: Path, *, seeds: int, done: Done, clients: int = 20, dimensions: int = 200
@@ -171,26 +174,23 @@ def draw_breakdown(
         done(name)
     shares = [f / clients for f in hostile]
     figure, grid = panels(1, 2, 5.4, 5.6)
+    everything, held_only = grid[0]
+    for name, found in errors.items():
+        # Both panels draw all, so that a rule has one look; a label with _ is in no legend.
+        is_broken = np.nanmax(found) > UNBOUNDED
+        everything.plot(shares, found, label=name if is_broken else f"_{name}")
+        visible = [math.nan for _ in found] if is_broken else found
+        held_only.plot(shares, visible, label=f"_{name}" if is_broken else name)
     for panel in grid[0]:
-        styles = itertools.cycle(("-", "--", ":"))
-        for (name, found), style in zip(errors.items(), styles, strict=False):
-            panel.plot(shares, found, style, label=name)
         panel.set(xlabel="corrupt share", ylabel="distance from the honest mean")
         panel.grid(alpha=0.3)
-    grid[0][0].set(yscale="log", ylim=(0.1, None))
-    grid[0][1].set(ylim=(0, 20))
-    broken = [name for name, found in errors.items() if np.nanmax(found) > UNBOUNDED]
-    for line in list(grid[0][1].lines):
-        if line.get_label() in broken:
-            line.remove()
-    name_ends(grid[0][1])
-    grid[0][0].legend(
-        handles=[line for line in grid[0][0].lines if line.get_label() in broken], fontsize=6
-    )
+    everything.set(yscale="log", ylim=(0.1, None))
+    held_only.set(ylim=(0, 20))
+    name_ends(held_only)
+    everything.legend(fontsize=6)
     save(figure, folder / "breakdown.png")
     lines = []
     for name, found in errors.items():
-        # Far above what honest rows can do to each other, far below the largest lie.
         held = [share for share, error in zip(shares, found, strict=True) if error < UNBOUNDED]
         lines.append(
             {"rule": name, "holds to": f"{max(held, default=0.0):.0%}"}
@@ -202,9 +202,6 @@ def draw_breakdown(
         f"error below {UNBOUNDED:.0f}; nan: the rule does not take that share."
     )
     return write_markdown(folder, note, pd.DataFrame(lines))
-
-
-UNBOUNDED = 1e3
 
 
 def worst_error(name: str, hostile: int, clients: int, dimensions: int, seeds: int) -> float:
