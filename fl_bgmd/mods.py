@@ -230,17 +230,14 @@ class CompressionMod:
         lost = update - compressor.decode(data, len(update))
         if feedback:
             keep(context, _ERROR, lost)
+        whole = _norm(update, None)
+        share = (_norm(lost, None) / whole) ** 2 if whole else 0.0
+        share = share if math.isfinite(share) else 0.0  # of an update that is not finite
         for metrics in reply.content.metric_records.values():
-            metrics[COMPRESSION_ERROR] = _share_lost(lost, update)
-        trained.pack(data, compressor, _norm(update, terms.norm_order))
+            metrics[COMPRESSION_ERROR] = share
+        norm = whole if terms.norm_order is None else _norm(update, terms.norm_order)
+        trained.pack(data, compressor, norm)
         return reply
-
-
-def _share_lost(lost: Tensor, update: Tensor) -> float:
-    """Return ``||p - Q(p)||^2 / ||p||^2``, 0 for an update of zeros or one that is not finite."""
-    whole = _norm(update, None) ** 2
-    share = _norm(lost, None) ** 2 / whole if whole else 0.0
-    return share if math.isfinite(share) else 0.0
 
 
 def _norm(update: Tensor, order: float | None) -> float:

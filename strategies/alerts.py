@@ -85,7 +85,7 @@ class Alerts:
                 *(count, least, TOO_FEW),
             )
 
-    def of_replies(self, number: int, intake: "Intake", asked: int, size: int) -> None:
+    def of_replies(self, number: int, intake: "Intake", asked: int, layout: ModelLayout) -> None:
         """Say what the counts of a round mean: few replies, or a hostile majority of them."""
         strategy, count = self._strategy, len(intake.accepted)
         # What was rejected for its content was not sent by an honest client.
@@ -104,7 +104,7 @@ class Alerts:
                 *(number, count, FEWEST),
             )
         if strategy.robust:
-            delta = strategy.settings.contraction(size)
+            delta = strategy.settings.contraction(layout)
             feedback = strategy.settings.error_feedback and delta > 0
             notes = strategy.rule.notes(count, delta=delta, feedback=feedback)
             for subject, sentence in notes.items():

@@ -284,7 +284,7 @@ class RobustStrategy(DeclaredStrategy):
             self._alerts.of_liars(state.round, intake, asked, {})
             why = f"{count} valid replies, min_valid_replies is {least}"
             return Outcome(state.emptied(), sent.model, failure=why), {}
-        self._alerts.of_replies(state.round, intake, asked, sent.layout.num_directions)
+        self._alerts.of_replies(state.round, intake, asked, sent.layout)
         state, fresh = intake.as_round(state, sent, self.settings)
         self._alerts.of_ties(sent, state.ties)
         norms, nodes = self._alerts.accused(fresh), fresh.nodes

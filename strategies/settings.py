@@ -20,6 +20,7 @@ from fl_bgmd.checkpoints import Checkpoints
 from fl_bgmd.compression import Compressor, build_compressor, build_downlink, names_of
 from fl_bgmd.devices import resolve_device
 from fl_bgmd.extras import require
+from fl_bgmd.layout import ModelLayout
 from fl_bgmd.options import (
     Allowed,
     Count,
@@ -295,9 +296,11 @@ class Settings:
         """``compressor``, None for ``none``."""
         return None if self.compressor == "none" else build_compressor(self.compressor)
 
-    def contraction(self, size: int) -> float:
-        """Return the delta that ``compressor`` guarantees for updates of that length, 1 without."""
-        return 1.0 if self.packing is None else self.packing.delta(size)
+    def contraction(self, layout: ModelLayout) -> float:
+        """Return the delta that ``compressor`` guarantees for updates of a model, 1 without."""
+        if self.packing is None:
+            return 1.0
+        return self.packing.for_shapes(layout.shapes).delta(layout.num_directions)
 
     @cached_property
     def rounding(self) -> Compressor | None:

@@ -595,3 +595,9 @@ def test_where_the_theorems_promise_nothing_is_said_once(
     caplog.clear()
     fit(NormThreshold(**options(byzantine_fraction=0.3)), [], rounds=1)
     assert "promises nothing" not in caplog.text
+
+
+def test_what_low_rank_guarantees_depends_on_the_layers() -> None:
+    layout = ModelLayout(ArrayRecord({"w": Array(np.zeros((8, 20), np.float32))}))
+    assert NormThreshold(compressor="low-rank:1").settings.contraction(layout) == 1 / 8
+    assert NormThreshold().settings.contraction(layout) == 1.0
