@@ -151,7 +151,7 @@ def _sort(updates: Tensor, trim: int, vector: Tensor, columns: slice) -> None:
     """Write the means of the middle ranks of ``columns`` into ``vector``: sort on the CPU."""
     n = updates.shape[0]
     result = vector.numpy()
-    width = min(_SORT_WIDTH, max(16, _SORT_ELEMENTS // n))
+    width = min(_SORT_WIDTH, width_of_blocks(_SORT_ELEMENTS, updates, least=16))
     for start in range(columns.start, columns.stop, width):
         part = slice(start, min(start + width, columns.stop))
         block = np.ascontiguousarray(column_block(updates, part, vector.dtype).T)

@@ -210,4 +210,4 @@ def fading(curvature: float | None, rounds: float) -> float:
 def _dot(a: Tensor, b: Tensor) -> float:
     """Return the inner product of two vectors, in float64."""
     pieces = [slice(start, start + _PIECE) for start in range(0, len(a), _PIECE)]
-    return sum(float(a[piece].double() @ b[piece].double()) for piece in pieces)
+    return float(sum(a[piece].double() @ b[piece].double() for piece in pieces))
