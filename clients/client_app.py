@@ -195,7 +195,9 @@ def _skeleton(name: str, dataset: Dataset) -> _Skeleton:
     """Build a model without weights."""
     with torch.device("meta"):
         model = build(name, input_shape=dataset.input_shape, num_classes=dataset.num_classes)
-    model = model.to_empty(device="cpu")
+    # Not to_empty, which loads torch's compiler: a second of every process.
+    empty = {key: torch.empty(v.shape, dtype=v.dtype) for key, v in model.state_dict().items()}
+    model.load_state_dict(empty, assign=True)
     return _Skeleton(model, model.state_dict(keep_vars=True))
 
 

@@ -119,7 +119,9 @@ class Trained:
 def train(job: Job) -> Trained:
     """Train a client's model; the tensors that it came with stay as they are."""
     seed_torch(job.seed, job.device)
-    model = placed(job.model, job.device).train()
+    model = placed(job.model, job.device)
+    if not model.training:  # it is no small part of a small model's round to tell every layer
+        model.train()
     descent = Descent(list(model.parameters()), job.settings)
     lower = job.settings.precision == "bf16"
     losses: list[Tensor] = []

@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_bgmd.aggregators.norms import euclidean_norms
-from fl_bgmd.aggregators.rows import on_cores
+from fl_bgmd.aggregators.rows import (
+    Block,
+    native,
+    numbers,
+    on_cores,
+    squared_sizes,
+    sum_blocks,
+    vector_norm,
+)
 
 WIDTH = 2048
 """Columns of a sketch: a distance is right to about 1 / sqrt(2048), 2 %."""
@@ -26,9 +34,8 @@ _FOLDS = 64
 _MOST_NUMBERS = 2**23
 """Of all the rows' sketches: with more rows they are narrower, and distances less precise."""
 
-
-_PIECE = 2**15
-"""Columns of a row that are compared at a time."""
+_CANCELS = 1e-2
+"""Which part of the squares that it is the difference of the square of a distance must be."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +58,10 @@ class Survey:
         """Compare the rows (n, d) with the aggregate (d,), if there is one."""
         if vector is None:
             return cls(euclidean_norms(rows))
-        squares, apart = _compared(rows, vector)
-        norms, distances = np.sqrt(squares), np.sqrt(apart)
-        for row in np.flatnonzero(~(np.isfinite(norms) & np.isfinite(distances))):
-            norms[row] = _norm(rows[row])  # a square is beyond float32
+        squares, apart, doubtful = _compared(rows, vector)
+        norms, distances = np.sqrt(squares), np.sqrt(np.abs(apart))
+        for row in np.flatnonzero(doubtful):
+            norms[row] = _norm(rows[row])
             distances[row] = _norm(rows[row], vector)
         return cls(norms, distances)
 
@@ -97,26 +104,28 @@ class Sketch:
         return Survey(self.norms, far)
 
 
-def _compared(rows: Tensor, vector: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the squares of the rows' norms and of their distances from a vector (d,)."""
-    count, size = rows.shape
+def _compared(
+    rows: Tensor, vector: Tensor
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    """Return the squares of the rows' norms and of their distances from a vector (d,), float64.
+
+    And for which rows they are not to be trusted: one may be beyond float32, and a small difference
+    of large squares has lost its digits.
+    """
     dtype = torch.promote_types(rows.dtype, torch.float32)
     vector = vector.to(rows.device, dtype)
+    point = native(vector, rows)
 
-    def compare(blocks: slice) -> Tensor:
-        found = torch.zeros(2, count, dtype=torch.float64)
-        for number in range(blocks.start, blocks.stop):
-            columns = slice(number * _PIECE, (number + 1) * _PIECE)
-            for row in range(count):
-                values = rows[row, columns].to(dtype)
-                apart = values - vector[columns]
-                found[0, row] += float(values @ values)
-                found[1, row] += float(apart @ apart)
-        return found
+    def compare(columns: slice, block: Block) -> NDArray[np.float64]:
+        on_cpu = isinstance(block, np.ndarray)
+        part = point[columns]
+        products = np.vecdot(block, part) if on_cpu else numbers(block @ part)
+        return np.stack([numbers(squared_sizes(block)), products], dtype=np.float64)
 
-    few = rows.device.type != "cpu" or rows.numel() < 2**16
-    squares, apart = torch.stack(on_cores(compare, -(-size // _PIECE), few=few)).sum(0).numpy()
-    return squares, apart
+    squares, products = sum_blocks(compare, rows, dtype=dtype, read_only=True)
+    whole = squares + vector_norm(vector) ** 2
+    apart = whole - 2 * products
+    return squares, apart, ~(apart > _CANCELS * whole)
 
 
 def _read(rows: Tensor, width: int, seed: int) -> tuple[NDArray[np.float64], Tensor]:

@@ -139,13 +139,14 @@ def sum_blocks(
     offset: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float64,
+    read_only: bool = False,
 ) -> Any:
     """Return the sum over blocks of columns of ``function(columns, block)``, as NumPy values.
 
     ``block``, (n, c), holds ``updates[:, columns] + offset[columns]`` in ``dtype`` (float32 or
     float64): a NumPy array on the CPU, a tensor elsewhere. It is a buffer that is used again and
-    may be overwritten. A function that writes into an array of its own (see :func:`native`)
-    returns 0.
+    may be overwritten; with ``read_only`` it may be the rows themselves, where they are of that
+    dtype. A function that writes into an array of its own (see :func:`native`) returns 0.
     """
     n, d = updates.shape
     width = width_of_blocks(_BLOCK_ELEMENTS, updates)
@@ -160,6 +161,15 @@ def sum_blocks(
         return numbers(total)
     values = None if updates.dtype in (torch.float16, torch.bfloat16) else updates.detach().numpy()
     shift = None if offset is None else offset.detach().numpy()
+
+    if read_only and offset is None and values is not None and updates.dtype == dtype:
+
+        def sum_views(part: slice) -> Any:
+            edges = range(part.start, part.stop, width)
+            blocks = (slice(start, min(start + width, part.stop)) for start in edges)
+            return sum(function(columns, values[:, columns]) for columns in blocks)
+
+        return sum(on_cores(sum_views, d, few=n * d < FEW_ELEMENTS))
 
     def sum_range(part: slice) -> Any:
         size = part.stop - part.start

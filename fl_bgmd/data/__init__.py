@@ -279,6 +279,11 @@ def normalize(images: NDArray[np.uint8] | torch.Tensor, dataset: Dataset) -> tor
         raise ValueError(f"images must have shape (B, *{expected}), got {tuple(images.shape)}")
     pixels = images.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
     batch = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-    mean = torch.tensor(dataset.mean, device=batch.device).view(1, -1, 1, 1)
-    std = torch.tensor(dataset.std, device=batch.device).view(1, -1, 1, 1)
+    mean, std = (_by_channel(values, batch.device) for values in (dataset.mean, dataset.std))
     return batch.div_(255).sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=64)
+def _by_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Return a value for each channel, to compute with a batch."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
