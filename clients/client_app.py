@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fl_bgmd.attacks import AttackPlan, Bound
 from fl_bgmd.data import Dataset, load, normalize, partitions
-from fl_bgmd.devices import resolve_device, threads
+from fl_bgmd.devices import repeatable, resolve_device
 from fl_bgmd.evaluation import evaluate
 from fl_bgmd.held import answer, tensors_of
 from fl_bgmd.models import build
@@ -50,7 +50,7 @@ def handle_train(message: Message, context: Context) -> Message:
         dataset = _dataset(context)
         model = _received(message, context, dataset)
         job, attack = _training_job(message, context, model, dataset)
-        with threads(int(context.run_config["client-threads"])):
+        with repeatable(int(context.run_config["client-threads"])):
             trained = train(job)
     else:
         job, attack, trained = prepared
@@ -83,7 +83,7 @@ def prepare_together(messages: Sequence[tuple[Message, Context]]) -> None:
     dataset = _dataset(asked[0][1])
     model = _received(*asked[0], dataset)
     work = [_training_job(*pair, model, dataset) for pair in asked]
-    with threads(int(config["client-threads"])):
+    with repeatable(int(config["client-threads"])):
         results = train_together(model, [job for job, _ in work])
     for pair, (job, attack), trained in zip(asked, work, results, strict=True):
         _prepared[_key(*pair)] = (job, attack, trained)
@@ -126,7 +126,7 @@ def handle_evaluate(message: Message, context: Context) -> Message:
     shares = np.array_split(
         np.arange(len(dataset.test_labels)), int(context.node_config["num-partitions"])
     )
-    with threads(int(context.run_config["client-threads"])):
+    with repeatable(int(context.run_config["client-threads"])):
         found = evaluate(model, dataset, shares[partition_id], device)
     metrics: dict[str, int | float | list[int] | list[float]] = {
         EXAMPLES: found.count,

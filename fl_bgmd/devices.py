@@ -32,11 +32,17 @@ def to_input(images: Tensor, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Run the body with ``count`` torch threads: results then do not depend on the backend."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+def repeatable(threads: int) -> Iterator[None]:
+    """Run the body with so many torch threads, and on a GPU with convolutions that repeat.
+
+    Results then do not depend on the backend, nor from run to run on which sum came first.
+    """
+    cudnn = torch.backends.cudnn
+    before, was_deterministic = torch.get_num_threads(), cudnn.deterministic
+    torch.set_num_threads(threads)
+    cudnn.deterministic = True
     try:
         yield
     finally:
+        cudnn.deterministic = was_deterministic
         torch.set_num_threads(before)

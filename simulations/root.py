@@ -6,7 +6,7 @@ from flwr.app import ArrayRecord
 
 from fl_bgmd.clients import Job, LocalTraining, train
 from fl_bgmd.data import Dataset, root_examples
-from fl_bgmd.devices import resolve_device, threads
+from fl_bgmd.devices import repeatable, resolve_device
 from fl_bgmd.models import build
 
 from .config import Config
@@ -50,6 +50,6 @@ class RootTraining:
             int(sequence.generate_state(1)[0]),
             resolve_device(str(config["device"])),
         )
-        with threads(int(config["client-threads"])):
+        with repeatable(int(config["client-threads"])):
             state = train(job).state
         return ArrayRecord({key: value.cpu() for key, value in state.items()})

@@ -26,7 +26,7 @@ from fl_bgmd.aggregators import (
     mean,
     spectral_filter,
 )
-from fl_bgmd.devices import threads
+from fl_bgmd.devices import repeatable
 
 from ..backends import run
 from ..config import Value, validate
@@ -365,7 +365,7 @@ def run_rounds(
         **own,
     }
     moments: list[float] = []
-    with threads(1), threadpool_limits(1, user_api="blas"):
+    with repeatable(1), threadpool_limits(1, user_api="blas"):
         result = run(
             validate(config),
             backend="inprocess",

@@ -11,6 +11,7 @@ from test_together import CONFIG, dataset_of, flat, jobs_of
 
 from clients.together import train_together
 from clients.training import Trained, train
+from fl_bgmd.devices import repeatable
 from fl_bgmd.models import build
 from simulations.backends import run
 from simulations.config import validate
@@ -97,3 +98,15 @@ def test_bf16_is_near_fp32() -> None:
         found.append(train(replace(job, model=deepcopy(model), device=GPU)))
     assert {value.dtype for value in found[1].state.values()} == {torch.float32}
     assert 0 < distance(found[0], found[1], flat(model.state_dict())) < 0.1
+
+
+def test_a_run_repeats_to_the_bit() -> None:
+    torch.manual_seed(0)
+    model = build("small-cnn")
+    [job] = jobs_of(model, dataset_of((32, 32, 3)), (64,), steps=5)
+    states = []
+    for _ in range(3):
+        with repeatable(1):
+            states.append(flat(train(replace(job, model=deepcopy(model), device=GPU)).state))
+    assert torch.equal(states[0], states[1])
+    assert torch.equal(states[0], states[2])

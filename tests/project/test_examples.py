@@ -41,7 +41,7 @@ from flwr.serverapp.strategy import (
 from typer.testing import CliRunner
 
 from fl_bgmd.data import load
-from fl_bgmd.devices import threads
+from fl_bgmd.devices import repeatable
 from fl_bgmd.mods import ByzantineMod, CompressionMod
 from fl_bgmd.strategies import GMD
 from fl_bgmd.wire import PACKED_KEY
@@ -129,7 +129,7 @@ def play(
         config |= changes
         grid = InProcessGrid(with_mods(app.client_app.app, *mods), 10, config)
         context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
-        with np.errstate(all="ignore"), threads(1):  # small models: a second thread costs time
+        with np.errstate(all="ignore"), repeatable(1):  # small models: a second thread costs time
             configured(app.server_app.app, config)(grid, context)
             return saved_accuracy(name, app, config)
 

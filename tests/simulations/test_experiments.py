@@ -187,8 +187,9 @@ def test_every_run_of_every_experiment_can_be_configured(name: str) -> None:
     assert {cell.seed for cell in cells[: len(cells) // 2]} == {0}
     for cell in cells:
         # The papers' setting: one mini-batch gradient for each client and round.
-        assert cell.config["local-steps"] == 1
-        assert cell.config["learning-rate"] == 1.0
+        if not name.startswith("fig-quantized"):  # which is about several
+            assert cell.config["local-steps"] == 1
+            assert cell.config["learning-rate"] == 1.0
         assert cell.config["byzantine-selection"] == (
             "fixed" if name.endswith("authors-code") else "per-round"
         )

@@ -150,5 +150,5 @@ def test_command_line_refuses_an_address_without_a_cluster(
 
 
 def test_other_forms_of_address_are_refused() -> None:
-    with pytest.raises(ConfigError, match="ray-address is 'auto'; allowed: HOST:PORT"):
+    with pytest.raises(ConfigError, match=r"ray-address is 'auto' \(it is no HOST:PORT\)"):
         validate({"ray-address": "auto"})
