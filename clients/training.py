@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fl_bgmd.data import Dataset, normalize
+from fl_bgmd.data.augmentation import crop_and_flip
 from fl_bgmd.devices import to_input
 from fl_bgmd.schedules import Schedule, scheduled_learning_rate
 
@@ -37,6 +38,8 @@ class LocalTraining:
         Of plain SGD, started anew in each round.
     precision : {"fp32", "bf16"}
         Of the forward and backward passes; weights and steps are those of the model either way.
+    augmentation : {"none", "crop-flip"}
+        What is done to each batch before anything else.
     """
 
     steps: int
@@ -46,6 +49,7 @@ class LocalTraining:
     momentum: float
     weight_decay: float
     precision: str = "fp32"
+    augmentation: str = "none"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], server_round: int) -> Self:
@@ -65,6 +69,7 @@ class LocalTraining:
             momentum=float(config["momentum"]),
             weight_decay=float(config["weight-decay"]),
             precision=str(config.get("precision", "fp32")),
+            augmentation=str(config.get("augmentation", "none")),
         )
 
 
@@ -88,7 +93,7 @@ class Job:
     device : torch.device
         Where to train.
     corrupt : callable, optional
-        Changes each batch of raw images and labels before anything else is done to it.
+        Changes each batch of raw images and labels, which may have been augmented.
     """
 
     model: nn.Module
@@ -209,7 +214,7 @@ def batches(job: Job) -> Iterator[tuple[Tensor, Tensor]]:
         # With a number of steps all batches are full; with epochs every example counts.
         end = len(order) - size + 1 if settings.steps else len(order)
         for start in range(0, end, size):
-            yield _load(job, order[start : start + size])
+            yield _load(job, order[start : start + size], generator)
             taken += 1
             if taken == settings.steps:
                 return
@@ -217,9 +222,13 @@ def batches(job: Job) -> Iterator[tuple[Tensor, Tensor]]:
             return
 
 
-def _load(job: Job, batch: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+def _load(
+    job: Job, batch: NDArray[np.int64], generator: np.random.Generator
+) -> tuple[Tensor, Tensor]:
     """Return the examples at ``batch`` as the model wants them."""
     raw, targets = job.dataset.train_images[batch], job.dataset.train_labels[batch]
+    if job.settings.augmentation == "crop-flip":
+        raw = crop_and_flip(raw, generator)
     if job.corrupt is not None:
         raw, targets = job.corrupt(raw, targets)
     done = raw.dtype != np.uint8

@@ -21,6 +21,7 @@ from fl_bgmd.aggregators import MIXINGS, RECOMMENDED, RULES
 from fl_bgmd.attacks import ATTACKS, AttackPlan, build_attacks
 from fl_bgmd.attacks.plan import refuse_former
 from fl_bgmd.data import DATASETS, SCHEMES, TRAINING_EXAMPLES, build_partition
+from fl_bgmd.data.augmentation import Augmentation
 from fl_bgmd.devices import resolve_device
 from fl_bgmd.models import IMAGE_MODELS
 from fl_bgmd.options import (
@@ -135,6 +136,8 @@ class RunSettings:
         Whether the lies of hostile clients are compressed (Option I of Ghosh et al.).
     precision : str
         Precision of the clients' forward and backward passes.
+    augmentation : str
+        Random crops and mirror images in the clients' batches.
     lr_schedule : str
         Schedule of the clients' learning rate over the rounds.
     server_lr_schedule : str
@@ -207,6 +210,7 @@ class RunSettings:
     client_momentum_of_lies: bool = False
     compress_lies: bool = True
     precision: Literal["fp32", "bf16"] = "fp32"
+    augmentation: Augmentation = "none"
     lr_schedule: Schedule = "constant"
     server_lr_schedule: Schedule = "constant"
     lr_period: Count = 1

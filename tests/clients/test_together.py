@@ -83,10 +83,12 @@ def _rest(job: Job) -> tuple[Any, ...]:
     return job.dataset, job.indices, job.settings, job.seed, job.device, job.corrupt
 
 
-@pytest.mark.parametrize("changes", [{"steps": 3}, {"steps": 0, "epochs": 2}])
+@pytest.mark.parametrize(
+    "changes", [{"steps": 3}, {"steps": 0, "epochs": 2}, {"steps": 3, "augmentation": "crop-flip"}]
+)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_several_steps_are_those_that_each_client_takes_alone(
-    changes: dict[str, int], momentum: float
+    changes: dict[str, Any], momentum: float
 ) -> None:
     torch.manual_seed(0)
     # Dropout goes on drawing where it was, statistics of the batches are each client's own.
@@ -104,6 +106,18 @@ def test_several_steps_are_those_that_each_client_takes_alone(
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
         steps = [flat(result.state) - flat(before) for result in (one, other)]
         assert (steps[0] - steps[1]).norm() < 1e-4 * steps[0].norm()
+
+
+def test_augmented_batches_hold_the_same_examples() -> None:
+    dataset = dataset_of((32, 32, 3))
+    [plain] = jobs_of(nn.Identity(), dataset, (96,), steps=0, epochs=1, batch_size=96)
+    [own] = jobs_of(
+        nn.Identity(), dataset, (96,), steps=0, epochs=1, batch_size=96, augmentation="crop-flip"
+    )
+    [(images, labels)], [(made, same)] = batches(plain), batches(own)
+    assert torch.equal(labels, same)
+    changed = (images != made).flatten(1).any(1)
+    assert changed.sum() > 90  # one in 162 is left as it was
 
 
 class Scaled(nn.Module):

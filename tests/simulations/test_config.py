@@ -38,6 +38,7 @@ BAD: dict[str, list[Any]] = {
     "momentum": [-0.1, 1.0, NAN],
     "weight-decay": [-0.1, NAN, INF],
     "precision": ["fp16", "", 32],
+    "augmentation": ["flip", "", True],
     "lr-schedule": ["linear", "", "Constant"],
     "server-lr-schedule": ["linear", ""],
     "lr-period": [0, -1],
