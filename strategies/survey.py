@@ -123,7 +123,8 @@ def _compared(
         return np.stack([numbers(squared_sizes(block)), products], dtype=np.float64)
 
     squares, products = sum_blocks(compare, rows, dtype=dtype, read_only=True)
-    whole = squares + vector_norm(vector) ** 2
+    length = vector_norm(vector)
+    whole = squares + length * length  # a power that overflows would raise
     apart = whole - 2 * products
     return squares, apart, ~(apart > _CANCELS * whole)
 
