@@ -310,7 +310,7 @@ def _describe(value: Any, tensors: dict[str, Tensor]) -> Any:
         name = str(len(tensors))
         tensors[name] = value
         return {"tensor": name}
-    if isinstance(value, bytes):
+    if isinstance(value, bytes | memoryview):
         name = str(len(tensors))
         tensors[name] = _tensor_of(value)
         return {"bytes": name}
@@ -325,7 +325,7 @@ def _describe(value: Any, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"a {type(value).__name__} cannot be kept in a checkpoint")
 
 
-def _tensor_of(data: bytes) -> Tensor:
+def _tensor_of(data: bytes | memoryview) -> Tensor:
     """Return bytes as a tensor that shares their memory, and is never written to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable")

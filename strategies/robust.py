@@ -104,11 +104,15 @@ class RobustStrategy(DeclaredStrategy):
         # Copies: what this strategy asks of clients is not the next one's.
         train, evaluate = (ConfigRecord(dict(c or {})) for c in (train_config, evaluate_config))
         folder, ends = self.settings.folder, (evaluate_fn, should_stop)
+        model = [initial_arrays]
+        del (
+            initial_arrays
+        )  # a model that the caller has let go of is in memory no longer than needed
         self._crew = self._crew or crew_for(self.settings)
         try:
             with nullcontext() if folder is None else folder.locked():
                 return run_rounds(
-                    self, grid, initial_arrays, num_rounds, timeout, train, evaluate, *ends
+                    self, grid, model.pop(), num_rounds, timeout, train, evaluate, *ends
                 )
         finally:
             self._before_run = before
