@@ -186,11 +186,13 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         roots = deployment.start()
         with Watch(roots, options.trace) as watch:
             run = deployment.run(" ".join(f"{key}={json.dumps(config[key])}" for key in config))
-            while run.poll() is None:
+            deadline = time.monotonic() + options.most_seconds
+            while run.poll() is None and time.monotonic() < deadline:
                 if watch.least_available < options.least_available:
                     run.kill()
                     raise SystemExit(f"{watch.least_available:,} bytes of memory are available")
                 time.sleep(0.5)
+            run.kill()
         _report(folder, shape, watch)
     finally:
         deployment.deploy("stop")
@@ -213,7 +215,8 @@ def _report(folder: Path, shape: dict[str, Any], watch: Watch) -> None:
     sizes = [path.stat().st_size for path in (folder / "checkpoints").glob("*.safetensors")]
     line = {"step": "memory", **shape, "rounds": len(result["rounds"])}
     line |= {f"{kind}-bytes": watch.peaks[kind] for kind in PROGRAMS.values()}
-    line |= {"all-bytes": watch.together, "checkpoint-bytes": max(sizes)}
+    line |= {"all-bytes": watch.together, "checkpoint-bytes": max(sizes, default=0)}
+    line["least-available-bytes"] = watch.least_available
     print(json.dumps(line), flush=True)
 
 
@@ -230,6 +233,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--port", type=int, default=21092, help="and one more for each client")
     parser.add_argument("--least-available", type=int, default=2_000_000_000)
+    parser.add_argument("--most-seconds", type=float, default=86400.0, help="the run ends then")
     parser.add_argument("--trace", type=Path, help="file for the server's memory as time goes on")
     parser.add_argument("--keep", action="store_true", help="leave the files")
     options = parser.parse_args()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Result
 
 from deployed_app.model import first_model
 from fl_bgmd.strategies import RobustStrategy
@@ -16,7 +17,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the rounds; write ``result.json`` into the folder of the run."""
+    """Run the rounds; write what they come to into ``result.json`` in the folder of the run."""
     config = context.run_config
     folder, clients = Path(str(config["folder"])), int(config["num-clients"])
     strategy = RobustStrategy(
@@ -32,17 +33,18 @@ def main(grid: Grid, context: Context) -> None:
     )
     ends = [time.monotonic()]
 
-    def note(number: int, result: object) -> bool:
+    def note(number: int, result: Result) -> bool:
         ends.append(time.monotonic())
+        rounds = [dict(metrics) for metrics in result.train_metrics_clientapp.values()]
+        seconds = [round(end - start, 1) for start, end in pairwise(ends)]
+        made = json.dumps({"seconds": seconds, "rounds": rounds})
+        (folder / "result.json").write_text(made)
         return False
 
-    result = strategy.start(
+    strategy.start(
         grid,
         first_model(int(config["parameters"]), str(config["dtype"])),
         num_rounds=int(config["num-server-rounds"]),
         timeout=float(config["round-timeout"]),
         should_stop=note,
     )
-    rounds = [dict(metrics) for metrics in result.train_metrics_clientapp.values()]
-    seconds = [round(end - start, 1) for start, end in pairwise(ends)]
-    (folder / "result.json").write_text(json.dumps({"seconds": seconds, "rounds": rounds}))
