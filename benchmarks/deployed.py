@@ -4,7 +4,7 @@
 SuperLink with TLS and node authentication and that many SuperNodes (``examples/deployment``), and
 runs an app whose clients send a transformer's arrays back moved a little, one of them far away. It
 prints JSON lines: each round, and of the server, the SuperLink, SuperNodes and clients the peak of
-anonymous memory, in bytes. SuperNodes take turns (``benchmarks/taking_turns``): on one machine
+anonymous memory, in bytes. SuperNodes take turns (``benchmarks/one_machine``): on one machine
 there is no room for all of their models at once. All of it ends, and the files go, when the run
 does, and where less than ``--least-available`` bytes of memory are available.
 """
@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "examples" / "deployment" / "deploy.sh"
 APP = ROOT / "benchmarks" / "deployed_app"
-TURNS = ROOT / "benchmarks" / "taking_turns"
+TOGETHER = ROOT / "benchmarks" / "one_machine"
 
 PROGRAMS = {
     "flwr-serverapp": "server",
@@ -137,7 +137,7 @@ class Deployment:
             "NUM_PARTITIONS": str(clients),
             "BIN": str(Path(sys.executable).parent),
             "TURN": str(folder / "turn"),
-            "PYTHONPATH": os.pathsep.join([str(TURNS), str(ROOT)]),
+            "PYTHONPATH": os.pathsep.join([str(TOGETHER), str(ROOT)]),
             "OMP_NUM_THREADS": "1",
             # Freed memory goes back to the system, of which there is one for all of these machines.
             "MALLOC_MMAP_THRESHOLD_": str(2**20),
