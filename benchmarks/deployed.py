@@ -6,7 +6,7 @@ runs an app whose clients send a transformer's arrays back moved a little, one o
 prints JSON lines: each round, and of the server, the SuperLink, SuperNodes and clients the peak of
 anonymous memory, in bytes. SuperNodes take turns (``benchmarks/one_machine``): on one machine
 there is no room for all of their models at once. All of it ends, and the files go, when the run
-does, and where less than ``--least-available`` bytes of memory are available.
+does, after ``--most-seconds``, and where less than ``--least-available`` bytes of memory are left.
 """
 
 import argparse
@@ -139,6 +139,7 @@ class Deployment:
             "TURN": str(folder / "turn"),
             "PYTHONPATH": os.pathsep.join([str(TOGETHER), str(ROOT)]),
             "OMP_NUM_THREADS": "1",
+            "FLWR_LOG_LEVEL": "INFO",  # the script reads in the logs that something has started
             # Freed memory goes back to the system, of which there is one for all of these machines.
             "MALLOC_MMAP_THRESHOLD_": str(2**20),
             "GPU": "none",
