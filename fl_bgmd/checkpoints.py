@@ -2,7 +2,8 @@
 
 One file for each checkpoint, named by its round and its SHA-256, written beside its place, flushed
 to the disk and renamed: whatever moment a process dies at, the newest file that carries its own
-checksum is whole. A disk that is full costs the checkpoint, not the run.
+checksum is whole. A disk that is full costs the checkpoint, not the run. Nothing of the state is
+copied as a whole, neither by writing it nor by reading it.
 """
 
 import fcntl
@@ -11,16 +12,15 @@ import json
 import logging
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 LOG = logging.getLogger("flwr.fl_bgmd")
@@ -28,6 +28,23 @@ LOG = logging.getLogger("flwr.fl_bgmd")
 _NAME = re.compile(r"round-(\d{8})-([0-9a-f]{64})\.safetensors")
 _ENTRY = "fl-bgmd"
 """The metadata entry of a file that holds everything but the tensors."""
+
+_DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+"""What safetensors calls them."""
+
+_PIECE = 2**24
+"""Bytes that are copied at a time of a tensor that is not in one piece of memory."""
 
 
 _UNREADABLE = (
@@ -107,10 +124,9 @@ class Checkpoints:
             "identity": self.identity | dict(identity),
             "state": _describe(state, tensors),
         }
-        data = to_safetensors(tensors, metadata={_ENTRY: json.dumps(described)})
-        path = self.folder / (f"round-{number:08d}-{hashlib.sha256(data).hexdigest()}.safetensors")
+        path = None
         try:
-            self._write(path, data)
+            path = self._write(number, tensors, {_ENTRY: json.dumps(described)})
             for _, old in [found for found in self._named() if found[1].is_file()][self.keep :]:
                 if old != path:
                     old.unlink()
@@ -121,7 +137,7 @@ class Checkpoints:
                 self.folder,
                 error.strerror or error,
             )
-        return path if path.is_file() else None
+        return path
 
     def load(self, identity: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
         """Return round and state of the newest checkpoint that is whole, None if there is none.
@@ -178,19 +194,23 @@ class Checkpoints:
         matches = ((_NAME.fullmatch(path.name), path) for path in self.folder.glob("round-*"))
         return sorted(((int(m[1]), path) for m, path in matches if m is not None), reverse=True)
 
-    def _write(self, path: Path, data: bytes) -> None:
-        """Write a file that is there as a whole or not at all, whatever happens."""
+    def _write(
+        self, number: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> Path:
+        """Write a file that is there as a whole or not at all, whatever happens; return it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
+        unfinished = self.folder / f"round-{number:08d}.unfinished"
         try:
             with unfinished.open("wb") as file:
-                file.write(data)
+                checksum = _write_safetensors(file, tensors, metadata)
                 file.flush()
                 os.fsync(file.fileno())
+            path = self.folder / f"round-{number:08d}-{checksum}.safetensors"
             unfinished.rename(path)
         finally:
             unfinished.unlink(missing_ok=True)
         self._flush_folder()
+        return path
 
     def _flush_folder(self) -> None:
         """Make the rename itself survive a power cut."""
@@ -223,8 +243,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     if not path.is_file():
         raise ValueError("it is not a file")
-    if hashlib.sha256(path.read_bytes()).hexdigest() not in path.name:
-        raise ValueError("its content has another checksum")
+    with path.open("rb") as content:
+        if hashlib.file_digest(content, "sha256").hexdigest() not in path.name:
+            raise ValueError("its content has another checksum")
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if _ENTRY not in metadata:
@@ -233,15 +254,65 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return dict(described["identity"]), dict(_restore(described["state"], file.get_tensor))
 
 
+def _write_safetensors(
+    file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> str:
+    """Write tensors as safetensors, piece by piece; return the SHA-256 of what was written.
+
+    The format is that of https://huggingface.co/docs/safetensors: the length of the header, a
+    header that says where each tensor lies, and their values. Those of the widest dtypes come
+    first, so that all lie at multiples of their width.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    checksum = hashlib.sha256()
+    for piece in (len(head).to_bytes(8, "little"), head):
+        file.write(piece)
+        checksum.update(piece)
+    for _, tensor in ordered:
+        for values in _in_pieces(tensor):
+            file.write(values)
+            checksum.update(values)
+    return checksum.hexdigest()
+
+
+def _in_pieces(tensor: Tensor) -> Iterator[memoryview]:
+    """Return the bytes of a tensor in its order; copies are of ``_PIECE`` bytes at most."""
+    if tensor.numel() == 0:
+        return
+    in_place = tensor.is_contiguous() and tensor.device.type == "cpu"
+    if in_place or tensor.nbytes <= _PIECE or not tensor.shape:
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        yield plain.view(torch.uint8).numpy().data
+        return
+    together = max(1, _PIECE // (tensor.nbytes // len(tensor)))
+    for start in range(0, len(tensor), together):
+        part = tensor[start : start + together]
+        # What is still too much is taken apart along the next dimension.
+        yield from _in_pieces(part[0] if len(part) == 1 else part)
+
+
 def _describe(value: Any, tensors: dict[str, Tensor]) -> Any:
     """Return ``value`` as JSON; tensors and bytes go into ``tensors`` and leave their name."""
     if isinstance(value, Tensor):
+        if value.dtype not in _DTYPES:
+            raise TypeError(f"a tensor of {value.dtype} cannot be kept in a checkpoint")
         name = str(len(tensors))
-        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[name] = value
         return {"tensor": name}
-    if isinstance(value, bytes):
+    if isinstance(value, bytes | memoryview):
         name = str(len(tensors))
-        tensors[name] = torch.from_numpy(np.frombuffer(value, np.uint8).copy())
+        tensors[name] = _tensor_of(value)
         return {"bytes": name}
     if isinstance(value, Mapping):
         return {"pairs": [[key, _describe(item, tensors)] for key, item in value.items()]}
@@ -252,6 +323,13 @@ def _describe(value: Any, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"a {type(value).__name__} cannot be kept in a checkpoint")
+
+
+def _tensor_of(data: bytes | memoryview) -> Tensor:
+    """Return bytes as a tensor that shares their memory, and is never written to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0).byte()
 
 
 def _restore(value: Any, tensor: Any) -> Any:

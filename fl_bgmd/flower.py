@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 from flwr.app import Error, Message, RecordDict
+from flwr.app.message.arraychunk import ArrayChunk
 from flwr.app.message.typeddict import TypedDict
 from flwr.clientapp import ClientApp
 from flwr.common import Metadata
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 from flwr.serverapp import ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -19,6 +21,7 @@ __all__ = [
     "CLIENT_FAILED",
     "Run",
     "carried",
+    "chunks_of",
     "empty_run",
     "enter_run",
     "number_message",
@@ -55,6 +58,17 @@ def put(record: TypedDict[str, Any], key: str, value: Any) -> None:
     Until there is a record that copies what it holds.
     """
     record.__dict__["_data"][key] = value
+
+
+def chunks_of(data: memoryview) -> list[tuple[str, ArrayChunk]]:
+    """Return the chunks that an array's bytes travel as, with their ids.
+
+    As ``Array.slice_array`` makes them of its ``data``, which has to be in memory. Until there is
+    an array whose bytes are elsewhere.
+    """
+    size = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+    made = [ArrayChunk(data[start : start + size]) for start in range(0, len(data), size)]
+    return [(chunk.object_id, chunk) for chunk in made]
 
 
 def received_message(node: int, **body: RecordDict | Error) -> Message:

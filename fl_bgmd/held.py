@@ -6,6 +6,7 @@ answers in the form in which it was asked (:func:`answer`). Nothing that was on 
 somebody else pickled, is one: both make a plain :class:`flwr.app.Array` of it.
 """
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from io import BytesIO
@@ -20,6 +21,9 @@ from torch import Tensor
 from fl_bgmd.flower import put
 
 _NPY = "numpy.ndarray"
+_PLAIN = b"\x93NUMPY\x01\x00"
+"""What NumPy's bytes of an array begin with, unless its header is very long."""
+
 _FIELDS = ("dtype", "shape", "stype", "data")
 
 
@@ -147,9 +151,19 @@ def answer(asked: ArrayRecord, state: Mapping[str, Tensor]) -> ArrayRecord:
 
 
 def values_of(array: Array) -> NDArray[Any]:
-    """Return the values of one's own array, which may be read-only."""
+    """Return the values of one's own array, which may be read-only: nothing is copied."""
     held = array.values if isinstance(array, HeldArray) else None
-    return array.numpy() if held is None else held
+    if held is not None:
+        return held
+    if array.stype != _NPY or not array.data.startswith(_PLAIN):
+        return array.numpy()
+    stream = BytesIO(array.data)
+    np.lib.format.read_magic(stream)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype.hasobject or math.prod(shape) == 0:
+        return array.numpy()
+    values = np.frombuffer(array.data, dtype, math.prod(shape), stream.tell())
+    return values.reshape(shape, order="F" if fortran else "C")
 
 
 def tensors_of(arrays: ArrayRecord) -> dict[str, Tensor]:
@@ -168,11 +182,16 @@ def num_bytes(array: Array) -> int:
 _name_of = lru_cache(maxsize=64)(str)  # NumPy takes longer over a name than the grid over an array
 
 
-@lru_cache(maxsize=512)
-def _header_bytes(dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool) -> int:
-    """Return the length of what NumPy writes in front of an array's values."""
+def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool = False) -> bytes:
+    """Return what NumPy writes in front of an array's values."""
     stream = BytesIO()
     nothing = np.broadcast_to(np.zeros((), dtype), shape)
     head = np.lib.format.header_data_from_array_1_0(nothing) | {"fortran_order": fortran}
     np.lib.format.write_array_header_1_0(stream, head)
-    return stream.tell()
+    return stream.getvalue()
+
+
+@lru_cache(maxsize=512)
+def _header_bytes(dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool) -> int:
+    """Return the length of what NumPy writes in front of an array's values."""
+    return len(npy_header(dtype, shape, fortran))

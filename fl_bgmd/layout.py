@@ -3,13 +3,17 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
+from fl_bgmd.filed import Room, folder_of
 from fl_bgmd.held import hold, is_held, values_of
+from fl_bgmd.mapped import mapped
 
 BUFFER_DTYPE = np.dtype(np.longdouble)
 """Holds every float64 and, where it has 64 bits of mantissa, every 64-bit integer."""
@@ -18,6 +22,9 @@ FLOATS = ("float16", "float32", "float64")
 """Names of the dtypes that are trained."""
 
 _BUFFER_SUFFIXES = ("running_mean", "running_var")
+
+_PIECE = 2**20
+"""Values that are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,9 @@ class ModelLayout:
     held : bool
         Whether the model's arrays are still values (:mod:`fl_bgmd.held`), as :meth:`to_arrays`
         then makes them.
+    folder : Path or None
+        Where the model is in a file (:mod:`fl_bgmd.filed`); ``values``, and what :meth:`to_arrays`
+        makes, are in files there, too.
 
     Raises
     ------
@@ -61,7 +71,7 @@ class ModelLayout:
 
     def __init__(self, arrays: Mapping[str, Array]) -> None:
         self.keys = list(arrays)
-        self.held = is_held(arrays)
+        self.held, self.folder = is_held(arrays), folder_of(arrays)
         self.directions: list[ArraySpec] = []
         self.buffers: list[ArraySpec] = []
         values = {key: values_of(array) for key, array in arrays.items()}
@@ -86,8 +96,8 @@ class ModelLayout:
             )
         wide = any(spec.dtype == np.float64 for spec in self.directions)
         self.dtype = np.dtype(np.float64 if wide else np.float32)
-        self.values = self._flatten(values, self.directions, self.dtype)
-        self.buffer_values = self._flatten(values, self.buffers, BUFFER_DTYPE)
+        self.values = self._flatten(values, self.directions, self.dtype, self.folder)
+        self.buffer_values = self._flatten(values, self.buffers, BUFFER_DTYPE, None)
 
     @property
     def num_directions(self) -> int:
@@ -115,6 +125,11 @@ class ModelLayout:
     ) -> ArrayRecord:
         """Build the ArrayRecord of a model from its flat values, in the order and dtypes sent."""
         arrays: dict[str, Any] = {}
+        specs_of = {spec.key: spec for spec in (*self.directions, *self.buffers)}
+        room = None
+        if self.folder is not None:
+            ordered_specs = (specs_of[key] for key in self.keys)
+            room = Room(((s.key, s.shape, s.dtype) for s in ordered_specs), self.folder)
         for specs, values in ((self.directions, directions), (self.buffers, buffers)):
             for spec in specs:
                 value = values[spec.offset : spec.offset + spec.size].reshape(spec.shape)
@@ -124,31 +139,48 @@ class ModelLayout:
                 elif spec.dtype.kind == "b":
                     value = np.rint(value)
                 with np.errstate(over="ignore", invalid="ignore"):
+                    if room is not None:
+                        room[spec.key][...] = value
+                        continue
                     # Not np.ascontiguousarray: it turns a 0-d array into one of shape (1,).
                     made = np.array(value, dtype=spec.dtype, order="C")
                 arrays[spec.key] = made if self.held else Array(made)
+        if room is not None:
+            return room.record()
         ordered = {key: arrays[key] for key in self.keys}
         return hold(ordered) if self.held else ArrayRecord(ordered)
 
     def holds(self, directions: NDArray[np.floating]) -> bool:
         """Whether all values are finite, also in the dtypes of the arrays they go to."""
-        if not np.isfinite(directions).all():
+        if not all_finite(directions):
             return False
         with np.errstate(over="ignore"):
             return all(
-                np.isfinite(
-                    directions[spec.offset : spec.offset + spec.size].astype(spec.dtype)
-                ).all()
+                all_finite(directions[spec.offset : spec.offset + spec.size], spec.dtype)
                 for spec in self.directions
                 if spec.dtype.itemsize < directions.dtype.itemsize
             )
 
     @staticmethod
     def _flatten(
-        values: dict[str, NDArray[np.generic]], specs: list[ArraySpec], dtype: np.dtype[np.generic]
+        values: dict[str, NDArray[np.generic]],
+        specs: list[ArraySpec],
+        dtype: np.dtype[np.generic],
+        folder: Path | None,
     ) -> NDArray[np.floating]:
-        flat = np.empty(sum(spec.size for spec in specs), dtype=dtype)
+        flat = np.empty(0 if folder else sum(spec.size for spec in specs), dtype=dtype)
+        if folder is not None:
+            size = sum(spec.size for spec in specs)
+            flat = mapped((size,), torch.from_numpy(flat).dtype, folder).numpy()
         for spec in specs:
             part = flat[spec.offset : spec.offset + spec.size]
             part.reshape(spec.shape)[...] = values[spec.key]
         return flat
+
+
+def all_finite(values: NDArray[np.floating], dtype: np.dtype[np.generic] | None = None) -> bool:
+    """Whether values (size,) are finite throughout, in ``dtype`` if one is given; in pieces."""
+    pieces = (values[start : start + _PIECE] for start in range(0, len(values), _PIECE))
+    return all(
+        np.isfinite(piece if dtype is None else piece.astype(dtype)).all() for piece in pieces
+    )

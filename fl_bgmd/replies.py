@@ -21,6 +21,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
 from fl_bgmd.compression import Compressor
+from fl_bgmd.filed import encoded
 from fl_bgmd.held import HeldArray
 from fl_bgmd.layout import FLOATS, ArraySpec, ModelLayout
 from fl_bgmd.wire import EXAMPLES, PACKED_KEY, PACKED_RECORD, PARTITION, packed_keys
@@ -244,7 +245,7 @@ def partition_id(reply: Message) -> int | None:
 
 def arrays_to_state(arrays: ArrayRecord) -> dict[str, Any]:
     """Return arrays as plain values and bytes, for a checkpoint."""
-    return {key: [a.dtype, list(a.shape), a.stype, a.data] for key, a in arrays.items()}
+    return {key: [a.dtype, list(a.shape), a.stype, encoded(a)] for key, a in arrays.items()}
 
 
 def arrays_from_state(state: Mapping[str, Any]) -> ArrayRecord:

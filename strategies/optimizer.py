@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.sgd import sgd as step_of_sgd
 
+from fl_bgmd.mapped import like
 from fl_bgmd.options import OptionError, Positive, declared
 from fl_bgmd.registry import Registry
 
@@ -124,7 +125,9 @@ def descend(
 
     ``state`` is torch's of one parameter, empty at first, and stays as it is.
     """
-    parameter = torch.from_numpy(values.copy())
+    before = torch.from_numpy(values)
+    parameter = like(before, before.shape, before.dtype)  # in a file where the model is in one
+    parameter = before.clone() if parameter is None else parameter.copy_(before)
     parameter.grad = update.cpu().to(parameter.dtype)
     optimizer = build([parameter])
     optimizer.state[parameter] = {

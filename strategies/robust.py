@@ -103,12 +103,15 @@ class RobustStrategy(DeclaredStrategy):
         self.warn_at_start()
         # Copies: what this strategy asks of clients is not the next one's.
         train, evaluate = (ConfigRecord(dict(c or {})) for c in (train_config, evaluate_config))
-        folder, ends = self.settings.folder, (evaluate_fn, should_stop)
+        folder, rounds, stop = self.settings.folder, num_rounds, should_stop
+        model = [initial_arrays]
+        del initial_arrays  # where the caller has let go of it the run can, too
         self._crew = self._crew or crew_for(self.settings)
         try:
             with nullcontext() if folder is None else folder.locked():
+                # No tuple of arguments, which would hold on to the model.
                 return run_rounds(
-                    self, grid, initial_arrays, num_rounds, timeout, train, evaluate, *ends
+                    self, grid, model.pop(), rounds, timeout, train, evaluate, evaluate_fn, stop
                 )
         finally:
             self._before_run = before

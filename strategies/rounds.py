@@ -20,6 +20,7 @@ from .declared import options_of
 from .errors import EmptyRoundsError, RunEndedError
 from .live import Live
 from .reporting import log_end, log_metrics, log_start, values_of
+from .storage import model_in_file
 from .verdicts import RobustResult, Verdicts
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def run_rounds(
                 f"num_rounds is {num_rounds} and {checkpoints.folder} has a checkpoint of round "
                 f"{done}; allowed: {done} or more, or another folder"
             )
-        arrays = arrays_from_state(state["arrays"])
+        arrays = arrays_from_state(state.pop("arrays"))
         result = _to_result(state["history"], arrays)
         strategy.load_state_dict(state["strategy"])
         if "verdicts" in state:  # older checkpoints have none
@@ -80,6 +81,9 @@ def run_rounds(
 
     started, live = time.monotonic(), Live(strategy.settings.on_round)
     try:
+        arrays = model_in_file(arrays, strategy.settings)
+        if first > 1:
+            result.arrays = arrays
         number = first - 1
         while number < num_rounds and not stopped:
             number += 1

@@ -14,7 +14,7 @@ from torch import Tensor
 from fl_bgmd.aggregators import Rule
 from fl_bgmd.compression import Compressor
 from fl_bgmd.held import num_bytes
-from fl_bgmd.layout import ModelLayout
+from fl_bgmd.layout import ModelLayout, all_finite
 from fl_bgmd.wire import MODEL_RECORD, Terms, pack_model
 
 from .settings import Settings
@@ -76,7 +76,7 @@ class Sent:
         Raises ``ValueError`` for a model that holds a NaN or an infinity.
         """
         layout, compressor, coordinates = ModelLayout(model), settings.packing, None
-        if not (np.isfinite(layout.values).all() and np.isfinite(layout.buffer_values).all()):
+        if not (all_finite(layout.values) and all_finite(layout.buffer_values)):
             raise ValueError("arrays of the global model hold a NaN or an infinity")
         terms = Terms(
             round=server_round,

@@ -161,7 +161,8 @@ class Settings:
         Where the updates of a round are kept, one row for each client. ``file`` takes a file
         without a name in ``rows_dir``, which rules work on as on memory, with the same results;
         ``auto`` does where the rows need more than half of the memory that is available when the
-        round starts. On a GPU they have to fit there.
+        round starts. On a GPU they have to fit there. With ``file`` the model is in files there,
+        too: see :mod:`fl_bgmd.filed`.
     rows_dir : path
         Folder on a disk with room for the rows of a round; by default that of temporary files,
         which must not be in memory itself.

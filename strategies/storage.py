@@ -6,8 +6,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from flwr.app import ArrayRecord
 from torch import Tensor
 
+from fl_bgmd.filed import filed
 from fl_bgmd.mapped import NoRoomError, mapped
 from fl_bgmd.shards import Crew
 
@@ -34,7 +36,7 @@ def rows_in_file(count: int, width: int, dtype: torch.dtype, settings: Settings)
     available = available_memory() if settings.rows == "auto" else None
     if settings.rows == "auto" and (available is None or size <= SHARE * available):
         return None
-    folder = Path(settings.rows_dir or tempfile.gettempdir()).expanduser()
+    folder = _folder(settings)
     try:
         rows = mapped((count, width), dtype, folder)
     except NoRoomError as error:
@@ -45,6 +47,23 @@ def rows_in_file(count: int, width: int, dtype: torch.dtype, settings: Settings)
         return None
     LOG.info("the rows of the round (%s bytes) are in a file in %s", f"{size:,}", folder)
     return rows
+
+
+def model_in_file(arrays: ArrayRecord, settings: Settings) -> ArrayRecord:
+    """Return a model in a file where the rows are to be in one; elsewhere as it is.
+
+    Raises :class:`.errors.RowsError` where there is no room for it.
+    """
+    if settings.rows != "file":
+        return arrays
+    try:
+        return filed(arrays, _folder(settings))
+    except NoRoomError as error:
+        raise RowsError(f"the model goes to a file in rows_dir: {error}") from error
+
+
+def _folder(settings: Settings) -> Path:
+    return Path(settings.rows_dir or tempfile.gettempdir()).expanduser()
 
 
 def crew_for(settings: Settings) -> Crew | None:

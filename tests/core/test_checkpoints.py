@@ -22,6 +22,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Result
 from safetensors import safe_open
+from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as to_safetensors
 
 from fl_bgmd.checkpoints import CheckpointError, Checkpoints
@@ -69,6 +70,95 @@ def test_a_tree_comes_back_as_it_was(tmp_path: Path) -> None:
     assert loaded is not None
     assert loaded[0] == 4
     assert same(loaded[1], TREE)
+
+
+def odd_tensors() -> dict[str, torch.Tensor]:
+    """Return tensors that do not lie in memory as they are read; one is larger than a piece."""
+    pool = torch.arange(24, dtype=torch.int64)
+    wide = torch.arange(5_000_000, dtype=torch.float32).reshape(2, 2_500_000)
+    return {
+        "bfloat16": torch.linspace(-2, 2, 7).bfloat16(),
+        "half scalar": torch.tensor(0.5).half(),
+        "narrow": torch.tensor([-3, 100], dtype=torch.int8),
+        "view": pool[3:9],
+        "every other": pool[::2],
+        "shared": pool.view(4, 6),
+        "expanded": torch.tensor([1.5, 2.5]).expand(3, 2),
+        "column": wide.T[17:18],
+        "turned": wide.T,
+        "no rows": torch.empty(0, 3),
+        "with a gradient": torch.ones(2, requires_grad=True),
+    }
+
+
+def test_tensors_come_back_however_they_lie_in_memory(tmp_path: Path) -> None:
+    state = odd_tensors()
+    path = Checkpoints(tmp_path).save(1, state, {})
+    assert path is not None
+    loaded = Checkpoints(tmp_path).load({})
+    assert loaded is not None
+    assert same(loaded[1], state)
+
+
+def test_other_tools_read_the_file_and_find_each_tensor_at_its_alignment(tmp_path: Path) -> None:
+    path = Checkpoints(tmp_path).save(1, TREE | odd_tensors(), {})
+    assert path is not None
+    data = path.read_bytes()
+    mine = load_safetensors(data)
+    again = to_safetensors(mine)  # the library's own writer
+    assert {name: (t.dtype, t.shape) for name, t in mine.items()} == {
+        name: (t.dtype, t.shape) for name, t in load_safetensors(again).items()
+    }
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert length % 8 == 0
+    for name, tensor in mine.items():
+        start, end = header[name]["data_offsets"]
+        assert (8 + length + start) % tensor.itemsize == 0
+        assert end - start == tensor.nbytes
+
+
+def test_a_dtype_that_safetensors_has_no_name_for_here_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"a tensor of torch.complex128 cannot be kept"):
+        Checkpoints(tmp_path).save(1, {"x": torch.ones(2, dtype=torch.complex128)}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+IN_SMALL_MEMORY = """
+import sys, torch
+from fl_bgmd.checkpoints import Checkpoints
+from benchmarks.measure import peak_extra_bytes
+
+checkpoints, cpu = Checkpoints(sys.argv[1]), torch.device("cpu")
+checkpoints.save(1, {"x": torch.ones(3), "y": b"1"}, {})  # loads what is loaded once
+checkpoints.load({})
+state = {
+    "vector": torch.zeros(12_500_000), "turned": torch.zeros(5_000, 2_500).T,
+    "bytes": bytes(50_000_000),
+}
+found = []
+print(peak_extra_bytes(lambda: checkpoints.save(2, state, {}), cpu))
+print(peak_extra_bytes(lambda: found.append(checkpoints.load({})), cpu))
+assert found[0][1]["vector"].shape == (12_500_000,)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory as Linux counts it")
+def test_neither_writing_nor_reading_copies_the_state(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", IN_SMALL_MEMORY, str(tmp_path)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    written, read = map(int, done.stdout.split())
+    # Of 150 MB: some pieces; and what was bytes is bytes again.
+    assert written < 40e6
+    assert read < 50e6 + 60e6
 
 
 def test_an_empty_folder_and_one_that_is_not_there_hold_none(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from flower_messages import (
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import Result
 
+from fl_bgmd import filed
 from fl_bgmd.aggregators import MIXINGS, RULES
 from fl_bgmd.layout import ModelLayout
 from fl_bgmd.mapped import folder_of
@@ -133,7 +135,7 @@ def test_no_room_ends_the_run_before_anybody_trains(tmp_path: Path) -> None:
 
     strategy = Mean(rows="file", rows_dir=tmp_path / "nowhere", min_available_nodes=NODES)
     grid = Noting(regression_app(), NODES, {})
-    with pytest.raises(RowsError, match=r"rows_dir: .*nowhere, where 396 bytes are") as found:
+    with pytest.raises(RowsError, match=r"rows_dir: .*nowhere, where \d+ bytes are") as found:
         strategy.start(grid, regression_model(), num_rounds=1)
     assert trained == []
     assert isinstance(found.value.result, Result)
@@ -246,3 +248,43 @@ def test_a_server_holds_one_matrix_and_one_reply(spec: str, most: float) -> None
     code = [sys.executable, "-c", PEAK.format(spec)]
     found = subprocess.run(code, capture_output=True, text=True, check=True, cwd=root)
     assert 1.0 < float(found.stdout) < most
+
+
+def test_a_run_lets_go_of_a_model_that_its_caller_has_let_go_of(tmp_path: Path) -> None:
+    made: list[weakref.ref[ArrayRecord]] = []
+    alive: list[bool] = []
+
+    def model() -> ArrayRecord:
+        record = regression_model()
+        made.append(weakref.ref(record))
+        return record
+
+    def note(number: int, result: Result) -> bool:
+        alive.append(made[0]() is not None)
+        return False
+
+    strategy = GMD(rows="file", rows_dir=tmp_path, min_available_nodes=NODES, fraction_evaluate=0.0)
+    grid = InProcessGrid(regression_app(), NODES, {})
+    strategy.start(grid, model(), num_rounds=2, should_stop=note)
+    assert alive == [False, False]
+
+
+def test_the_model_of_a_run_with_rows_in_a_file_is_in_a_file(tmp_path: Path) -> None:
+    sent: list[ArrayRecord] = []
+
+    class Noting(InProcessGrid):
+        def push_messages(self, messages: Any) -> Any:
+            messages = list(messages)
+            sent.extend(message.content["arrays"] for message in messages[:1])
+            return super().push_messages(messages)
+
+    folders = {"rows_dir": tmp_path, "checkpoints": tmp_path / "checkpoints"}
+    given: dict[str, Any] = {"min_available_nodes": NODES, "fraction_evaluate": 0.0, **folders}
+    for rounds in (1, 2):  # from the first model on, and from a checkpoint
+        grid = Noting(regression_app(), NODES, {})
+        result = GMD(rows="file", seed=1, **given).start(grid, regression_model(), rounds)
+        assert filed.folder_of(result.arrays) == tmp_path
+    assert [filed.folder_of(record) for record in sent] == [tmp_path, tmp_path]
+    grid = Noting(regression_app(), NODES, {})
+    GMD(rows="memory", **given | {"checkpoints": None}).start(grid, regression_model(), 1)
+    assert filed.folder_of(sent[-1]) is None

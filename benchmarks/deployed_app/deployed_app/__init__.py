@@ -1,0 +1,1 @@
+"""The app of ``python -m benchmarks.deployed``."""
