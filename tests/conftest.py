@@ -12,6 +12,8 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("FLWR_LOG_LEVEL", "ERROR")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray's workers give way to everybody else: beside other tests they would hardly run.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 # The helper modules beside the tests, and tests that others build on.
 HERE = Path(__file__).parent
