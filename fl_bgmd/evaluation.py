@@ -1,8 +1,9 @@
 """What a model makes of the test examples: for clients on their shares, for a server on all."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -81,3 +82,27 @@ def evaluate(
             pairs = labels * classes + outputs.argmax(dim=1)
             confusion += np.bincount(pairs.cpu().numpy(), minlength=classes * classes)
     return Evaluation(loss / len(chosen), confusion.reshape(classes, classes))
+
+
+_KNOWN: dict[tuple[Any, ...], Evaluation] = {}
+_MOST_KNOWN = 16
+
+
+def evaluate_once(
+    model: nn.Module, dataset: Dataset, indices: NDArray[np.int64] | None, device: torch.device
+) -> Evaluation:
+    """Evaluate a model, or return what the same weights came to before in this process.
+
+    For what runs begin with: those of a study have one model for each seed.
+    """
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    chosen = None if indices is None else indices.tobytes()
+    how = str(model), chosen, str(device), torch.get_num_threads()
+    key = (dataset, *how, digest.digest())
+    if key not in _KNOWN:
+        if len(_KNOWN) == _MOST_KNOWN:
+            del _KNOWN[next(iter(_KNOWN))]
+        _KNOWN[key] = evaluate(model, dataset, indices, device)
+    return _KNOWN[key]

@@ -23,7 +23,7 @@ from fl_bgmd.attacks import AttackPlan, Bound
 from fl_bgmd.checkpoints import Checkpoints
 from fl_bgmd.data import Dataset, held_out, load, partitions
 from fl_bgmd.devices import resolve_device
-from fl_bgmd.evaluation import Evaluation, evaluate
+from fl_bgmd.evaluation import Evaluation, evaluate, evaluate_once
 from fl_bgmd.held import held
 from fl_bgmd.models import build
 from fl_bgmd.schedules import scheduled_learning_rate
@@ -269,9 +269,10 @@ def run_experiment(
     best: list[Any] = []  # how good, and the model
     started = clock = time.perf_counter()
 
-    def measure(arrays: ArrayRecord) -> MetricRecord:
+    def measure(arrays: ArrayRecord, *, is_first: bool = False) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
-        found = evaluate(model, dataset, None, device)
+        test = evaluate_once if is_first else evaluate
+        found = test(model, dataset, None, device)
         metrics = MetricRecord()
         metrics["accuracy"] = found.accuracy
         metrics["loss"] = found.loss
@@ -298,7 +299,7 @@ def run_experiment(
     def evaluate_model(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         nonlocal clock
         wanted = server_round % every == 0 or server_round == num_rounds
-        metrics = measure(arrays) if wanted else MetricRecord()
+        metrics = measure(arrays, is_first=server_round == 0) if wanted else MetricRecord()
         if server_round > 0:
             metrics["seconds"] = time.perf_counter() - clock
         clock = time.perf_counter()
