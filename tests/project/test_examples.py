@@ -231,7 +231,10 @@ def test_the_patch_is_one_import_and_one_line_of_the_server(name: str) -> None:
 def test_averaging_breaks_and_bgmd_holds(
     name: str, strategy: str, tmp_path: Path, settings: dict[str, dict[str, object]]
 ) -> None:
-    accuracy = play(name, tmp_path, strategy, (ATTACK,), **settings.get(name, {}))
+    changes = dict(settings.get(name, {}))
+    if (name, strategy) == ("lora", "FedAvg"):
+        changes["num-server-rounds"] = 3  # a transformer takes a second for each, and it is lost
+    accuracy = play(name, tmp_path, strategy, (ATTACK,), **changes)
     print(f"\n{name}, {strategy}, 4 of 10 clients hostile: accuracy {accuracy:.3f}")
     if strategy == "BGMD":
         assert accuracy >= LEAST[name]
