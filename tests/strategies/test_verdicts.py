@@ -146,6 +146,15 @@ def test_norms_and_distances_of_rows_that_stay_are_exact(
     np.testing.assert_allclose(Survey.of(rows, None).norms, exact, rtol=1e-5)
 
 
+@pytest.mark.parametrize("apart", [1e-4, 1e-2, 0.09, 0.11, 1.0])
+def test_distances_of_rows_that_nearly_agree_are_no_rounding_errors(apart: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    vector = torch.randn(200_000, generator=draw)
+    rows = vector + apart * torch.randn((4, 200_000), generator=draw)
+    far = (rows.double() - vector.double()).norm(dim=1).numpy()
+    np.testing.assert_allclose(Survey.of(rows, vector).distances, far, rtol=1e-3)
+
+
 @pytest.mark.parametrize("shape", [(10, 100_000), (3, 32_768), (70, 5_000), (2, 1)])
 def test_distances_of_rows_that_are_overwritten_are_right_to_a_few_percent(
     shape: tuple[int, int],
