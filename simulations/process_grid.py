@@ -4,14 +4,13 @@ The model and the replies travel as values through shared memory, everything els
 run is the same to the bit as one of the in-process grid: each client's randomness is its own.
 """
 
+import os
 import pickle
-import signal
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from io import BytesIO
-from multiprocessing import connection, get_context, resource_tracker
+from multiprocessing import connection
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any, Self
 
@@ -26,9 +25,7 @@ from fl_bgmd.held import HeldArray
 from .config import Config
 from .grid import Decoded
 from .pooled_grid import Answer, Asked, CallFailedError, PooledGrid, Seat, WorkerDiedError, play
-
-_SPAWN = get_context("spawn")
-
+from .processes import interrupts_held_back, take_over, workers
 
 # ------------------------------------------------------------------- values in shared memory
 
@@ -106,9 +103,14 @@ class _Shared:
 
 
 def _work(
-    channel: Connection, load_app: Callable[[], ClientApp], config: Config, threads: int
+    channel: Connection,
+    load_app: Callable[[], ClientApp],
+    config: Config,
+    threads: int,
+    environment: dict[str, str],
 ) -> None:
     """Play clients until the grid has gone."""
+    take_over(environment)
     torch.set_num_threads(threads)
     threadpool_limits(threads, user_api="blas")
     enter_run()
@@ -148,7 +150,7 @@ def _copied(name: str, sizes: Sequence[int]) -> list[bytearray]:
 class _Worker:
     """A process that plays clients, and the memory in which it leaves what they answer."""
 
-    def __init__(self, process: SpawnProcess, channel: Connection) -> None:
+    def __init__(self, process: BaseProcess, channel: Connection) -> None:
         self.process = process
         self.channel = channel
         self.room = _Block(1)
@@ -206,12 +208,9 @@ class ProcessGrid(PooledGrid):
             self._dismiss(seat.worker)
 
     def _hire(self) -> _Worker:
-        ours, theirs = _SPAWN.Pipe()
-        process = _SPAWN.Process(
-            target=_work,
-            args=(theirs, self._load_app, self._run_config, self._threads),
-            daemon=True,
-        )
+        ours, theirs = workers().Pipe()
+        given = theirs, self._load_app, self._run_config, self._threads, dict(os.environ)
+        process = workers().Process(target=_work, args=given, daemon=True)
         with interrupts_held_back():
             process.start()
         theirs.close()
@@ -248,14 +247,3 @@ class ProcessGrid(PooledGrid):
         buffers = _read(reference.room.memory, sizes) if beside is None else beside
         found: list[Answer] = pickle.loads(answers, buffers=buffers)
         return found
-
-
-@contextmanager
-def interrupts_held_back() -> Iterator[None]:
-    """Start processes that leave interrupts, which are this process's to answer, alone."""
-    resource_tracker.ensure_running()  # it would be started with the first, and let them through
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

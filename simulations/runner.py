@@ -23,7 +23,7 @@ from fl_bgmd.attacks.plan import FORMER
 from .backends import ON_RAY, ClientResources, run_validated
 from .config import SETTINGS, STRATEGY_KEYS, Config, ConfigError, Environment, defaults
 from .experiment import OnRound, RunResult
-from .process_grid import interrupts_held_back
+from .processes import interrupts_held_back, take_over, workers
 from .study import Cell, cell_name, told
 
 Line = dict[str, Any]
@@ -101,11 +101,11 @@ def _finished(
             given = resources or ClientResources()
             yield cell, run_validated(cell.config, backend, given, heard, home, jobs)
         return
-    with pool(jobs, tell) as workers:
+    with pool(jobs, tell) as executor:
         try:
             with interrupts_held_back():
                 waiting = {
-                    workers.submit(_run_in_worker, cell.config, backend, cell.name, folder): cell
+                    executor.submit(_run_in_worker, cell.config, backend, cell.name, folder): cell
                     for cell in cells
                 }
             for future in as_completed(waiting):
@@ -114,7 +114,7 @@ def _finished(
             # One that is still starting would miss the queues that end with this process.
             for worker in multiprocessing.active_children():
                 worker.kill()
-            workers.shutdown(cancel_futures=True)
+            executor.shutdown(cancel_futures=True)
             raise
 
 
@@ -125,7 +125,7 @@ def _teller(tell: OnProgress, name: str) -> OnRound:
 @contextmanager
 def pool(jobs: int, tell: OnProgress | None = None) -> Iterator[ProcessPoolExecutor]:
     """Provide processes that share out the cores, end with this one and report their rounds."""
-    context = multiprocessing.get_context("spawn")
+    context = workers()
     # Not a queue: it ends with a word of this process, which a worker that is killed while it
     # reports keeps from being said. This ends with those who report.
     news, sender = context.Pipe(duplex=False)
@@ -137,9 +137,12 @@ def pool(jobs: int, tell: OnProgress | None = None) -> Iterator[ProcessPoolExecu
             jobs,
             mp_context=context,
             initializer=_prepare_worker,
-            initargs=(threads, logging.getLogger("flwr").level, sender, context.Lock()),
-        ) as workers:
-            yield workers
+            initargs=(
+                *(dict(os.environ), threads, logging.getLogger("flwr").level),
+                *(sender, context.Lock()),
+            ),
+        ) as executor:
+            yield executor
     finally:
         sender.close()
         listener.join(timeout=1)
@@ -159,7 +162,10 @@ _NEWS: list[Any] = []
 """In a worker: where it reports its rounds, and what one at a time holds for that."""
 
 
-def _prepare_worker(threads: int, log_level: int, sender: Any, one_at_a_time: Any) -> None:
+def _prepare_worker(
+    environment: dict[str, str], threads: int, log_level: int, sender: Any, one_at_a_time: Any
+) -> None:
+    take_over(environment)
     torch.set_num_threads(threads)
     threadpool_limits(threads, user_api="blas")  # NumPy's, which knows nothing of torch's
     logging.getLogger("flwr").setLevel(log_level)

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -38,6 +37,7 @@ from simulations import backends
 from simulations.config import validate
 from simulations.experiment import RunResult
 from simulations.grid import InProcessGrid
+from simulations.processes import workers
 
 # --------------------------------------------------------------------------------- the files
 
@@ -667,11 +667,7 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) ->
     assert moved.status == "finished"
 
 
-IMPORTED_BY = os.getpid()
-
-
 def life(folder: Path) -> None:
-    assert os.getpid() != IMPORTED_BY, "each life imports all, which takes seconds"
     torch.set_num_threads(1)
     result = run_in(folder)
     assert result.error == ""
@@ -682,16 +678,9 @@ def newest(folder: Path) -> str:
 
 
 def test_a_process_that_is_killed_twenty_times_ends_as_if_it_had_not_been(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    # All lives fork from one process that has imported this file: it finds it here alone, and
-    # says nothing where it does not.
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    spawn = multiprocessing.get_context("forkserver")
-    spawn.set_forkserver_preload([__name__])
-    imported = spawn.Process(target=os.getpid)
-    imported.start()
-    imported.join(300)
+    spawn = workers()  # which have imported most of it
     whole, started = spawn.Process(target=life, args=(tmp_path / "whole",)), time.monotonic()
     whole.start()
     whole.join(300)
