@@ -16,11 +16,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from benchmarks.measure import Watching, held_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "examples" / "deployment" / "deploy.sh"
@@ -36,7 +37,7 @@ PROGRAMS = {
 """The programs whose memory counts, and what they are called in the output."""
 
 
-class Watch:
+class Watch(Watching):
     """The anonymous memory of programs that are descendants of some processes, while a block runs.
 
     Attributes
@@ -52,23 +53,13 @@ class Watch:
     def __init__(self, roots: list[int], trace: Path | None) -> None:
         self.peaks: Counter[str] = Counter()
         self.together, self.least_available = 0, _available()
-        self._roots, self._trace, self._done = roots, trace, threading.Event()
+        self._roots, self._trace = roots, trace
 
-    def __enter__(self) -> "Watch":
-        """Begin to look."""
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Look no more."""
-        self._done.set()
-        self._thread.join()
-
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Look twenty times a second."""
         kinds: dict[int, str] = {}
         began, lines, looks = time.monotonic(), [], 0
-        while not self._done.wait(0.05):
+        while not self.done.wait(0.05):
             if looks % 10 == 0:
                 kinds = _programs(self._roots)
                 self.least_available = min(self.least_available, _available())
@@ -87,16 +78,14 @@ class Watch:
 def _anonymous(pid: int) -> int:
     """Return a process's anonymous memory in bytes, 0 once it is gone."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        return int(status.split("RssAnon:", 1)[1].split(maxsplit=1)[0]) * 1024
-    except (OSError, IndexError):
+        return held_bytes("RssAnon", Path(f"/proc/{pid}/status"))
+    except (OSError, ValueError):  # one that has ended has no such line
         return 0
 
 
 def _available() -> int:
     """Return the machine's available memory in bytes."""
-    info = Path("/proc/meminfo").read_text()
-    return int(info.split("MemAvailable:", 1)[1].split(maxsplit=1)[0]) * 1024
+    return held_bytes("MemAvailable", Path("/proc/meminfo"))
 
 
 def _programs(roots: list[int]) -> dict[int, str]:

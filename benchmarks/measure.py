@@ -2,9 +2,12 @@
 
 import ctypes
 import gc
+import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -53,10 +56,33 @@ def _release_freed_memory() -> None:
         trim(0)
 
 
-def held_bytes(key: str) -> int:
-    """Return what the kernel says of this process under a key such as ``VmRSS`` (Linux)."""
-    [line] = [line for line in STATUS.read_text().splitlines() if line.startswith(key + ":")]
+def held_bytes(key: str, status: Path = STATUS) -> int:
+    """Return what the kernel says of a process under a key such as ``VmRSS`` (Linux).
+
+    By default of this one; also what it says of the machine, in ``/proc/meminfo``.
+    """
+    [line] = [line for line in status.read_text().splitlines() if line.startswith(key + ":")]
     return int(line.split()[1]) * 1024
+
+
+class Watching(ABC):
+    """Something that is looked at from a thread while a block runs."""
+
+    def __enter__(self) -> Self:
+        """Begin to look."""
+        self.done = threading.Event()
+        self._thread = threading.Thread(target=self.look, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Look no more."""
+        self.done.set()
+        self._thread.join()
+
+    @abstractmethod
+    def look(self) -> None:
+        """Look again and again until :attr:`done` is set."""
 
 
 def wait(device: torch.device) -> None:

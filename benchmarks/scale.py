@@ -12,7 +12,6 @@ that may hold ``--limit`` bytes of its own.
 import argparse
 import json
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.measure import held_bytes
+from benchmarks.measure import Watching, held_bytes
 from fl_bgmd.aggregators import Rule, build_rule
 from fl_bgmd.aggregators.rows import has_cheap_gram
 from fl_bgmd.mapped import mapped
@@ -64,25 +63,16 @@ def read(rows: Tensor) -> float:
     return sum(float(np.add.reduce(row)) for row in rows.numpy())
 
 
-class Peak:
+class Peak(Watching):
     """The highest anonymous memory of this process while a block runs."""
 
-    def __enter__(self) -> "Peak":
-        """Begin to look."""
-        self.bytes, self._done = 0, threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
-        return self
+    bytes = 0
 
-    def __exit__(self, *_: object) -> None:
-        """Look no more."""
-        self._done.set()
-        self._thread.join()
-
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Look fifty times a second."""
         while True:
             self.bytes = max(self.bytes, held_bytes("RssAnon"))
-            if self._done.wait(0.02):
+            if self.done.wait(0.02):
                 return
 
 
