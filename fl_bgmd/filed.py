@@ -7,7 +7,7 @@ everyone else such an array is Flower's own.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,6 @@ class FiledArray(HeldArray):
         found: list[tuple[str, Any]] = self.__dict__["_chunks"]
         return found
 
-    def __copy__(self) -> "FiledArray":
-        """Return an array of the same values; what is set on one is not set on the other."""
-        twin = FiledArray.__new__(FiledArray)
-        twin.__dict__.update(self.__dict__)
-        return twin
-
 
 def filed(arrays: Mapping[str, Array], folder: Path) -> ArrayRecord:
     """Return one's own record as one in a file in ``folder``; one that is there already stays.
@@ -83,10 +77,10 @@ def filed(arrays: Mapping[str, Array], folder: Path) -> ArrayRecord:
     """
     if isinstance(arrays, ArrayRecord) and folder_of(arrays) is not None:
         return arrays
-    specs = [(key, v.shape, v.dtype) for key, v in ((k, values_of(a)) for k, a in arrays.items())]
-    room = Room(specs, folder)
-    for key, array in arrays.items():
-        room[key][...] = values_of(array)
+    values = {key: values_of(array) for key, array in arrays.items()}
+    room = Room(((key, value.shape, value.dtype) for key, value in values.items()), folder)
+    for key, value in values.items():
+        room[key][...] = value
     return room.record()
 
 
@@ -143,10 +137,6 @@ class Room:
     def __getitem__(self, key: str) -> NDArray[Any]:
         """Return where the values of an array go."""
         return self._values[key]
-
-    def __iter__(self) -> Iterator[str]:
-        """Return the keys."""
-        return iter(self._values)
 
     def record(self) -> ArrayRecord:
         """Return what was written. Nobody changes it any more."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from functools import lru_cache
 from io import BytesIO
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -100,9 +100,9 @@ class HeldArray(Array):
             self.__dict__["_held"] = None
         super().__setattr__(name, value)
 
-    def __copy__(self) -> "HeldArray":
+    def __copy__(self) -> Self:
         """Return an array of the same values; what is set on one is not set on the other."""
-        twin = HeldArray.__new__(HeldArray)
+        twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         return twin
 

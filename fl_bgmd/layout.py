@@ -125,9 +125,9 @@ class ModelLayout:
     ) -> ArrayRecord:
         """Build the ArrayRecord of a model from its flat values, in the order and dtypes sent."""
         arrays: dict[str, Any] = {}
-        specs_of = {spec.key: spec for spec in (*self.directions, *self.buffers)}
         room = None
         if self.folder is not None:
+            specs_of = {spec.key: spec for spec in (*self.directions, *self.buffers)}
             ordered_specs = (specs_of[key] for key in self.keys)
             room = Room(((s.key, s.shape, s.dtype) for s in ordered_specs), self.folder)
         for specs, values in ((self.directions, directions), (self.buffers, buffers)):
@@ -168,10 +168,11 @@ class ModelLayout:
         dtype: np.dtype[np.generic],
         folder: Path | None,
     ) -> NDArray[np.floating]:
-        flat = np.empty(0 if folder else sum(spec.size for spec in specs), dtype=dtype)
-        if folder is not None:
-            size = sum(spec.size for spec in specs)
-            flat = mapped((size,), torch.from_numpy(flat).dtype, folder).numpy()
+        size = sum(spec.size for spec in specs)
+        if folder is None:
+            flat = np.empty(size, dtype=dtype)
+        else:
+            flat = mapped((size,), getattr(torch, dtype.name), folder).numpy()
         for spec in specs:
             part = flat[spec.offset : spec.offset + spec.size]
             part.reshape(spec.shape)[...] = values[spec.key]

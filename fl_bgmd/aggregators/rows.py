@@ -162,21 +162,17 @@ def sum_blocks(
     values = None if updates.dtype in (torch.float16, torch.bfloat16) else updates.detach().numpy()
     shift = None if offset is None else offset.detach().numpy()
 
-    if read_only and offset is None and values is not None and updates.dtype == dtype:
-
-        def sum_views(part: slice) -> Any:
-            edges = range(part.start, part.stop, width)
-            blocks = (slice(start, min(start + width, part.stop)) for start in edges)
-            return sum(function(columns, values[:, columns]) for columns in blocks)
-
-        return sum(on_cores(sum_views, d, few=n * d < FEW_ELEMENTS))
+    as_they_are = read_only and offset is None and updates.dtype == dtype
 
     def sum_range(part: slice) -> Any:
-        size = part.stop - part.start
+        size = 0 if as_they_are else part.stop - part.start
         buffer = np.empty(n * min(width, size), np.float64 if dtype == torch.float64 else "f4")
         total: Any = 0.0
         for start in range(part.start, part.stop, width):
             columns = slice(start, min(start + width, part.stop))
+            if as_they_are and values is not None:
+                total = total + function(columns, values[:, columns])
+                continue
             block = buffer[: n * (columns.stop - start)].reshape(n, -1)
             # Cast once, not for every row.
             added = None if shift is None else shift[columns].astype(block.dtype, copy=False)
