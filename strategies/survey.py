@@ -37,6 +37,9 @@ _MOST_NUMBERS = 2**23
 _CANCELS = 1e-2
 """Which part of the squares that it is the difference of the square of a distance must be."""
 
+_TINY = 1e-30
+"""Squares below lose digits in float32, whose range ends not far from there."""
+
 
 @dataclass(frozen=True)
 class Survey:
@@ -58,9 +61,9 @@ class Survey:
         """Compare the rows (n, d) with the aggregate (d,), if there is one."""
         if vector is None:
             return cls(euclidean_norms(rows))
-        squares, apart, doubtful = _compared(rows, vector)
-        norms, distances = np.sqrt(squares), np.sqrt(np.abs(apart))
-        for row in np.flatnonzero(doubtful):
+        squares, apart = _compared(rows, vector)
+        norms, distances = np.sqrt(squares), np.sqrt(apart)
+        for row in np.flatnonzero(~np.isfinite(apart)):
             norms[row] = _norm(rows[row])
             distances[row] = _norm(rows[row], vector)
         return cls(norms, distances)
@@ -104,13 +107,11 @@ class Sketch:
         return Survey(self.norms, far)
 
 
-def _compared(
-    rows: Tensor, vector: Tensor
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+def _compared(rows: Tensor, vector: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the squares of the rows' norms and of their distances from a vector (d,), float64.
 
-    And for which rows they are not to be trusted: one may be beyond float32, and a small difference
-    of large squares has lost its digits.
+    From inner products, in the rows' dtype. Where those do not tell, since a square is beyond that
+    dtype's range or a small difference of large ones has lost its digits, from the differences.
     """
     dtype = torch.promote_types(rows.dtype, torch.float32)
     vector = vector.to(rows.device, dtype)
@@ -126,7 +127,24 @@ def _compared(
     length = vector_norm(vector)
     whole = squares + length * length  # a power that overflows would raise
     apart = whole - 2 * products
-    return squares, apart, ~(apart > _CANCELS * whole)
+    doubtful = ~(apart > np.maximum(_CANCELS * whole, _TINY))
+    if doubtful.any():
+        squares[doubtful], apart[doubtful] = _subtracted(rows, vector, np.flatnonzero(doubtful))
+    return squares, apart
+
+
+def _subtracted(rows: Tensor, vector: Tensor, chosen: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Return what :func:`_compared` does, (2, m), of m chosen rows: by subtracting, in float64."""
+    point, those = native(vector.double(), rows), native(torch.from_numpy(chosen), rows)
+
+    def compare(columns: slice, block: Block) -> NDArray[np.float64]:
+        near = block[those]
+        squares = numbers(squared_sizes(near))
+        near -= point[columns]
+        return np.stack([squares, numbers(squared_sizes(near))])
+
+    found: NDArray[np.float64] = sum_blocks(compare, rows)
+    return found
 
 
 def _read(rows: Tensor, width: int, seed: int) -> tuple[NDArray[np.float64], Tensor]:

@@ -146,13 +146,19 @@ def test_norms_and_distances_of_rows_that_stay_are_exact(
     np.testing.assert_allclose(Survey.of(rows, None).norms, exact, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 0.0])
 @pytest.mark.parametrize("apart", [1e-4, 1e-2, 0.09, 0.11, 1.0])
-def test_distances_of_rows_that_nearly_agree_are_no_rounding_errors(apart: float) -> None:
+def test_distances_of_rows_that_nearly_agree_are_no_rounding_errors(
+    apart: float, scale: float
+) -> None:
     draw = torch.Generator().manual_seed(0)
-    vector = torch.randn(200_000, generator=draw)
-    rows = vector + apart * torch.randn((4, 200_000), generator=draw)
+    vector = scale * torch.randn(200_000, generator=draw)
+    rows = vector + apart * scale * torch.randn((4, 200_000), generator=draw)
+    survey = Survey.of(rows, vector)
+    exact = rows.double().norm(dim=1).numpy()
     far = (rows.double() - vector.double()).norm(dim=1).numpy()
-    np.testing.assert_allclose(Survey.of(rows, vector).distances, far, rtol=1e-3)
+    np.testing.assert_allclose(survey.norms, exact, rtol=1e-5)
+    np.testing.assert_allclose(survey.distances, far, rtol=1e-3 if apart > 0.1 else 1e-6)
 
 
 @pytest.mark.parametrize("shape", [(10, 100_000), (3, 32_768), (70, 5_000), (2, 1)])
