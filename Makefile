@@ -24,8 +24,10 @@ simulate: $(READY) ## CIFAR-10, 40 % hostile clients: averaging, GMD and BGMD si
 		--attack bit-flip --byzantine-fraction 0.4
 
 TEST_JOBS ?= auto
+# The tests start a hundred processes: each would compile this project's modules anew.
+TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 test: $(READY) ## The test suite, in as many processes as there are cores (TEST_JOBS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 8 --dist worksteal \
+	$(TESTS) $(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 8 --dist worksteal \
 		-m "not slow and not deployment"
 
 benchmark: $(READY) ## Time the rules against a plain sum and against the peers
@@ -46,7 +48,7 @@ QUICK := aggregators/test_build_rule.py aggregators/test_clipping_mixings.py \
 	project/test_flower_names.py simulations/test_config.py strategies/test_estimate.py \
 	strategies/test_logs.py strategies/test_rounds.py strategies/test_stale.py
 test-quick: $(READY) ## A few tests of each part, for the daily loop
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) --maxprocesses 8 \
+	$(TESTS) $(BIN)/python -m pytest -q -n $(TEST_JOBS) --maxprocesses 8 \
 		$(addprefix tests/,$(QUICK))
 
 test-slow: $(READY) ## The tests that take minutes
@@ -56,7 +58,7 @@ test-flwr-min: ## The test suite with the oldest flwr supported, in .venv-flwr-m
 	$(PYTHON) -m venv $(VENV)-flwr-min
 	$(VENV)-flwr-min/bin/python -m pip install --quiet --disable-pip-version-check \
 		--editable ".[dev]" "flwr[simulation]==$(FLWR_MIN)"
-	OMP_NUM_THREADS=1 $(VENV)-flwr-min/bin/python -m pytest -n $(TEST_JOBS) --maxprocesses 8 \
+	$(TESTS) $(VENV)-flwr-min/bin/python -m pytest -n $(TEST_JOBS) --maxprocesses 8 \
 		--dist worksteal -m "not slow and not deployment"
 
 test-trackers: $(READY) ## The examples with W&B and MLflow, offline (50 packages more)
