@@ -3,18 +3,22 @@
 ``python -m benchmarks.study`` runs all 90 cells, one seed of each, for 12 rounds and for 36, on as
 many processes as there are cores. What 24 rounds of all cells take more, and what the cells take
 besides, add up to what the whole study takes, which it says. ``--whole`` runs that instead. The
-setting is that of the laboratory (``simulations/studies/laboratory.toml``), without the attacks
-that search their strength on the deployed rule: a round under one of those takes several times as
-long.
+setting is that of the laboratory (``simulations/studies/laboratory.toml``), with distances in the
+verdicts as by default, and without the attacks that search their strength on the deployed rule: a
+round under one of those takes several times as long.
 """
 
 import argparse
 import logging
 import os
+import tempfile
 import time
+from pathlib import Path
 
 from fl_bgmd.data import load
-from simulations.comparison import compare
+from simulations.config import Value
+from simulations.runner import run_cells
+from simulations.study import Study, attack_columns, strategy_rows, study_named
 
 STRATEGIES = (
     "mean",
@@ -44,31 +48,21 @@ SEEDS, ROUNDS, EVERY = 3, 300, 12
 
 def seconds_of(rounds: int, seeds: int, jobs: int) -> float:
     """Run every cell; return the seconds on the wall clock."""
-    started = time.perf_counter()
-    result = compare(
-        STRATEGIES,
-        ATTACKS,
-        seeds=seeds,
-        jobs=jobs,
-        dataset="mnist",
-        model="mlp",
-        partition="similarity:0.3",
-        num_clients=14,
-        batch_size=64,
-        local_steps=1,
-        learning_rate=0.2,
-        momentum=0.0,
-        num_server_rounds=rounds,
-        evaluate_every=EVERY,
-        byzantine_fraction=0.29,
-        byzantine_selection="fixed",
-        assumed_byzantine_fraction=0.29,
-        save_model=False,
-    )
-    failed = result.frame.query("status == 'failed'")
-    if len(failed):
+    changed: dict[str, Value] = {
+        "num-server-rounds": rounds,
+        "evaluate-every": EVERY,
+        "verdict-distances": True,
+    }
+    config = study_named("laboratory").config | changed
+    study = Study(strategy_rows(STRATEGIES), attack_columns(ATTACKS), config, seeds=seeds)
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        lines = run_cells(study.cells(), Path(folder), jobs=jobs)
+        taken = time.perf_counter() - started
+    failed = [line for line in lines if line["status"] == "failed"]
+    if failed:
         raise SystemExit(f"{len(failed)} runs failed:\n{failed}")
-    return time.perf_counter() - started
+    return taken
 
 
 def main() -> None:
