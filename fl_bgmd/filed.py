@@ -17,8 +17,9 @@ from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
 from fl_bgmd.flower import chunks_of, put
-from fl_bgmd.held import HeldArray, npy_header, values_of
+from fl_bgmd.held import HeldArray, values_of
 from fl_bgmd.mapped import mapped
+from fl_bgmd.npy import header_bytes
 
 _ALIGNED = 64  # NumPy's own headers are as long as a multiple of it
 
@@ -119,7 +120,7 @@ class Room:
         heads: dict[str, tuple[int, bytes, tuple[int, ...], np.dtype[Any]]] = {}
         end = 0
         for key, shape, dtype in specs:
-            head = npy_header(dtype, shape)
+            head = header_bytes(dtype, shape)
             heads[key] = end, head, shape, dtype
             end += len(head) + math.prod(shape) * dtype.itemsize
             end += -end % _ALIGNED

@@ -8,8 +8,6 @@ somebody else pickled, is one: both make a plain :class:`flwr.app.Array` of it.
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
-from io import BytesIO
 from typing import Any, Self
 
 import numpy as np
@@ -19,10 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_bgmd.flower import put
-
-_NPY = "numpy.ndarray"
-_PLAIN = b"\x93NUMPY\x01\x00"
-"""What NumPy's bytes of an array begin with, unless its header is very long."""
+from fl_bgmd.npy import NPY, dtype_name, header_bytes, read_header
 
 _FIELDS = ("dtype", "shape", "stype", "data")
 
@@ -41,7 +36,7 @@ class HeldArray(Array):
     def __init__(self, values: NDArray[Any], data: bytes | None = None) -> None:
         # Not through the constructor, which encodes, nor through __setattr__, which gives up.
         self.__dict__.update(
-            dtype=_name_of(values.dtype), shape=values.shape, stype=_NPY, _held=values, _bytes=data
+            dtype=dtype_name(values.dtype), shape=values.shape, stype=NPY, _held=values, _bytes=data
         )
 
     @classmethod
@@ -81,7 +76,7 @@ class HeldArray(Array):
         held = self.__dict__["_held"]
         if held is None or self.__dict__["_bytes"] is not None:
             return len(self.data)
-        return _header_bytes(held.dtype, held.shape, held.flags.fnc) + int(held.nbytes)
+        return len(header_bytes(held.dtype, held.shape, held.flags.fnc)) + int(held.nbytes)
 
     def tensor(self) -> Tensor:
         """Return the values as a tensor that shares their memory: it must not be written to."""
@@ -155,15 +150,13 @@ def values_of(array: Array) -> NDArray[Any]:
     held = array.values if isinstance(array, HeldArray) else None
     if held is not None:
         return held
-    if array.stype != _NPY or not array.data.startswith(_PLAIN):
+    if array.stype != NPY:
         return array.numpy()
-    stream = BytesIO(array.data)
-    np.lib.format.read_magic(stream)
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    shape, fortran_order, dtype, start = read_header(array.data)
     if dtype.hasobject or math.prod(shape) == 0:
         return array.numpy()
-    values = np.frombuffer(array.data, dtype, math.prod(shape), stream.tell())
-    return values.reshape(shape, order="F" if fortran else "C")
+    values = np.frombuffer(array.data, dtype, math.prod(shape), start)
+    return values.reshape(shape, order="F" if fortran_order else "C")
 
 
 def tensors_of(arrays: ArrayRecord) -> dict[str, Tensor]:
@@ -177,21 +170,3 @@ def tensors_of(arrays: ArrayRecord) -> dict[str, Tensor]:
 def num_bytes(array: Array) -> int:
     """Return how many bytes an array takes on a wire."""
     return array.num_bytes if isinstance(array, HeldArray) else len(array.data)
-
-
-_name_of = lru_cache(maxsize=64)(str)  # NumPy takes longer over a name than the grid over an array
-
-
-def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool = False) -> bytes:
-    """Return what NumPy writes in front of an array's values."""
-    stream = BytesIO()
-    nothing = np.broadcast_to(np.zeros((), dtype), shape)
-    head = np.lib.format.header_data_from_array_1_0(nothing) | {"fortran_order": fortran}
-    np.lib.format.write_array_header_1_0(stream, head)
-    return stream.getvalue()
-
-
-@lru_cache(maxsize=512)
-def _header_bytes(dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool) -> int:
-    """Return the length of what NumPy writes in front of an array's values."""
-    return len(npy_header(dtype, shape, fortran))

@@ -7,12 +7,9 @@ its update into a row of the update matrix. It never raises for anything a clien
 
 import math
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import lru_cache
-from io import BytesIO
 from itertools import pairwise, takewhile
 from typing import Any, TypeVar, cast
 
@@ -24,6 +21,7 @@ from fl_bgmd.compression import Compressor
 from fl_bgmd.filed import encoded
 from fl_bgmd.held import HeldArray
 from fl_bgmd.layout import FLOATS, ArraySpec, ModelLayout
+from fl_bgmd.npy import NPY, Header, dtype_name, read_header
 from fl_bgmd.wire import EXAMPLES, PACKED_KEY, PACKED_RECORD, PARTITION, packed_keys
 
 _PIECE = 2**16
@@ -33,11 +31,9 @@ MetricValue = int | float | list[int] | list[float]
 
 Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 
-_NPY = "numpy.ndarray"
 MAX_METRIC_VALUES = 10_000
 """Values of metrics in a reply, those in lists counted one by one."""
 
-_MAX_HEADER_BYTES = 4096
 _MAX_CONFIG_BYTES = 2**20
 _MAX_DETAIL = 300
 _MAX_REASON = 2**16
@@ -471,7 +467,7 @@ def view_array(array: Array, spec: ArraySpec) -> NDArray[np.generic]:
         raise InvalidReplyError(
             Rejection.SHAPE, f"array {spec.key!r} declares shape {shown}; sent: {spec.shape}"
         )
-    if array.stype != _NPY:
+    if array.stype != NPY:
         raise InvalidReplyError(
             Rejection.ENCODING, f"array {spec.key!r} is serialized as {array.stype[:80]!r}"
         )
@@ -479,7 +475,7 @@ def view_array(array: Array, spec: ArraySpec) -> NDArray[np.generic]:
     if held is not None:
         _check_values(array, spec, held.shape, held.dtype)
         return held
-    shape, fortran_order, dtype, start = _read_npy_header(array.data, spec.key)
+    shape, fortran_order, dtype, start = _read_header(array.data, spec.key)
     _check_values(array, spec, shape, dtype)
     if len(array.data) - start != spec.size * dtype.itemsize:
         raise InvalidReplyError(
@@ -500,64 +496,33 @@ def _check_values(
             Rejection.SHAPE,
             f"array {spec.key!r} holds shape {repr(shape)[:80]}; sent: {spec.shape}",
         )
-    if not _converts_safely(dtype, spec.dtype) or array.dtype != _name_of(dtype):
+    if not _converts_safely(dtype, spec.dtype) or array.dtype != dtype_name(dtype):
         raise InvalidReplyError(
             Rejection.DTYPE,
             f"array {spec.key!r} holds {dtype}, declares {array.dtype[:80]!r}; sent: {spec.dtype}",
         )
 
 
-def declared_array(data: bytes, stype: str = _NPY) -> Array:
+def declared_array(data: bytes, stype: str = NPY) -> Array:
     """Return untrusted bytes as an ``Array`` that declares what their own header says.
 
     For Flower's older API, whose tensors declare neither shape nor dtype. Where the header cannot
     be read both are left empty, and :func:`screen` rejects the array for its encoding.
     """
     try:
-        shape, _, dtype, _ = _read_npy_header(data, "")
+        shape, _, dtype, _ = _read_header(data, "")
     except InvalidReplyError:
         return Array("", (), stype, data)
     return Array(dtype.name, shape, stype, data)
 
 
-def _read_npy_header(
-    data: bytes, key: str
-) -> tuple[tuple[int, ...], bool, np.dtype[np.generic], int]:
-    """Parse an .npy header: ``(shape, fortran_order, dtype, offset of the values)``."""
-    most = _MAX_HEADER_BYTES + 12
+def _read_header(data: bytes, key: str) -> Header:
     try:
-        if data[6:8] != b"\x01\x00":
-            return _parse_npy_header(data[:most])
-        # All clients write the same ones, and parsing one takes longer than a small array's values.
-        length = 10 + int.from_bytes(data[8:10], "little")
-        return _parse_npy_header_once(data[: min(length, most)])
+        return read_header(data)
     except Exception as error:
         raise InvalidReplyError(
             Rejection.ENCODING, f"array {key!r} is not a .npy array: {type(error).__name__}"
         ) from error
-
-
-def _parse_npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[np.generic], int]:
-    """Parse what NumPy writes for plain arrays: versions 1 and 2, which evaluate literals only."""
-    stream = BytesIO(data)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        version = np.lib.format.read_magic(stream)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran_order, dtype = read(stream, max_header_size=_MAX_HEADER_BYTES)
-    return tuple(shape), bool(fortran_order), dtype, stream.tell()
-
-
-_parse_npy_header_once = lru_cache(maxsize=512)(_parse_npy_header)
-
-
-@lru_cache(maxsize=64)
-def _name_of(dtype: np.dtype[Any]) -> str:
-    """Return a dtype's name, which takes NumPy longer than looking at a small array."""
-    return dtype.name
 
 
 def _converts_safely(received: np.dtype[np.generic], sent: np.dtype[np.generic]) -> bool:

@@ -21,6 +21,9 @@ LOG = logging.getLogger("flwr.fl_bgmd")
 SHARE = 0.5
 """``auto`` takes a file for rows that need more of the available memory than this."""
 
+_SMALL = 2**20
+"""Bytes: rows that need no more stay in memory without a look at how much of it there is."""
+
 
 def rows_in_file(count: int, width: int, dtype: torch.dtype, settings: Settings) -> Tensor | None:
     """Return a matrix (count, width) in a file where the settings ask for one; None: memory.
@@ -31,7 +34,7 @@ def rows_in_file(count: int, width: int, dtype: torch.dtype, settings: Settings)
         Where there is no room for the file, nor, under ``auto``, in memory.
     """
     size = count * width * dtype.itemsize
-    if settings.rows == "memory" or size == 0:
+    if settings.rows == "memory" or size == 0 or (settings.rows == "auto" and size <= _SMALL):
         return None
     available = available_memory() if settings.rows == "auto" else None
     if settings.rows == "auto" and (available is None or size <= SHARE * available):

@@ -2,7 +2,7 @@
 
 The distances are wanted after the rule. Where mixings overwrite the rows before, a sketch of each
 is kept (Charikar, Chen and Farach-Colton's CountSketch: sums of columns with random signs), whose
-distances are those of the rows to a few percent.
+distances are those of the rows to a few percent. Rows no wider than a sketch are kept themselves.
 """
 
 import math
@@ -78,7 +78,8 @@ class Sketch:
     norms : ndarray
         float64 (n,): Euclidean norms. Infinite only beyond the range of float64.
     values : Tensor or None
-        float64 (n, width), on the CPU; None where no distances are wanted.
+        float64 (n, width), on the CPU, or a copy of rows no wider than that; None where no
+        distances are wanted.
     seed : int
         What signs and places are drawn from.
     """
@@ -93,6 +94,8 @@ class Sketch:
         if not distances:
             return cls(euclidean_norms(rows), None, seed)
         width = max(64, min(WIDTH, _MOST_NUMBERS // max(1, len(rows))))
+        if rows.shape[1] <= width:
+            return cls(euclidean_norms(rows), rows.clone(), seed)
         norms, values = _read(rows, width, seed)
         for row in np.flatnonzero(~np.isfinite(norms)):  # its square is beyond float32
             norms[row] = _norm(rows[row])
@@ -102,6 +105,8 @@ class Sketch:
         """Return about how far each row was from the aggregate (d,), if there is one."""
         if self.values is None or vector is None:
             return Survey(self.norms)
+        if self.values.shape[1] == len(vector):
+            return Survey.of(self.values, vector)
         _, sketch = _read(vector[None], self.values.shape[1], self.seed)
         far: NDArray[np.float64] = torch.linalg.vector_norm(self.values - sketch, dim=1).numpy()
         return Survey(self.norms, far)
@@ -152,7 +157,8 @@ def _read(rows: Tensor, width: int, seed: int) -> tuple[NDArray[np.float64], Ten
     count, size = rows.shape
     dtype = torch.promote_types(rows.dtype, torch.float32)
     draw = torch.Generator().manual_seed(seed % 2**63)
-    signs = torch.randint(0, 2, (_FOLDS, width), generator=draw).mul_(2).sub_(1)
+    folds = min(_FOLDS, -(-size // width))
+    signs = torch.randint(0, 2, (folds, width), generator=draw).mul_(2).sub_(1)
     signs = signs.to(rows.device, dtype)
     long = _FOLDS * width
     shifts = torch.randint(0, width, (-(-size // long),), generator=draw).tolist()

@@ -108,6 +108,9 @@ def test_auto_takes_a_file_where_the_rows_need_half_of_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     size = NODES * 9 * 4
+    monkeypatch.setattr(storage, "available_memory", lambda: 1)
+    assert watched(rows_dir=tmp_path) == [(None, NODES)]  # so little is not worth a look
+    monkeypatch.setattr(storage, "_SMALL", 0)
     for available, folder in (
         (None, None),
         (2 * size, None),

@@ -63,7 +63,7 @@ def test_each_client_has_a_verdict_in_each_round() -> None:
         assert [v.weight for v in found] == weights
         rows = np.array([-update(number, v.partition) for v in found])
         assert [v.norm for v in found] == pytest.approx(np.linalg.norm(rows, axis=1))
-        # Distances of 12 columns are not sketched: every column has a place of its own.
+        # Rows of 12 columns are not sketched.
         moved = np.array(weights) @ rows
         assert [v.distance for v in found] == pytest.approx(
             np.linalg.norm(rows - moved, axis=1), rel=1e-6
@@ -176,6 +176,15 @@ def test_distances_of_rows_that_are_overwritten_are_right_to_a_few_percent(
     np.testing.assert_allclose(survey.norms, exact, rtol=1e-5)
     assert survey.distances is not None
     np.testing.assert_allclose(survey.distances, far, rtol=0.12, atol=1e-6)
+
+
+def test_rows_no_wider_than_a_sketch_are_kept() -> None:
+    rows = _rows((70, 2048))
+    vector = rows.mean(0)
+    far = (rows - vector).double().norm(dim=1).numpy()
+    sketch = Sketch.of(rows, 1)
+    rows.zero_()
+    np.testing.assert_allclose(sketch.survey(vector).distances, far, rtol=1e-6)
 
 
 @pytest.mark.parametrize("overwritten", [False, True])
