@@ -60,6 +60,7 @@ test-flwr-min: ## The test suite with the oldest flwr supported, in .venv-flwr-m
 		--editable ".[dev]" "flwr[simulation]==$(FLWR_MIN)"
 	$(TESTS) $(VENV)-flwr-min/bin/python -m pytest -n $(TEST_JOBS) --maxprocesses 8 \
 		--dist worksteal -m "not slow and not deployment"
+	$(VENV)-flwr-min/bin/python -m pytest tests/simulations/test_flwr_run.py
 
 test-trackers: $(READY) ## The examples with W&B and MLflow, offline (50 packages more)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[trackers]"
@@ -69,7 +70,7 @@ test-peers: $(READY) ## Against what others have: ByzFL's rules, training with O
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check byzfl opacus
 	$(BIN)/python -m pytest tests/aggregators/test_byzfl.py tests/project/test_other_apps.py
 
-test-deployment: $(READY) ## One SuperLink and five SuperNodes as network namespaces (root)
+test-deployment: $(READY) ## `flwr run`; a SuperLink and SuperNodes as network namespaces (root)
 	$(BIN)/python -m pytest -m deployment
 
 docs: $(READY) ## The documentation site, in site/

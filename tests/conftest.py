@@ -15,6 +15,8 @@ os.environ.setdefault("FLWR_LOG_LEVEL", "ERROR")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray's workers give way to everybody else: beside other tests they would hardly run.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# Those that it starts before anybody asks have not imported what actors need, and end unused.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 
 # The helper modules beside the tests, and tests that others build on.
 HERE = Path(__file__).parent

@@ -42,12 +42,13 @@ def save(figure: Any, path: Path) -> Path:
     """Write a figure to a PNG file and a PDF beside it; return the path.
 
     The folder may be new. The PDF has its letters as fonts that publishers take (type 42), and no
-    date: the same figure is the same file.
+    date: the same figure is the same file. The figure's layout is final after that.
     """
     import matplotlib as mpl
 
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+    figure.set_layout_engine("none")  # it is laid out: finding the same places takes a second time
     with mpl.rc_context({"pdf.fonttype": 42}):
         figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
     return path

@@ -103,3 +103,11 @@ def test_what_belongs_to_an_item_is_indented_as_the_site_needs_it() -> None:
 def test_the_site_asks_nothing_of_other_servers() -> None:
     assert SITE["theme"]["font"] is False
     assert SITE["strict"] is True
+
+
+def test_nobody_is_told_to_stop_what_is_not_theirs() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*")]
+    for page in (page for page in pages if page.is_file() and page.suffix != ".npz"):
+        text = page.read_text(errors="replace")
+        assert "pkill" not in text, page
+        assert "killall" not in text, page

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import click
 import pytest
 import typer
 from rich.console import Console
+from warm_python import Started
 
 from fl_bgmd.aggregators import RECOMMENDED
 from fl_bgmd.data import data_directory
@@ -321,25 +324,21 @@ def test_an_interrupted_command_ends_at_once_with_a_word(
 ) -> None:
     many = [*command, "--num-server-rounds=100000", f"--results-dir={tmp_path / 'results'}"]
     many += [f"--checkpoint-dir={tmp_path / 'checkpoints'}"]
-    with (tmp_path / "err").open("w") as err:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "simulations", *many],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=err,
-            start_new_session=True,
-            # A shell's background job, such as these tests may be, ignores it.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        try:
-            deadline = time.monotonic() + 120
-            while not next(tmp_path.glob(awaited), None):
-                assert time.monotonic() < deadline, f"no {awaited}"
-                time.sleep(0.1)
-            time.sleep(0.5)
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-            assert process.wait(timeout=30) == 130
-        finally:
-            process.kill()
-    assert (tmp_path / "err").read_text().startswith("interrupted: ")
-    assert len((tmp_path / "err").read_text().splitlines()) == 1
+    code = "import runpy, sys; sys.path.insert(0, '')\n"
+    code += "runpy.run_module('simulations', run_name='__main__', alter_sys=True)"
+    process = Started(code, *many, folder=tmp_path, cwd=ROOT)
+    watchdog = threading.Timer(150, os.killpg, (process.pid, signal.SIGKILL))
+    watchdog.start()
+    try:
+        while not next(tmp_path.glob(awaited), None):
+            assert watchdog.is_alive(), f"no {awaited}"
+            time.sleep(0.1)
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        asked = time.monotonic()
+        done = process.wait()
+    finally:
+        watchdog.cancel()
+    assert done.returncode == 130
+    assert time.monotonic() - asked < 30
+    assert re.fullmatch("interrupted: .*\n", done.stderr)

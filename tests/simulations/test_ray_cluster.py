@@ -17,7 +17,7 @@ import ray
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
-from test_ray import free_port
+from test_flwr_run import free_port
 
 from clients.client_app import handle_train
 from simulations import backends

@@ -12,7 +12,7 @@ import ray
 import torch
 from flower_messages import regression_app, regression_model, to_numpy
 from flwr.serverapp.strategy import Result
-from test_ray import free_port
+from test_flwr_run import free_port
 from test_ray_cluster import cluster  # noqa: F401
 
 from fl_bgmd import ray_shards
