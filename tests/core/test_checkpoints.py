@@ -23,6 +23,7 @@ from flwr.serverapp.strategy import Result
 from safetensors import safe_open
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as to_safetensors
+from warm_python import run_code
 
 from fl_bgmd.checkpoints import CheckpointError, Checkpoints
 from fl_bgmd.strategies import (
@@ -38,6 +39,8 @@ from simulations.config import validate
 from simulations.experiment import RunResult
 from simulations.grid import InProcessGrid
 from simulations.processes import workers
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # --------------------------------------------------------------------------------- the files
 
@@ -145,15 +148,7 @@ assert found[0][1]["vector"].shape == (12_500_000,)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory as Linux counts it")
 def test_neither_writing_nor_reading_copies_the_state(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", IN_SMALL_MEMORY, str(tmp_path)],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_code(IN_SMALL_MEMORY, str(tmp_path), cwd=ROOT)
     assert done.returncode == 0, done.stderr
     written, read = map(int, done.stdout.split())
     # Of 150 MB: some pieces; and what was bytes is bytes again.

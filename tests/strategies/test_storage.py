@@ -1,8 +1,6 @@
 """Where the rows of a round are: memory or a file, with the same results; a server's peak."""
 
 import logging
-import subprocess
-import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from flower_messages import (
 )
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import Result
+from warm_python import run_code
 
 from fl_bgmd import filed
 from fl_bgmd.aggregators import MIXINGS, RULES
@@ -31,6 +30,8 @@ from fl_bgmd.strategies import GMD, Mean, RobustStrategy, Round, RowsError
 from simulations.grid import InProcessGrid
 from strategies import storage
 from strategies.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
 
 NODES = 11
 
@@ -247,9 +248,8 @@ def test_a_server_holds_one_matrix_and_one_reply(spec: str, most: float) -> None
 
     Mixings work in place. The memory of ``bgmd`` takes one and a half replies more.
     """
-    root = Path(__file__).parents[2]
-    code = [sys.executable, "-c", PEAK.format(spec)]
-    found = subprocess.run(code, capture_output=True, text=True, check=True, cwd=root)
+    found = run_code(PEAK.format(spec), cwd=ROOT)
+    assert found.returncode == 0, found.stderr
     assert 1.0 < float(found.stdout) < most
 
 
