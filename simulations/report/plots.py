@@ -13,7 +13,7 @@ from fl_bgmd.data import Dataset
 
 from ..experiment import RunResult
 from ..listings import plain
-from .drawing import band, name_ends, panels, save
+from .drawing import COLORS, band, name_ends, panels, save
 from .tables import percent
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 Runs = Mapping[tuple[str, str], Sequence[RunResult]]
 """The runs of a study, one for each seed, by row and column."""
+
+FEWEST_RANKED = 3
+"""Rows, and columns without a gap, from which on places say more than the table."""
 
 MOST_PANELS = 12
 """Columns that still fit one figure of curves."""
@@ -118,6 +121,42 @@ def draw_heat_map(means: pd.DataFrame, title: str) -> "Drawing":
         axes.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, label="final test accuracy (%)")
+    return figure
+
+
+def plot_ranks(means: pd.DataFrame, title: str, folder: Path) -> Path:
+    """Draw which place each row takes in each column to ``ranks.png``; ``means`` as above.
+
+    Best on top is the row whose mean place is the best. Equal accuracies share their mean place. A
+    column where a row has no accuracy is left out.
+    """
+    return save(draw_ranks(means, title), folder / "ranks.png")
+
+
+def places_of(means: pd.DataFrame) -> pd.DataFrame:
+    """Return the place of each row in each column, 1 for the highest; the last column is none."""
+    places = means.iloc[:, :-1].dropna(axis="columns").rank(ascending=False)
+    return places.loc[places.mean(axis=1).sort_values().index]
+
+
+def draw_ranks(means: pd.DataFrame, title: str) -> "Drawing":
+    """Return the figure of :func:`plot_ranks`."""
+    places = places_of(means)
+    high, wide = places.shape
+    figure, [[axes]] = panels(1, 1, 5.2, 1.5 + 0.3 * high)
+    heights = np.arange(high)
+    axes.hlines(heights, places.min(axis=1), places.max(axis=1), color="0.8", lw=1.2, zorder=1)
+    # Columns lie a little apart, so that equal places show.
+    apart = np.linspace(-0.22, 0.22, wide) if wide > 1 else np.zeros(1)
+    axes.scatter(places, heights[:, None] + apart, s=9, color=COLORS[0], zorder=2, label="a column")
+    axes.plot(places.mean(axis=1), heights, "D", color=COLORS[1], ms=6, zorder=3, label="mean")
+    axes.set_yticks(heights, places.index)
+    axes.invert_yaxis()
+    axes.set_xlim(0.5, high + 0.5)
+    axes.set_xlabel(f"place among {high} in each of {wide} columns (1 is the best)")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=7, loc="lower left")
+    axes.set_title(title, fontsize=10)
     return figure
 
 

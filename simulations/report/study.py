@@ -8,7 +8,16 @@ import pandas as pd
 from ..experiment import RunResult
 from ..runner import Line, result_of, row_of
 from ..study import Study, rounds_per_epoch
-from .plots import AXES, MOST_PANELS, Runs, plot_curves, plot_heat_map
+from .plots import (
+    AXES,
+    FEWEST_RANKED,
+    MOST_PANELS,
+    Runs,
+    places_of,
+    plot_curves,
+    plot_heat_map,
+    plot_ranks,
+)
 from .tables import (
     accuracies,
     accuracy_means,
@@ -43,7 +52,10 @@ def write_report(
     title = study.title or title_of(lines)
     paths = [write_markdown(output, heading(study, full, lines), table_of(study, lines))]
     if len({line["column"] for line in lines}) > 1:
-        paths.append(plot_heat_map(accuracy_means(lines), title, output))
+        means = accuracy_means(lines)
+        paths.append(plot_heat_map(means, title, output))
+        if min(places_of(means).shape) >= FEWEST_RANKED:
+            paths.append(plot_ranks(means, title, output))
     runs = runs_of(lines, folder)
     if not 0 < len({column for _, column in runs}) <= MOST_PANELS:
         return paths

@@ -4,12 +4,13 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.text import Text
 
 from simulations.experiment import RunResult
 from simulations.report.drawing import MOST_LABELS, band, name_ends, panels, save, spread_out
-from simulations.report.plots import draw_curves
+from simulations.report.plots import draw_curves, draw_ranks
 
 X = np.arange(11)
 
@@ -123,3 +124,22 @@ def test_a_curve_is_named_where_its_last_number_is() -> None:
         "loss": (4.0, 2.0),
     }
     assert len(panel.lines) == 3
+
+
+def test_the_row_with_the_best_mean_place_is_on_top() -> None:
+    means = pd.DataFrame(
+        {
+            "none": [0.9, 0.8, 0.7],
+            "ipm": [0.1, 0.6, 0.6],
+            "unfinished": [np.nan, 0.1, 0.2],
+            "alie": [0.1, 0.3, 0.2],
+            "worst": [np.nan, 0.1, 0.2],
+        },
+        index=["mean", "gmd", "cmd"],
+    )
+    [axes] = draw_ranks(means, "").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["gmd", "cmd", "mean"]
+    [middles] = [line for line in axes.lines if line.get_label() == "mean"]
+    np.testing.assert_allclose(middles.get_xdata(), [4.5 / 3, 6.5 / 3, 7 / 3])
+    assert axes.yaxis_inverted()
+    assert "among 3 in each of 3 columns" in axes.get_xlabel()

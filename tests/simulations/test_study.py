@@ -216,6 +216,7 @@ def test_compare_attacks_writes_table_heat_map_and_cells(
         least = [min(line["class-accuracies"]) for line in own if line["column"] == "none"]
         assert values[1] == pytest.approx(50 * sum(least), abs=0.051)
     assert (folder / "heatmap.png").read_bytes().startswith(b"\x89PNG")
+    assert not (folder / "ranks.png").exists()  # of two rows
     assert "worst" in capsys.readouterr().out
     again = tmp_path / "again"
     assert main(["report", str(folder), f"--output={again}"]) == 0
