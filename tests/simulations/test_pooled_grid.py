@@ -20,7 +20,9 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 
+from fl_bgmd.strategies import GMD
 from simulations.config import Config
+from simulations.grid import InProcessGrid
 from simulations.pooled_grid import MOST_PER_CALL, PooledGrid
 from simulations.process_grid import ProcessGrid
 from simulations.ray_grid import RayGrid
@@ -164,3 +166,32 @@ def test_small_clients_share_calls_and_large_ones_do_not(grid: PooledGrid, tmp_p
 def test_a_pool_of_no_processes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"jobs is 0; allowed: 1 or more"):
         ProcessGrid(build, N, {}, jobs=0)
+
+
+def step(message: Message, context: Context) -> Message:
+    """Go a step of one's own from the model."""
+    [value] = [array.numpy() for array in message.content.array_records["arrays"].values()]
+    drawn = np.random.default_rng(context.node_id).standard_normal(value.shape, np.float32)
+    content = {"arrays": ArrayRecord([value + drawn]), "metrics": MetricRecord({"num-examples": 1})}
+    return Message(RecordDict(content), reply_to=message)
+
+
+@pytest.mark.slow
+def test_ten_thousand_clients_of_a_thousand_parameters_on_ray() -> None:
+    """Two rounds; the median of what they sent, to the bit as where they are called one by one."""
+    many, app = 10_000, ClientApp()
+    app.train()(step)
+    models = []
+    with RayGrid(app, many, {}) as pooled:
+        for grid in (pooled, InProcessGrid(app, many, {})):
+            strategy = GMD(min_available_nodes=many, fraction_evaluate=0.0)
+            model = ArrayRecord([np.zeros(1000, np.float32)])
+            result = strategy.start(grid, model, num_rounds=2)
+            assert [m["accepted"] for m in result.train_metrics_clientapp.values()] == [many, many]
+            models.append(result.arrays.to_numpy_ndarrays()[0])
+    np.testing.assert_array_equal(*models)
+    center = 2 * np.mean(
+        [np.random.default_rng(i + 1).standard_normal(1000, np.float32) for i in range(many)],
+        axis=0,
+    )
+    assert np.abs(models[0] - center).max() < 0.01
