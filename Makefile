@@ -21,7 +21,7 @@ install: $(READY) ## Create .venv with the project and all it needs
 
 simulate: $(READY) ## CIFAR-10, 40 % hostile clients: averaging, GMD and BGMD side by side
 	$(BIN)/python -m simulations compare mean gmd bgmd+nearest-neighbor gap-filter \
-		--attack bit-flip --byzantine-fraction 0.4
+		--attack bit-flip --byzantine-fraction 0.4 --evaluate-every 5
 
 TEST_JOBS ?= auto
 # The tests start a hundred processes: each would compile this project's modules anew.
