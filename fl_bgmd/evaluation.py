@@ -88,21 +88,17 @@ _KNOWN: dict[tuple[Any, ...], Evaluation] = {}
 _MOST_KNOWN = 16
 
 
-def evaluate_once(
-    model: nn.Module, dataset: Dataset, indices: NDArray[np.int64] | None, device: torch.device
-) -> Evaluation:
-    """Evaluate a model, or return what the same weights came to before in this process.
+def evaluate_once(model: nn.Module, dataset: Dataset, device: torch.device) -> Evaluation:
+    """Evaluate a model on all test examples, or return what its weights came to in this process.
 
     For what runs begin with: those of a study have one model for each seed.
     """
     digest = hashlib.sha256()
     for value in model.state_dict().values():
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    chosen = None if indices is None else indices.tobytes()
-    how = str(model), chosen, str(device), torch.get_num_threads()
-    key = (dataset, *how, digest.digest())
+    key = (dataset, str(model), str(device), torch.get_num_threads(), digest.digest())
     if key not in _KNOWN:
         if len(_KNOWN) == _MOST_KNOWN:
             del _KNOWN[next(iter(_KNOWN))]
-        _KNOWN[key] = evaluate(model, dataset, indices, device)
+        _KNOWN[key] = evaluate(model, dataset, None, device)
     return _KNOWN[key]

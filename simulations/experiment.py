@@ -271,8 +271,10 @@ def run_experiment(
 
     def measure(arrays: ArrayRecord, *, is_first: bool = False) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
-        test = evaluate_once if is_first else evaluate
-        found = test(model, dataset, None, device)
+        if is_first:
+            found = evaluate_once(model, dataset, device)
+        else:
+            found = evaluate(model, dataset, None, device)
         metrics = MetricRecord()
         metrics["accuracy"] = found.accuracy
         metrics["loss"] = found.loss

@@ -64,8 +64,8 @@ class Survey:
         squares, apart = _compared(rows, vector)
         norms, distances = np.sqrt(squares), np.sqrt(apart)
         for row in np.flatnonzero(~np.isfinite(apart)):
-            norms[row] = _norm(rows[row])
-            distances[row] = _norm(rows[row], vector)
+            norms[row] = vector_norm(rows[row])
+            distances[row] = _distance(rows[row], vector)
         return cls(norms, distances)
 
 
@@ -98,7 +98,7 @@ class Sketch:
             return cls(euclidean_norms(rows), rows.clone(), seed)
         norms, values = _read(rows, width, seed)
         for row in np.flatnonzero(~np.isfinite(norms)):  # its square is beyond float32
-            norms[row] = _norm(rows[row])
+            norms[row] = vector_norm(rows[row])
         return cls(norms, values, seed)
 
     def survey(self, vector: Tensor | None) -> Survey:
@@ -201,12 +201,7 @@ def _fold(values: Tensor, signs: Tensor) -> tuple[float, Tensor]:
     return float(values @ values), total
 
 
-def _norm(row: Tensor, vector: Tensor | None = None) -> float:
-    """Return the norm of a row that float32 cannot square, or its distance from a vector."""
-    norms = []
-    for start in range(0, len(row), 1 << 18):
-        part = row[start : start + (1 << 18)].double()
-        if vector is not None:
-            part = part - vector[start : start + (1 << 18)].to(part)
-        norms.append(float(torch.linalg.vector_norm(part)))
-    return math.hypot(*norms)
+def _distance(row: Tensor, vector: Tensor) -> float:
+    """Return the distance of a row that float32 cannot square, in pieces."""
+    pieces = zip(torch.split(row, 1 << 18), torch.split(vector, 1 << 18), strict=True)
+    return math.hypot(*(vector_norm(part.double() - at.to(part.device)) for part, at in pieces))
