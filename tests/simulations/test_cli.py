@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -339,6 +340,8 @@ def test_an_interrupted_command_ends_at_once_with_a_word(
         done = process.wait()
     finally:
         watchdog.cancel()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert done.returncode == 130
     assert time.monotonic() - asked < 30
     assert re.fullmatch("interrupted: .*\n", done.stderr)
