@@ -7,6 +7,7 @@ A model is built by its name, with the initial weights that torch draws from its
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import cast
 
@@ -28,6 +29,7 @@ def build(name: str, *, input_shape: Shape | None = None, num_classes: int = 10)
     lenet          1,163,978  2 convolutions 5x5 of 64, 1024 units, dropout 0.5
     tiny-cnn             412  4 convolutions 3x3 of 3, stride 2, GELU
     mlp              795,010  1000 units, ReLU
+    small-mlp        101,770  128 units, ReLU
     resnet18      11,173,962  torchvision's, 3x3 stride-1 stem, no max-pool
     small-cnn        111,378  2 convolutions 5x5 of 16 and 32, 120 units
     linear             7,840  linear regression without bias
@@ -39,8 +41,8 @@ def build(name: str, *, input_shape: Shape | None = None, num_classes: int = 10)
         One of :data:`MODELS`. The counts above are for 10 classes and the default shapes.
     input_shape
         (channels, height, width), or (d,) for ``linear``. None means (1, 28, 28) for ``lenet``,
-        ``tiny-cnn`` and ``mlp``, (3, 32, 32) for ``resnet18`` and ``small-cnn``, and (784,) for
-        ``linear``.
+        ``tiny-cnn``, ``mlp`` and ``small-mlp``, (3, 32, 32) for ``resnet18`` and ``small-cnn``,
+        and (784,) for ``linear``.
     num_classes
         Number of outputs, at least 1.
 
@@ -58,7 +60,7 @@ def build(name: str, *, input_shape: Shape | None = None, num_classes: int = 10)
     -----
     The BGMD paper trains a LeNet of 1.16 M parameters on Fashion-MNIST and a ResNet of 11.2 M on
     CIFAR-10; ``linear`` is the regression of Ghosh et al. ``small-cnn`` is this project's own, for
-    CIFAR-10 on two CPU cores.
+    CIFAR-10 on two CPU cores, and so is ``small-mlp``, for MNIST many times over.
     """
     if name not in _BUILDERS:
         raise ValueError(f"name must be one of {', '.join(MODELS)}, got {name!r}")
@@ -107,13 +109,13 @@ def _tiny_cnn(shape: Shape, num_classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(3 * height * width, num_classes))
 
 
-def _mlp(shape: Shape, num_classes: int) -> nn.Module:
+def _mlp(shape: Shape, num_classes: int, hidden: int = 1000) -> nn.Module:
     channels, height, width = shape
     return nn.Sequential(
         nn.Flatten(),
-        nn.Linear(channels * height * width, 1000),
+        nn.Linear(channels * height * width, hidden),
         nn.ReLU(),
-        nn.Linear(1000, num_classes),
+        nn.Linear(hidden, num_classes),
     )
 
 
@@ -143,6 +145,7 @@ _BUILDERS: dict[str, tuple[Shape, int, Callable[[Shape, int], nn.Module]]] = {
     "lenet": ((1, 28, 28), 16, _lenet),
     "tiny-cnn": ((1, 28, 28), 1, _tiny_cnn),
     "mlp": ((1, 28, 28), 1, _mlp),
+    "small-mlp": ((1, 28, 28), 1, partial(_mlp, hidden=128)),
     "resnet18": ((3, 32, 32), 1, _resnet18),
     "small-cnn": ((3, 32, 32), 16, _small_cnn),
     "linear": ((784,), 1, _linear),
