@@ -39,14 +39,19 @@ def cells(options: argparse.Namespace) -> list[Cell]:
     ]
 
 
-def read(path: Path) -> Found:
-    """Return the finished cells of a file. Raises ``ValueError`` for a line that is none."""
+def read(path: Path, what: str = "accuracy") -> Found:
+    """Return the finished cells of a file that hold ``what`` (cells of old lack ``averaged``).
+
+    Raises ``ValueError`` for a line that is none.
+    """
     found: Found = {}
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             line = json.loads(text)
             cell = Cell(**{entry.name: line[entry.name] for entry in fields(Cell)})
-            found[cell] = float(line["accuracy"])
+            accuracy = line["accuracy"] if what == "accuracy" else line.get(what)
+            if accuracy is not None:
+                found[cell] = float(accuracy)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number} is no finished cell: {error!r}") from error
     return found
@@ -59,9 +64,9 @@ def write(path: Path, cell: Cell, outcome: Outcome) -> None:
         lines.write(json.dumps(asdict(cell) | asdict(outcome)) + "\n")
 
 
-def run(wanted: Iterable[Cell], path: Path, jobs: int) -> None:
+def run(wanted: Iterable[Cell], path: Path, jobs: int, what: str = "accuracy") -> None:
     """Measure the cells that the file lacks, ``jobs`` at a time, and add each as it ends."""
-    done = read(path) if path.exists() else {}
+    done = read(path, what) if path.exists() else {}
     missing = [cell for cell in wanted if cell not in done]
     print(f"{len(missing)} cells to measure, results in {path}", file=sys.stderr)
     for cell, outcome in _measured(missing, jobs):
@@ -157,15 +162,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=Path("results/collusion.jsonl"),
     )
     parser.add_argument("--table", action="store_true", help="print what there is, measure nothing")
+    parser.add_argument(
+        "--averaged", action="store_true", help="the averaged models, not the last ones"
+    )
     options = parser.parse_args(arguments)
     try:
         wanted = cells(options)
     except ValueError as error:
         parser.error(str(error))
+    what = "averaged" if options.averaged else "accuracy"
     if options.table:
-        print(tables(read(options.output)))
+        print(tables(read(options.output, what)))
     else:
-        run(wanted, options.output, options.jobs)
+        run(wanted, options.output, options.jobs, what)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from fl_bgmd.attacks.search import SEARCH_EVERY, searched
 from fl_bgmd.data import load, normalize, partition
 
 CLIENTS, HOSTILE, BATCH, SHARED = 14, 4, 64, 1 / 3
-SHARE = HOSTILE / CLIENTS
+SHARE, AVERAGE = HOSTILE / CLIENTS, 0.1
 LOST = 1e9
 """A parameter of this size ends the run: nothing brings the model back, and squares overflow."""
 
@@ -229,9 +229,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to: accuracy in percent, and the strengths that were found."""
+    """What a run came to: accuracy in percent, and the strengths that were found.
+
+    ``averaged`` is the accuracy of a running average of the models, over about the last tenth of
+    the rounds: the last model's swings from round to round.
+    """
 
     accuracy: float
+    averaged: float
     strengths: tuple[float, ...]
     seconds: float
 
@@ -246,10 +251,11 @@ def measure(cell: Cell, federation: Federation | None = None) -> Outcome:
     )
     rule = make_rule(cell.rule, server)
     model, strengths = network.start.clone(), []
+    average = model.clone()
     momentum = torch.zeros(CLIENTS, len(model))
     notes: dict[str, Any] = {}
     step: Tensor | None = None
-    for _ in range(cell.steps):
+    for number in range(cell.steps):
         gradients = network.gradients(model, *federation.batch(batches))
         momentum = cell.momentum * momentum + (1 - cell.momentum) * gradients
         updates = momentum.clone()
@@ -259,11 +265,15 @@ def measure(cell: Cell, federation: Federation | None = None) -> Outcome:
             strengths.append(notes.get("strength"))
         step = rule(updates)
         model = model - cell.learning_rate * step
+        average = average.lerp(model, 1 / (1 + AVERAGE * number))  # strategies/averaging.py
         if not model.abs().max() < LOST:
             break
-    accuracy = network.accuracy(model, federation.test_images, federation.test_labels)
+    accuracy, averaged = (
+        round(network.accuracy(each, federation.test_images, federation.test_labels), 2)
+        for each in (model, average)
+    )
     found = tuple(strength for strength in strengths[::SEARCH_EVERY] if strength is not None)
-    return Outcome(round(accuracy, 2), found, round(time.perf_counter() - started, 1))
+    return Outcome(accuracy, averaged, found, round(time.perf_counter() - started, 1))
 
 
 def _view(

@@ -16,6 +16,7 @@ from fl_bgmd.arrivals import arriving, handed_to
 from fl_bgmd.checkpoints import CheckpointError
 from fl_bgmd.replies import arrays_from_state, arrays_to_state
 
+from .averaging import ModelAverage
 from .declared import options_of
 from .errors import EmptyRoundsError, RunEndedError
 from .live import Live
@@ -52,6 +53,7 @@ def run_rounds(
     result = RobustResult(verdicts=strategy.verdicts)
     identity = _identity(strategy, arrays, train_config)
     first, has_moved, stopped = 1, False, False
+    average, averaged = ModelAverage(strategy.settings.model_average), {}
     if checkpoints is not None and (found := checkpoints.load(identity)) is not None:
         done, state = found
         if done > num_rounds:
@@ -61,6 +63,7 @@ def run_rounds(
             )
         arrays = arrays_from_state(state.pop("arrays"))
         result = _to_result(state["history"], arrays)
+        averaged = state.get("average", {})  # older checkpoints have none
         strategy.load_state_dict(state["strategy"])
         if "verdicts" in state:  # older checkpoints have none
             strategy.verdicts = result.verdicts = Verdicts.from_dict(state["verdicts"])
@@ -74,7 +77,6 @@ def run_rounds(
             grid.load_state_dict(state["grid"])
         first = done + 1
         LOG.info("resumed from the checkpoint of round %s in %s", done, checkpoints.folder)
-        stopped = should_stop is not None and should_stop(done, result)
     elif evaluate_fn is not None:
         evaluated = evaluate_fn(0, arrays)
         _keep(result.evaluate_metrics_serverapp, 0, evaluated, "Initial global evaluation")
@@ -83,7 +85,10 @@ def run_rounds(
     try:
         arrays = model_in_file(arrays, strategy.settings)
         if first > 1:
-            result.arrays = arrays
+            average.load_state_dict(averaged, arrays)
+            result.arrays = average.now(arrays)
+            stopped = should_stop is not None and should_stop(first - 1, result)
+        kept = result.arrays or arrays
         number = first - 1
         while number < num_rounds and not stopped:
             number += 1
@@ -102,20 +107,21 @@ def run_rounds(
                 raise
             if moved is not None:
                 has_moved = has_moved or moved is not arrays
-                arrays = result.arrays = moved
+                arrays = moved
+                kept = result.arrays = average.after(number, arrays)
             if metrics is not None:
                 here = metrics.get("waiting-seconds", 0.0)
                 metrics["waiting-seconds"] = waited + (here if isinstance(here, float) else 0.0)
             _keep(result.train_metrics_clientapp, number, metrics, _TRAINED)
             clock = time.perf_counter()
-            messages = list(strategy.configure_evaluate(number, arrays, evaluate_config, grid))
+            messages = list(strategy.configure_evaluate(number, kept, evaluate_config, grid))
             strategy.sent(messages)
             replies = arriving(grid, messages, timeout)
             replies = handed_to(strategy.aggregate_evaluate, replies)
             metrics = strategy.aggregate_evaluate(number, replies)
             _keep(result.evaluate_metrics_clientapp, number, metrics, _EVALUATED)
             if evaluate_fn is not None:
-                evaluated = evaluate_fn(number, arrays)
+                evaluated = evaluate_fn(number, kept)
                 _keep(result.evaluate_metrics_serverapp, number, evaluated, "Global evaluation")
             if number in result.train_metrics_clientapp:
                 seconds = time.perf_counter() - clock
@@ -127,6 +133,7 @@ def run_rounds(
             ):
                 state = {
                     "arrays": arrays_to_state(arrays),
+                    "average": average.state_dict(),
                     "moved": has_moved,
                     "history": _from_result(result),
                     "strategy": strategy.state_dict(),

@@ -88,6 +88,11 @@ class Settings:
         Diggavi and on W of Ghosh et al., after the server's step. 0 for none.
     projection_center : {"initial", "origin"}
         Center of that ball: the model that the run began with (the papers' x_0 and w_0), or zero.
+    model_average : float
+        The model that is evaluated, returned and saved is a running average over about this share
+        of the rounds so far, 0 to 1: 0 is the last model, 0.1 about the last tenth. Clients train
+        the last one. Under attack the last model's accuracy may swing by tens of points from round
+        to round, the average's does not: see :class:`.averaging.ModelAverage`.
     mixing : str
         Pre-aggregation: the specs of mixings, joined by ``+``, in the order in which they are
         applied (see :func:`fl_bgmd.aggregators.build_rule`). Recommended where clients hold
@@ -200,6 +205,7 @@ class Settings:
     server_nesterov: bool = False
     projection_radius: NonNegative = 0.0
     projection_center: Literal["initial", "origin"] = "initial"
+    model_average: Annotated[float, Ge(0), Le(1), OwnRounds()] = 0.0
     mixing: Annotated[str, _accepted_by(build_mixings), Allowed("none, or specs of mixings")] = (
         "none"
     )

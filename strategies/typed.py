@@ -38,6 +38,9 @@ class StrategyOptions(TypedDict, total=False):
     """The model's trained values stay in a ball of this radius."""
     projection_center: Literal["initial", "origin"]
     """Center of that ball."""
+    model_average: float
+    """The model that is evaluated, returned and saved is a running average over about this share of
+    the rounds so far, 0 to 1."""
     mixing: str
     """Pre-aggregation."""
     byzantine_fraction: float | str

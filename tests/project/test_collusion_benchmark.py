@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from flwr.app import ArrayRecord
 from torch import Tensor
 
 from benchmarks import collusion, searched_run
@@ -22,6 +23,7 @@ from benchmarks.searched_run import (
     measure,
 )
 from fl_bgmd.aggregators import Aggregate, BlockMemory, block_geometric_median
+from strategies.averaging import ModelAverage
 
 PIXELS = 8
 SHORT = Cell("bgmd", "none", steps=14, hidden=200)  # d = 3,810: above the least block
@@ -113,6 +115,29 @@ def test_every_cell_of_the_table_runs_and_again_alike(
     assert replace(measure(cell, federation), seconds=outcome.seconds) == outcome
 
 
+def test_the_average_is_over_the_last_tenth_of_the_models(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the strategies average: of the first rounds little is left."""
+    cell, models = replace(SHORT, steps=30), []
+    whole = Network.accuracy
+
+    def watched(network: Network, vector: Tensor, *examples: Tensor) -> float:
+        models.append(vector)
+        return whole(network, vector, *examples)
+
+    monkeypatch.setattr(Network, "accuracy", watched)
+    measure(cell, federation)
+    last, averaged = models
+    models.clear()
+    average = ModelAverage(0.1)
+    for steps in range(1, cell.steps + 1):
+        measure(replace(cell, steps=steps), federation)
+        record = average.after(steps, ArrayRecord({"w": models[-2]}))
+    torch.testing.assert_close(record.to_torch_state_dict()["w"], averaged, atol=1e-6, rtol=1e-4)
+    assert not torch.allclose(averaged, last, atol=1e-6, rtol=1e-4)
+
+
 def test_the_search_finds_what_harms(federation: Federation) -> None:
     """Averaging follows the largest lie, and is lost; without a lie it learns."""
     cell = replace(SHORT, rule="mean", steps=60)
@@ -163,7 +188,7 @@ def test_a_cell_that_cannot_be_is_refused(change: dict[str, object], message: st
 
 def fill(path: Path, accuracies: dict[Cell, float]) -> None:
     for cell, accuracy in accuracies.items():
-        collusion.write(path, cell, Outcome(accuracy, (1.0,), 0.1))
+        collusion.write(path, cell, Outcome(accuracy, accuracy + 2.0, (1.0,), 0.1))
 
 
 def test_finished_cells_are_not_measured_again(
@@ -176,7 +201,7 @@ def test_finished_cells_are_not_measured_again(
         measured.append(cell)
         if len(measured) == 3:
             raise KeyboardInterrupt
-        return Outcome(50.0 + cell.seed, (2.0,), 0.0)
+        return Outcome(50.0 + cell.seed, 60.0, (2.0,), 0.0)
 
     monkeypatch.setattr(collusion, "measure", stand_in)
     wanted = [replace(SHORT, seed=seed) for seed in range(4)]
@@ -233,12 +258,20 @@ def test_tables_have_the_mean_the_scatter_and_the_worst_case_last(
         "| --- | ---: | ---: |",
         "| bgmd | 90.0 | 90.0 (none) |",
     ]
+    # Lines of before have no averages: those cells are measured again where they are wanted.
+    older = json.loads(path.read_text().splitlines()[0])
+    del older["averaged"]
+    path.write_text("".join([json.dumps(older) + "\n", *path.open().readlines()[2:]]))
+    collusion.main(["--table", "--averaged", "--output", str(path)])
+    rows = capsys.readouterr().out.splitlines()
+    alone = "98.0 (98.0 to 98.0, 1 of 2 seeds)"
+    assert f"| gmd | 46.0 (46.0 to 46.0, 1 of 2 seeds) | {alone} | 46.0 (ipm, incomplete) |" in rows
 
 
 def test_the_command_line_asks_for_all_combinations_and_names_what_it_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(collusion, "measure", lambda cell: Outcome(50.0, (), 0.0))
+    monkeypatch.setattr(collusion, "measure", lambda cell: Outcome(50.0, 60.0, (), 0.0))
     path = tmp_path / "cells.jsonl"
     options = "--rules gmd bgmd+nearest-neighbor --attacks fang none --seeds 3 4 --momentum 0.5"
     more = ["--learning-rate", "0.1", "0.2", "--steps", "5", "--hidden", "7"]

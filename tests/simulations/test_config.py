@@ -52,6 +52,7 @@ BAD: dict[str, list[Any]] = {
     "compress-lies": ["maybe", "", 1, 0.0],
     "projection-radius": [-1.0, "far", NAN, INF],
     "projection-center": ["start", "", 0],
+    "model-average": [-0.1, 1.1, "last", NAN],
     "server-momentum": [-0.1, 1.0, NAN],
     "server-nesterov": ["maybe", "", 1, 0.0],
     "dataset": ["imagenet", "", "CIFAR10"],
