@@ -255,7 +255,7 @@ def measure(cell: Cell, federation: Federation | None = None) -> Outcome:
     momentum = torch.zeros(CLIENTS, len(model))
     notes: dict[str, Any] = {}
     step: Tensor | None = None
-    for number in range(cell.steps):
+    for number in range(1, cell.steps + 1):
         gradients = network.gradients(model, *federation.batch(batches))
         momentum = cell.momentum * momentum + (1 - cell.momentum) * gradients
         updates = momentum.clone()
@@ -265,7 +265,7 @@ def measure(cell: Cell, federation: Federation | None = None) -> Outcome:
             strengths.append(notes.get("strength"))
         step = rule(updates)
         model = model - cell.learning_rate * step
-        average = average.lerp(model, 1 / (1 + AVERAGE * number))  # strategies/averaging.py
+        average = average.lerp(model, 1 / max(AVERAGE * number, 1.0))  # as ModelAverage
         if not model.abs().max() < LOST:
             break
     accuracy, averaged = (

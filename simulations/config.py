@@ -283,8 +283,12 @@ _RENAMED = {"byzantine_fraction": "assumed-byzantine-fraction"}
 _LEFT_OUT = ("mixing", "checkpoints", "seed", "device", "on_round", "root_update")
 """Strategy options that follow from other keys, or are functions."""
 
-_APP_DEFAULTS = {"byzantine_fraction": 0.4}
-"""Where the app differs from the strategies: its experiments are attacked."""
+_APP_DEFAULTS = {"byzantine_fraction": 0.4, "model_average": 0.1}
+"""Where the app differs from the strategies: its experiments are attacked, and nobody else has a use
+for the last model."""
+
+OLDER: Mapping[str, Any] = {"model-average": 0.0}
+"""What runs had before there was a key whose default is another."""
 
 _ROWS: Any = OWN_OPTIONS["rows"].annotation
 _SHARDS, _SHARDS_ADDRESS = (OWN_OPTIONS[x].annotation for x in ("shards", "shards_address"))

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from fl_bgmd.attacks.plan import FORMER
 
 from .backends import ON_RAY, ClientResources, run_validated
-from .config import SETTINGS, STRATEGY_KEYS, Config, ConfigError, Environment, defaults
+from .config import OLDER, SETTINGS, STRATEGY_KEYS, Config, ConfigError, Environment, defaults
 from .experiment import OnRound, RunResult
 from .processes import interrupts_held_back, take_over, workers
 from .study import Cell, cell_name, told
@@ -225,13 +225,13 @@ def result_of(line: Line, folder: Path) -> RunResult | None:
     if "history" not in line:
         return None
     told = ("status", "error", "seconds", "played")
-    config = {**defaults(), **line["setting"]}
+    config = {**defaults(), **OLDER, **line["setting"]}
     return RunResult(config, rounds=line["history"], **{key: line[key] for key in told})
 
 
 def _refuse_another(stored: Config, cell: Cell, folder: Path) -> None:
     """Raise unless a stored run is what is wanted, wherever it was computed."""
-    stored = {**defaults(), **stored}  # keys that are newer than the run have their defaults
+    stored = {**defaults(), **OLDER, **stored}  # keys that are newer than the run
     for key, default in FORMER.items():
         if stored.get(key, default) != default:
             raise ConfigError(

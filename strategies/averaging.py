@@ -17,9 +17,10 @@ _PIECE = 2**20
 class ModelAverage:
     """A running average over about the last share of the rounds.
 
-    Polynomial-decay averaging (Shamir and Zhang, ICML 2013, Section 4), with ``share`` for
-    ``1 / (eta + 1)``: in round t the average moves by ``1 / (1 + share (t - 1))`` of the way to the
-    new model. Clients train the last model as ever, so that the average is in nobody's way.
+    In round t the average moves by ``1 / (share t)`` of the way to the new model, all of it while
+    that is 1 or more: polynomial-decay averaging (Shamir and Zhang, ICML 2013, Section 4) with
+    ``share`` for ``1 / (eta + 1)``, without its lag in the first rounds. Clients train the last
+    model as ever, so that the average is in nobody's way.
 
     Parameters
     ----------
@@ -41,7 +42,7 @@ class ModelAverage:
         if self._values is None:
             self._values, self._buffers = layout.values, buffers
             return arrays
-        weight = 1 / (1 + self.share * (number - 1))
+        weight = 1 / max(self.share * number, 1.0)
         _move(self._values, layout.values, weight)
         _move(self._buffers, buffers, weight)
         return layout.to_arrays(self._values, self._buffers)

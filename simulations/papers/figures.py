@@ -360,6 +360,7 @@ def run_rounds(
         "attack": "bit-flip",
         "byzantine-fraction": 0.4,
         "num-server-rounds": rounds,
+        "model-average": 0.0,
         "evaluate-every": rounds,
         "seed": seed,
         **own,
