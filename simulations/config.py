@@ -284,8 +284,8 @@ _LEFT_OUT = ("mixing", "checkpoints", "seed", "device", "on_round", "root_update
 """Strategy options that follow from other keys, or are functions."""
 
 _APP_DEFAULTS = {"byzantine_fraction": 0.4, "model_average": 0.1}
-"""Where the app differs from the strategies: its experiments are attacked, and what they end with is
-measured, not trained on."""
+"""Where the app differs from the strategies: its experiments are attacked, and measured at their
+end."""
 
 OLDER: Mapping[str, Any] = {"model-average": 0.0}
 """What runs had before there was a key whose default is another."""
