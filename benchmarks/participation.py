@@ -58,6 +58,7 @@ class Cell:
             "momentum": 0.0,
             "learning-rate": self.learning_rate,
             "num-server-rounds": self.rounds,
+            "model-average": 0.0,
             "evaluate-every": 10,
             "seed": self.seed,
         }
