@@ -89,10 +89,10 @@ class Settings:
     projection_center : {"initial", "origin"}
         Center of that ball: the model that the run began with (the papers' x_0 and w_0), or zero.
     model_average : float
-        The model that is evaluated, returned and saved is a running average over about this share
-        of the rounds so far, 0 to 1: 0 is the last model, 0.1 about the last tenth. Clients train
+        Share of the rounds so far over which the model is averaged that is evaluated, returned and
+        saved, 0 to 1: 0 is the last model, 0.1 the average of about the last tenth. Clients train
         the last one. Under attack the last model's accuracy may swing by tens of points from round
-        to round, the average's does not: see :class:`.averaging.ModelAverage`.
+        to round, the average's hardly does: see :class:`.averaging.ModelAverage`.
     mixing : str
         Pre-aggregation: the specs of mixings, joined by ``+``, in the order in which they are
         applied (see :func:`fl_bgmd.aggregators.build_rule`). Recommended where clients hold

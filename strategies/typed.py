@@ -39,8 +39,8 @@ class StrategyOptions(TypedDict, total=False):
     projection_center: Literal["initial", "origin"]
     """Center of that ball."""
     model_average: float
-    """The model that is evaluated, returned and saved is a running average over about this share of
-    the rounds so far, 0 to 1."""
+    """Share of the rounds so far over which the model is averaged that is evaluated, returned and
+    saved, 0 to 1."""
     mixing: str
     """Pre-aggregation."""
     byzantine_fraction: float | str
