@@ -143,7 +143,8 @@ def draw_ranks(means: pd.DataFrame, title: str) -> "Drawing":
     """Return the figure of :func:`plot_ranks`."""
     places = places_of(means)
     high, wide = places.shape
-    figure, [[axes]] = panels(1, 1, 5.2, 1.5 + 0.3 * high)
+    letters = max(map(len, places.index))
+    figure, [[axes]] = panels(1, 1, 4.4 + 0.08 * letters, 1.5 + 0.3 * high)
     heights = np.arange(high)
     axes.hlines(heights, places.min(axis=1), places.max(axis=1), color="0.8", lw=1.2, zorder=1)
     # Columns lie a little apart, so that equal places show.
@@ -155,8 +156,8 @@ def draw_ranks(means: pd.DataFrame, title: str) -> "Drawing":
     axes.set_xlim(0.5, high + 0.5)
     axes.set_xlabel(f"place among {high} in each of {wide} columns (1 is the best)")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=7, loc="lower left")
-    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=7, loc="upper right")  # the best are above and to the left
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
