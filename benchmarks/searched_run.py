@@ -23,6 +23,7 @@ from fl_bgmd.aggregators import Aggregate, build_rule
 from fl_bgmd.attacks import ATTACKS, View, alie, build_attacks, huge, ipm
 from fl_bgmd.attacks.search import SEARCH_EVERY, searched
 from fl_bgmd.data import load, normalize, partition
+from strategies.averaging import newest_weight
 
 CLIENTS, HOSTILE, BATCH, SHARED = 14, 4, 64, 1 / 3
 SHARE, AVERAGE = HOSTILE / CLIENTS, 0.1
@@ -265,7 +266,7 @@ def measure(cell: Cell, federation: Federation | None = None) -> Outcome:
             strengths.append(notes.get("strength"))
         step = rule(updates)
         model = model - cell.learning_rate * step
-        average = average.lerp(model, 1 / max(AVERAGE * number, 1.0))  # as ModelAverage
+        average = average.lerp(model, newest_weight(AVERAGE, number))
         if not model.abs().max() < LOST:
             break
     accuracy, averaged = (

@@ -10,17 +10,19 @@ from numpy.typing import NDArray
 
 from fl_bgmd.layout import ModelLayout
 
-_PIECE = 2**20
-"""Values that are averaged together: a model in a file is not taken into memory."""
+
+def newest_weight(share: float, number: int) -> float:
+    """Return the weight of round ``number``'s model, ``1 / (share number)`` and at most 1."""
+    return 1 / max(share * number, 1.0)
 
 
 class ModelAverage:
     """A running average over about the last share of the rounds.
 
-    In round t the average moves by ``1 / (share t)`` of the way to the new model, all of it while
-    that is 1 or more: polynomial-decay averaging (Shamir and Zhang, ICML 2013, Section 4) with
-    ``share`` for ``1 / (eta + 1)``, without its lag in the first rounds. Clients train the last
-    model as ever, so that the average is in nobody's way.
+    In each round the average moves by :func:`newest_weight` of the way to the new model:
+    polynomial-decay averaging (Shamir and Zhang, ICML 2013, Section 4) with ``share`` for
+    ``1 / (eta + 1)``, without its lag in the first rounds. Clients train the last model as ever, so
+    that the average is in nobody's way.
 
     Parameters
     ----------
@@ -39,12 +41,13 @@ class ModelAverage:
             return arrays
         layout = ModelLayout(arrays)
         buffers = layout.buffer_values.astype(np.float64)
-        if self._values is None:
+        weight = newest_weight(self.share, number)
+        if weight == 1.0 or self._values is None:
             self._values, self._buffers = layout.values, buffers
             return arrays
-        weight = 1 / max(self.share * number, 1.0)
-        _move(self._values, layout.values, weight)
-        _move(self._buffers, buffers, weight)
+        for own, new in ((self._values, layout.values), (self._buffers, buffers)):
+            # In place: a model in a file is not taken into memory.
+            torch.from_numpy(own).mul_(1 - weight).add_(torch.from_numpy(new), alpha=weight)
         return layout.to_arrays(self._values, self._buffers)
 
     def now(self, arrays: ArrayRecord) -> ArrayRecord:
@@ -66,11 +69,3 @@ class ModelAverage:
             self._values = ModelLayout(arrays).values  # in a file where the model is in one
             self._values[...] = state["values"].numpy()
             self._buffers = state["buffers"].numpy().copy()
-
-
-def _move(average: NDArray[Any], values: NDArray[Any], weight: float) -> None:
-    """Move an average (size,) towards values (size,), in place."""
-    for start in range(0, len(average), _PIECE):
-        piece = slice(start, start + _PIECE)
-        average[piece] *= 1 - weight
-        average[piece] += weight * values[piece]
