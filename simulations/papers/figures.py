@@ -186,7 +186,7 @@ def draw_breakdown(
         panel.grid(alpha=0.3)
     everything.set(yscale="log", ylim=(0.1, None))
     held_only.set(ylim=(0, 20))
-    name_ends(held_only)
+    name_ends([held_only])
     everything.legend(fontsize=6)
     save(figure, folder / "breakdown.png")
     lines = []

@@ -47,8 +47,9 @@ def save(figure: Any, path: Path) -> Path:
     import matplotlib as mpl
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    _lay_out(figure)
+    figure.set_layout_engine("none")  # or each drawing finds the same places again
     figure.savefig(path, dpi=130)
-    figure.set_layout_engine("none")  # it is laid out: finding the same places takes a second time
     with mpl.rc_context({"pdf.fonttype": 42}):
         figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
     return path
@@ -89,13 +90,27 @@ def band(
     panel.fill_between(x, low, middle + spread, alpha=0.18, color=color, lw=0)
 
 
-def name_ends(panel: Any, size: float = 7.0) -> None:
-    """Write the name of each curve beside its end, in place of a legend; above many, a legend."""
+def name_ends(drawn: Sequence[Any], size: float = 7.0) -> None:
+    """Write the name of each curve beside its end, in place of a legend; above many, a legend.
+
+    ``drawn`` are the panels of a figure, whose curves are all there.
+    """
+    _lay_out(drawn[0].figure)  # which settles the panels' heights
+    for panel in drawn:
+        _name_ends(panel, size)
+
+
+def _lay_out(figure: Any) -> None:
+    """Put the panels where they will be drawn."""
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
+
+
+def _name_ends(panel: Any, size: float) -> None:
     curves = [line for line in panel.lines if np.isfinite(line.get_ydata()).any()]
     if len(curves) > MOST_LABELS:
         panel.legend(fontsize=size - 1, ncols=2)
         return
-    panel.figure.draw_without_rendering()  # which settles the panel's height
     height = panel.get_window_extent().height / panel.figure.dpi * 72
     to_panel = panel.transData + panel.transAxes.inverted()
     curves.sort(key=lambda line: _end_of(line)[1])

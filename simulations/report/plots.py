@@ -77,8 +77,7 @@ def draw_curves(runs: Runs, metric: str, axis: str, title: str) -> "Drawing":
         panel.set_axis_off()
     grid[0, 0].set_ylabel("test accuracy (%)" if metric == "accuracy" else metric)
     figure.suptitle(title, fontsize=10)
-    for panel in grid.flat[: len(columns)]:
-        name_ends(panel)
+    name_ends(grid.flat[: len(columns)])
     return figure
 
 

@@ -113,7 +113,7 @@ def near(found: Any, expected: Any, tolerance: float) -> None:
     ("n", "d", "shards"), [(10, 5000, 3), (25, 301, 2), (11, 3, 5), (5, 40_000, 1)]
 )
 def test_a_rule_makes_the_same_of_shards(spec: str, n: int, d: int, shards: int) -> None:
-    rows = made_up(n, d)
+    rows = made_up(min(n, 13) if spec == "smea" else n, d)  # which tries all choices of rows
     crew = Here(shards)
     here, there = applied(spec, rows), applied(spec, rows, change=crew.hold)
     for found, expected in zip(there, here, strict=True):

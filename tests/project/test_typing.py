@@ -47,7 +47,7 @@ rights = [FedBGMD(block_fraction=0.2), GMD(solver="newton"), Mean(min_valid_repl
 others = [Mine(mine=2, seed=3), Half(mine=2, seed=3), RobustStrategy("bgmd", block_fraction=0.2)]
 '''
 LEFT_OUT = ("torch", "pandas", "matplotlib", "IPython", "prompt_toolkit", "rich", "sqlalchemy")
-LEFT_OUT += ("alembic", "cryptography", "fastapi")
+LEFT_OUT += ("alembic", "cryptography", "fastapi", "httpx", "starlette", "urllib3", "pathspec")
 MYPY = f"""
 [mypy]
 mypy_path = installed
@@ -56,7 +56,7 @@ strict = True
 [mypy-fl_bgmd.*]
 follow_imports = silent
 # Take seconds, torch minutes, and have no part in options.
-[{",".join(f"mypy-{name}.*" for name in LEFT_OUT)}]
+[mypy-{",".join(f"{name}.*" for name in LEFT_OUT)}]
 follow_imports = skip
 follow_imports_for_stubs = True
 """

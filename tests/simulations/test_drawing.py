@@ -49,7 +49,7 @@ def test_the_band_spans_a_standard_deviation_over_the_seeds() -> None:
 @pytest.mark.parametrize("count", [2, MOST_LABELS])
 def test_names_stand_beside_the_ends_and_not_on_each_other(count: int) -> None:
     panel = panel_of(count)
-    name_ends(panel)
+    name_ends([panel])
     assert sorted(t.get_text() for t in panel.texts) == sorted(f"rule {n}" for n in range(count))
     found = boxes(panel)
     for (_, top), (bottom, _) in itertools.pairwise(found):
@@ -59,7 +59,7 @@ def test_names_stand_beside_the_ends_and_not_on_each_other(count: int) -> None:
 
 def test_more_names_than_fit_are_a_legend() -> None:
     panel = panel_of(MOST_LABELS + 1)
-    name_ends(panel)
+    name_ends([panel])
     assert len(panel.get_legend().get_texts()) == MOST_LABELS + 1
     assert not panel.texts
 
@@ -107,7 +107,7 @@ def test_a_rule_looks_the_same_in_each_column() -> None:
 def test_a_curve_that_ends_early_says_so() -> None:
     panel = panel_of(2)
     band(panel, X[:5], np.zeros((1, 5)), "diverged")
-    name_ends(panel)
+    name_ends([panel])
     [end] = panel.lines[3:]
     assert (end.get_xdata(), end.get_ydata(), end.get_marker()) == ([4], [0.0], "x")
     styles = {text.get_text(): text.arrow_patch.get_linestyle() for text in panel.texts}
@@ -118,7 +118,7 @@ def test_a_curve_is_named_where_its_last_number_is() -> None:
     panel = panel_of(1)
     band(panel, 0.5 * X, np.where(X < 9, 2.0, np.inf)[None], "loss")  # done in half the seconds
     band(panel, X, np.full((1, len(X)), np.nan), "nothing")
-    name_ends(panel)
+    name_ends([panel])
     assert {text.get_text(): text.xy for text in panel.texts} == {
         "rule 0": (10.0, pytest.approx(np.sqrt(10))),
         "loss": (4.0, 2.0),
