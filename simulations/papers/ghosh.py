@@ -177,7 +177,8 @@ def run_curve(curve: Curve, seed: int, problem: Problem) -> Array:
             errors = wanted - sent
             step = _thresholded(sent, curve.dropped)
         else:
-            step = problem.step * _thresholded(l1_sign(gradients), curve.dropped)
+            sent = l1_sign(gradients, out=gradients)
+            step = problem.step * _thresholded(sent, curve.dropped)
         weights = weights - step
         if isinstance(problem, Regression):
             weights = project(weights, problem.radius, task.start)
@@ -185,10 +186,18 @@ def run_curve(curve: Curve, seed: int, problem: Problem) -> Array:
     return np.array(history)
 
 
-def l1_sign(rows: Tensor) -> Tensor:
-    """Compress every row: what :class:`fl_bgmd.compression.Sign` decodes to, row by row."""
-    scale = rows.abs().mean(1, keepdim=True, dtype=torch.float64).float()
-    return torch.copysign(scale, rows + 0.0)  # which has no -0: zeros count as positive
+def l1_sign(rows: Tensor, out: Tensor | None = None) -> Tensor:
+    """Compress every row: what :class:`fl_bgmd.compression.Sign` decodes to, row by row.
+
+    ``out``, which may be ``rows``, takes the result.
+    """
+    sent = torch.empty_like(rows) if out is None else out
+    sizes = torch.empty_like(rows[0])  # row by row, what is in between stays in the cache
+    for row, compressed in zip(rows, sent, strict=True):
+        scale = torch.abs(row, out=sizes).mean(dtype=torch.float64).float()
+        torch.add(row, 0.0, out=compressed)  # which leaves no -0: zeros count as positive
+        torch.copysign(scale, compressed, out=compressed)
+    return sent
 
 
 def _thresholded(rows: Tensor, dropped: int) -> Tensor:

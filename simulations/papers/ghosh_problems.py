@@ -134,15 +134,20 @@ class NetworkTask:
             torch.manual_seed(generator.initial_seed())
             self._model = build("mlp")
         self.start = torch.nn.utils.parameters_to_vector(self._model.parameters()).detach()
+        self._gradients = torch.empty(problem.workers, len(self.start))
 
     def gradients(self, weights: Tensor) -> Tensor:
-        """Return each worker's gradient (m, d) of its cross-entropy on a mini-batch."""
+        """Return each worker's gradient (m, d) of its cross-entropy on a mini-batch.
+
+        The next call writes into the same memory: making room takes as long as computing.
+        """
         torch.nn.utils.vector_to_parameters(weights, self._model.parameters())
         draws = torch.rand(self._shares.shape, generator=self._generator)
         chosen = self._shares.gather(1, draws.argsort(dim=1)[:, : self._batch])
         images, labels = self._images[chosen], self._labels[chosen]
         found, _, _ = gradients_together(self._model, images, labels, {})
-        return torch.cat([gradient.flatten(1) for gradient in found.values()], dim=1)
+        parts = [gradient.flatten(1) for gradient in found.values()]
+        return torch.cat(parts, dim=1, out=self._gradients)
 
     def measure(self, weights: Tensor) -> float:
         """Return the cross-entropy on every 30th training example, true labels."""
