@@ -37,8 +37,9 @@ benchmark: $(READY) ## Time the rules against a plain sum and against the peers
 	$(BIN)/python -m benchmarks.compression
 	$(BIN)/python -m benchmarks.grid
 
+LABORATORY := $(basename $(notdir $(wildcard simulations/studies/laboratory*.toml)))
 laboratory: $(READY) ## Rules and pipelines against attacks that search, to convergence (a day)
-	for study in laboratory laboratory-momentum laboratory-shards; do \
+	for study in $(LABORATORY); do \
 	$(BIN)/python -m simulations reproduce $$study $(if $(SEEDS),--seeds $(SEEDS)) || exit 1; done
 
 QUICK := aggregators/test_build_rule.py aggregators/test_clipping_mixings.py \
