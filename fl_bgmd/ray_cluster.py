@@ -1,11 +1,32 @@
-"""What all that runs on Ray asks of it: whether a cluster answers, its machines, their imports."""
+"""What all that runs on Ray asks of it: a cluster that answers, its machines, their imports."""
 
+import logging
 import os
 import socket
 import sys
 from typing import Any
 
 import ray
+
+OWN = "local"
+"""Ray's address for a cluster of one's own.
+
+Without an address it would join any that ran on this machine before, also one that is dead.
+"""
+
+
+def join(address: str, **settings: Any) -> None:
+    """Join the cluster at ``HOST:PORT``, or start one of this process's own for an empty address.
+
+    ``settings`` are further ones of ``ray.init``.
+    """
+    ray.init(
+        address=address or OWN,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        include_dashboard=None if address else False,
+        **settings,
+    )
 
 
 def check_answers(address: str) -> None:

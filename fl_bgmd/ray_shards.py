@@ -11,7 +11,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
-from .ray_cluster import check_answers, machines, same_imports
+from .ray_cluster import check_answers, join, machines, same_imports
 from .shards import Call, Crew, RowsGoneError, Shard, Sharded, ShardsError, Step, even_edges
 
 LOG = logging.getLogger("flwr.fl_bgmd")
@@ -79,12 +79,7 @@ class RayCrew(Crew):
         self._owns = not ray.is_initialized()
         if self._owns:
             _check_answers(address)
-            ray.init(
-                address=address or None,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                include_dashboard=None if address else False,
-            )
+            join(address)
         self._workers: list[Any] = []
         try:
             self._workers = [self._hire(i) for i in range(len(machines()))]

@@ -81,12 +81,15 @@ class ClientResources:
 
     def to_backend_config(self) -> dict[str, dict[str, float | bool | str]]:
         """Return Flower's configuration of its Ray backend."""
-        init: dict[str, float | bool | str] = {"log_to_driver": False, "include_dashboard": False}
-        if self.ray_address:
-            init["address"] = self.ray_address
+        from fl_bgmd.ray_cluster import OWN
+
         return {
             "client_resources": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
-            "init_args": init,
+            "init_args": {
+                "address": self.ray_address or OWN,
+                "log_to_driver": False,
+                "include_dashboard": False,
+            },
         }
 
 

@@ -78,12 +78,22 @@ class _Call:
     content: Any
 
 
-@dataclass
+@dataclass(eq=False)
 class Seat:
-    """A worker's place: who sits there, and the calls that it has."""
+    """A worker's place: who sits there, and the calls that it has.
+
+    ``starting`` is the reference of a worker that takes no calls yet, None once it does. One for
+    whom there is no room, since others hold it or a machine is gone, starts when there is.
+    """
 
     worker: Any
+    starting: Hashable | None = None
     calls: dict[Hashable, _Call] = field(default_factory=dict)
+
+    @property
+    def references(self) -> list[Hashable]:
+        """What is waited for."""
+        return [*self.calls] if self.starting is None else [self.starting]
 
 
 class PooledGrid(InProcessGrid):
@@ -112,8 +122,8 @@ class PooledGrid(InProcessGrid):
     # ---------------------------------------------------------- how workers are reached
 
     @abstractmethod
-    def _hire(self) -> Any:
-        """Return a new worker."""
+    def _hire(self) -> Seat:
+        """Return a seat with a new worker."""
 
     @abstractmethod
     def _dismiss(self, worker: Any) -> None:
@@ -211,8 +221,8 @@ class PooledGrid(InProcessGrid):
 
     def _hand_out(self) -> None:
         """Give waiting calls to the workers that have the fewest."""
-        while self._waiting:
-            seat = min(self._seats, key=lambda seat: len(seat.calls))
+        while self._waiting and (free := [s for s in self._seats if s.starting is None]):
+            seat = min(free, key=lambda seat: len(seat.calls))
             if len(seat.calls) >= self.in_flight:
                 return
             call = self._waiting.popleft()
@@ -240,12 +250,15 @@ class PooledGrid(InProcessGrid):
         Of what is there ``most`` calls at most.
         """
         self._hand_out()
-        seats = {reference: seat for seat in self._seats for reference in seat.calls}
-        if not seats:
+        if not self._waiting and not any(seat.calls for seat in self._seats):
             return
+        seats = {reference: seat for seat in self._seats for reference in seat.references}
         for reference in self._wait(list(seats), timeout)[:most]:
             seat = seats[reference]
-            if reference not in seat.calls:  # its worker died meanwhile
+            if reference not in seat.references:  # its worker died meanwhile
+                continue
+            if reference == seat.starting:
+                self._seated(seat)
                 continue
             try:
                 answers = self._result(reference)
@@ -258,6 +271,14 @@ class PooledGrid(InProcessGrid):
                 self._answer(seat.calls.pop(reference), answers)
         self._hand_out()
 
+    def _seated(self, seat: Seat) -> None:
+        """Let a worker whose start is over take calls, or put another one in its place."""
+        reference, seat.starting = seat.starting, None
+        try:
+            self._result(reference)
+        except WorkerDiedError as error:
+            self._replace(seat, error)
+
     def _answer(self, call: _Call, answers: Sequence[tuple[RecordDict | Error, Any]]) -> None:
         for client, (reply, state) in zip(call.clients, answers, strict=True):
             self._replies[client.number] = Message(reply, reply_to=client.message)
@@ -267,9 +288,7 @@ class PooledGrid(InProcessGrid):
     def _replace(self, seat: Seat, error: WorkerDiedError) -> None:
         """Put a new worker in the place of a dead one, and ask its clients again, each alone."""
         lost = [(client, call.content) for call in seat.calls.values() for client in call.clients]
-        seat.calls.clear()
-        self._dismiss(seat.worker)
-        seat.worker = self._hire()
+        self._renew(seat)
         for client, content in lost:
             if client.attempt < ATTEMPTS:
                 again = _Client(client.number, client.message, client.attempt + 1)
@@ -286,9 +305,13 @@ class PooledGrid(InProcessGrid):
             if late:
                 kept = [call for call in seat.calls.values() if call not in late]
                 self._waiting.extendleft(kept)
-                seat.calls.clear()
-                self._dismiss(seat.worker)
-                seat.worker = self._hire()
+                self._renew(seat)
+
+    def _renew(self, seat: Seat) -> None:
+        """Put a seat with a new worker in the place of another."""
+        seat.calls.clear()
+        self._dismiss(seat.worker)
+        self._seats[self._seats.index(seat)] = self._hire()
 
 
 def _failed(reason: str) -> Error:

@@ -196,7 +196,7 @@ class ProcessGrid(PooledGrid):
         self._load_app = load_app
         self._threads = max(1, torch.get_num_threads() // jobs)
         for _ in range(min(jobs, num_clients)):
-            self._seats.append(Seat(self._hire()))
+            self._seats.append(self._hire())
 
     def __enter__(self) -> Self:
         """Return the grid."""
@@ -207,14 +207,14 @@ class ProcessGrid(PooledGrid):
         for seat in self._seats:
             self._dismiss(seat.worker)
 
-    def _hire(self) -> _Worker:
+    def _hire(self) -> Seat:
         ours, theirs = workers().Pipe()
         given = theirs, self._load_app, self._run_config, self._threads, dict(os.environ)
         process = workers().Process(target=_work, args=given, daemon=True)
         with interrupts_held_back():
             process.start()
         theirs.close()
-        return _Worker(process, ours)
+        return Seat(_Worker(process, ours))
 
     def _dismiss(self, worker: _Worker) -> None:
         worker.process.kill()

@@ -13,11 +13,16 @@ from flwr.clientapp import ClientApp
 from ray.exceptions import RayError, RayTaskError
 
 from fl_bgmd.flower import enter_run
-from fl_bgmd.ray_cluster import machines, same_imports
+from fl_bgmd.ray_cluster import join, machines, same_imports
 
 from .config import Config
 from .grid import Decoded
 from .pooled_grid import Answer, Asked, CallFailedError, PooledGrid, Seat, WorkerDiedError, play
+
+LOG = logging.getLogger("flwr.fl_bgmd")
+
+PATIENCE = 20.0
+"""Seconds that a run waits for the second worker and all others before it begins."""
 
 
 class _Worker:
@@ -73,22 +78,15 @@ class RayGrid(PooledGrid):
         address: str = "",
     ) -> None:
         super().__init__(client_app, num_clients, run_config)
-        ray.init(
-            address=address or None,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            include_dashboard=None if address else False,
-            runtime_env=same_imports(),
-        )
+        join(address, runtime_env=same_imports())
         try:
             self._app = ray.put(client_app)
             self._kind = ray.remote(_Worker).options(
                 num_cpus=num_cpus, num_gpus=num_gpus, scheduling_strategy="SPREAD"
             )
             room = sum(_room(node["Resources"], num_cpus, num_gpus) for node in machines())
-            self._seats = [Seat(self._hire()) for _ in range(min(num_clients, max(1, room)))]
-            # Imports take seconds that are not the first round's.
-            ray.get([seat.worker.ready.remote() for seat in self._seats])
+            self._seats = [self._hire() for _ in range(min(num_clients, max(1, room)))]
+            self._await_workers()
         except BaseException:
             ray.shutdown()
             raise
@@ -101,8 +99,24 @@ class RayGrid(PooledGrid):
         """Let the workers and, where it was this grid's own, Ray go."""
         ray.shutdown()
 
-    def _hire(self) -> Any:
-        return self._kind.remote(self._app, self._run_config)
+    def _hire(self) -> Seat:
+        worker: Any = self._kind.remote(self._app, self._run_config)
+        return Seat(worker, starting=worker.ready.remote())
+
+    def _await_workers(self) -> None:
+        """Wait for one worker, and a while for all: imports are not the first round's time."""
+        starting = [seat.starting for seat in self._seats]
+        ray.wait(starting)
+        started, others = ray.wait(starting, num_returns=len(starting), timeout=PATIENCE)
+        ray.get(started)  # or what keeps them from starting
+        for seat in self._seats:
+            seat.starting = seat.starting if seat.starting in others else None
+        if others:
+            LOG.warning(
+                "%s of %s workers have started; the others join the run once the cluster has room",
+                len(started),
+                len(starting),
+            )
 
     def _dismiss(self, worker: Any) -> None:
         ray.kill(worker)
@@ -131,10 +145,11 @@ class RayGrid(PooledGrid):
 
 
 def _room(machine: dict[str, float], num_cpus: float, num_gpus: float) -> int:
-    """Return how many workers fit on a machine."""
-    rooms = [
-        int(machine.get(name, 0) / needed + 1e-9)
-        for name, needed in (("CPU", num_cpus), ("GPU", num_gpus))
-        if needed > 0
-    ]
+    """Return how many workers fit on a machine; a share of a GPU is a share of one."""
+    cpus, gpus = machine.get("CPU", 0), machine.get("GPU", 0)
+    rooms = [int(cpus / num_cpus + 1e-9)] if num_cpus else []
+    if num_gpus >= 1:
+        rooms.append(int(gpus / num_gpus + 1e-9))
+    elif num_gpus:
+        rooms.append(int(gpus) * int(1 / num_gpus + 1e-9))
     return min(rooms, default=1)

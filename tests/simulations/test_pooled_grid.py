@@ -25,7 +25,7 @@ from simulations.config import Config
 from simulations.grid import InProcessGrid
 from simulations.pooled_grid import MOST_PER_CALL, PooledGrid
 from simulations.process_grid import ProcessGrid
-from simulations.ray_grid import RayGrid
+from simulations.ray_grid import RayGrid, _room
 
 pytestmark = [
     pytest.mark.ray,
@@ -87,6 +87,23 @@ def ask(folder: Path, size: int = 3, **what: str) -> list[Message]:
 
 def told(message: Message) -> dict[str, Any]:
     return dict(message.content.metric_records["metrics"])
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "num_gpus", "expected"),
+    [
+        (8.0, 0.0, 0.0, 8),
+        (8.0, 2.0, 0.25, 8),
+        (8.0, 2.0, 0.4, 4),  # two shares on each: what is left of both is no share
+        (8.0, 2.0, 0.1, 8),
+        (8.0, 4.0, 2.0, 2),
+        (8.0, 1.0, 2.0, 0),
+    ],
+)
+def test_workers_that_a_machine_has_room_for(
+    cpus: float, gpus: float, num_gpus: float, expected: int
+) -> None:
+    assert _room({"CPU": cpus, "GPU": gpus}, 1.0, num_gpus) == expected
 
 
 def test_replies_come_in_the_order_of_the_messages_with_the_clients_own_values(

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result
 from flwr.simulation import run_simulation
 
+from fl_bgmd.ray_cluster import OWN
 from fl_bgmd.strategies import Mean
 from simulations.backends import ClientResources, run
 from simulations.config import Config, ConfigError, validate
@@ -35,9 +36,16 @@ SMALL: Config = {
 }
 
 
+DEAD = "127.0.0.1:9"
+"""A cluster that does not answer."""
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(("backend", "jobs"), [("ray", 1), ("flower", 1), ("inprocess", 2)])
-def test_runs_agree_to_the_bit_wherever_their_clients_are(backend: str, jobs: int) -> None:
+def test_runs_agree_to_the_bit_wherever_their_clients_are(
+    backend: str, jobs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", DEAD)  # no run has anything to do with it
     config = validate(SMALL)
     # All cores for one client of Flower's engine: a second actor takes seconds to start.
     cores = float(os.cpu_count() or 1) if backend == "flower" else 1.0
@@ -113,7 +121,7 @@ def test_a_client_slower_than_the_deadline_is_counted_and_stays_out() -> None:
         num_supernodes=3,
         backend_config={
             "client_resources": {"num_cpus": 1.0, "num_gpus": 0.0},
-            "init_args": {"log_to_driver": False, "include_dashboard": False},
+            "init_args": {"address": OWN, "log_to_driver": False, "include_dashboard": False},
         },
     )
     [result] = results

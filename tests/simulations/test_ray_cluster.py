@@ -11,19 +11,23 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
+from ray.cluster_utils import Cluster
 from test_flwr_run import free_port
+from test_pooled_grid import N, ask, build
 
 from clients.client_app import handle_train
-from simulations import backends
+from simulations import backends, ray_grid
 from simulations.backends import ClientResources
 from simulations.cli import main
 from simulations.config import Config, ConfigError, validate
+from simulations.ray_grid import RayGrid
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,6 +35,7 @@ pytestmark = [
 ]
 
 RAY = Path(sys.executable).parent / "ray"
+RATE: Config = {"rate": 0.5}
 SMALL: Config = {
     "dataset": "mnist",
     "model": "tiny-cnn",
@@ -152,3 +157,69 @@ def test_command_line_refuses_an_address_without_a_cluster(
 def test_other_forms_of_address_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"ray-address is 'auto' \(it is no HOST:PORT\)"):
         validate({"ray-address": "auto"})
+
+
+@contextlib.contextmanager
+def nodes_with(*cpus: int) -> Iterator[tuple[Cluster, list[Any]]]:
+    """Start a cluster with a node for each number of CPUs, in processes of its own."""
+    made = Cluster()
+    try:
+        yield made, [made.add_node(num_cpus=count) for count in cpus]
+    finally:
+        ray.shutdown()
+        made.shutdown()
+
+
+def test_a_run_begins_with_the_workers_that_there_is_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_grid, "PATIENCE", 2.0)
+    with (
+        nodes_with(2) as (made, _),
+        holding_a_cpu(made.address),
+        RayGrid(build(), N, RATE, address=made.address) as grid,
+    ):
+        assert len(list(grid.send_and_receive(ask(tmp_path), timeout=60))) == N
+
+
+@contextlib.contextmanager
+def holding_a_cpu(address: str) -> Iterator[None]:
+    """Have another program, a process of its own, use a CPU of a cluster."""
+    other = subprocess.Popen(
+        [sys.executable, "-c", OTHER, address], stdout=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"here\n"
+        yield
+    finally:
+        other.kill()
+        other.wait()
+
+
+OTHER = """
+import ray, sys, time
+ray.init(address=sys.argv[1])
+@ray.remote(num_cpus=1)
+class Held:
+    def here(self):
+        return "here"
+held = Held.remote()
+print(ray.get(held.here.remote()), flush=True)
+time.sleep(600)
+"""
+
+
+def test_clients_of_a_machine_that_is_lost_are_played_by_the_others(tmp_path: Path) -> None:
+    with (
+        nodes_with(1, 2) as (made, [_, second]),
+        RayGrid(build(), N, RATE, address=made.address) as grid,
+    ):
+        assert len(list(grid.send_and_receive(ask(tmp_path), timeout=60))) == N
+        made.remove_node(second)
+        # The first round may find out; the next ones lose nothing and wait for nobody.
+        list(grid.send_and_receive(ask(tmp_path), timeout=60))
+        began = time.monotonic()
+        replies = list(grid.send_and_receive(ask(tmp_path), timeout=60))
+        assert [reply.has_error() for reply in replies] == [False] * N
+        assert time.monotonic() - began < 30  # not the deadline

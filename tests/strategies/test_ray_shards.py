@@ -18,6 +18,7 @@ from test_ray_cluster import cluster  # noqa: F401
 from fl_bgmd import ray_shards
 from fl_bgmd.aggregators.rows import gram_matrix
 from fl_bgmd.options import OptionError
+from fl_bgmd.ray_cluster import join
 from fl_bgmd.ray_shards import RayCrew
 from fl_bgmd.shards import ShardsError
 from fl_bgmd.strategies import BGMD, GMD, RobustStrategy, Round
@@ -61,7 +62,7 @@ def no_ray_after() -> Iterator[None]:
 def own_ray(no_ray_after: None) -> None:
     """Keep one Ray for the tests of a machine: strategies use that which is there."""
     if not ray.is_initialized():
-        ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+        join("", num_cpus=2)
 
 
 @pytest.mark.parametrize("spec", SPECS)
