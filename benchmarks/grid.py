@@ -171,6 +171,7 @@ def on_a_grid(
     device: torch.device,
     prepare: Prepare | None = None,
     attack: str = "none",
+    precision: str = "fp32",
 ) -> float:
     """Seconds a round through Flower: messages, screening, attack, rule and step included."""
     config: Config = validate(
@@ -185,6 +186,7 @@ def on_a_grid(
             "momentum": 0.0,
             "device": str(device),
             "attack": attack,
+            "precision": precision,
             "byzantine-fraction": 0.0 if attack == "none" else 0.2,
         }
     )
@@ -263,6 +265,7 @@ def main() -> None:
         "inprocess": lambda case: on_a_grid(case, rule, rounds, device),
         "under attack": lambda case: on_a_grid(case, rule, rounds, device, attack="bit-flip"),
         "vectorized": lambda case: on_a_grid(case, rule, rounds, device, prepare_together),
+        "bf16": lambda case: on_a_grid(case, rule, rounds, device, precision="bf16"),
         "FLOP limit": lambda case: limit(case, device),
     }
     on_gpu = device.type == "cuda"

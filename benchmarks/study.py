@@ -49,6 +49,7 @@ SEEDS, ROUNDS, EVERY = 3, 300, 12
 def seconds_of(rounds: int, seeds: int, jobs: int) -> float:
     """Run every cell; return the seconds on the wall clock."""
     changed: dict[str, Value] = {
+        "model": "mlp",
         "num-server-rounds": rounds,
         "evaluate-every": EVERY,
         "verdict-distances": True,

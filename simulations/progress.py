@@ -8,11 +8,14 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from .experiment import RunResult
 from .runner import Line
@@ -39,16 +42,22 @@ class StudyProgress:
             self._at[name] = self._rounds[name]
         self._finished = len(done)
         self._worst = min(
-            (float(line["final-accuracy"]) for line in done.values()), default=math.nan
+            (
+                (float(line["final-accuracy"]), str(line["row"]), str(line["column"]))
+                for line in done.values()
+            ),
+            default=None,
         )
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
-            TaskProgressColumn(show_speed=True),
+            TaskProgressColumn(),
+            _Speed(),
             TextColumn("{task.fields[said]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
+            speed_estimate_period=600,  # a round may take a minute
         )
         self._task = self._progress.add_task(
             self._runs(),
@@ -78,7 +87,9 @@ class StudyProgress:
         self._finished += 1
         self._at[cell.name] = self._rounds[cell.name]
         final = result.final_accuracy
-        self._worst = final if math.isnan(self._worst) else min(self._worst, final)
+        found = final, cell.row, cell.column
+        if not math.isnan(final):
+            self._worst = found if self._worst is None else min(self._worst, found)
         self._progress.update(
             self._task,
             description=self._runs(),
@@ -90,5 +101,16 @@ class StudyProgress:
         return f"{self._finished}/{len(self._rounds)} runs"
 
     def _said(self, accuracy: float) -> str:
-        worst = "" if math.isnan(self._worst) else f", worst {self._worst:.1%}"
-        return f"accuracy {accuracy:.1%}{worst}"
+        if self._worst is None:
+            return f"accuracy {accuracy:.1%}"
+        worst, row, column = self._worst
+        return f"accuracy {accuracy:.1%}, worst {worst:.1%} ({row}, {column})"
+
+
+class _Speed(ProgressColumn):
+    """Rounds of all runs a second."""
+
+    def render(self, task: Task) -> Text:
+        """Return it, or nothing before the second round."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.2g} rounds/s")
