@@ -203,7 +203,7 @@ def test_a_sampled_block(gpu: torch.device) -> None:
     assert (result.vector.cpu() != 0).nonzero().flatten().tolist() == block.tolist()
 
 
-def test_a_centre_on_the_device(gpu: torch.device) -> None:
+def test_a_center_on_the_device(gpu: torch.device) -> None:
     rows, center = rows_of(torch.float32), torch.ones(D)
     expected = centered_clipping(rows, center=center)
     agree(centered_clipping(rows.to(gpu), center=center.to(gpu)).vector, expected.vector)

@@ -481,7 +481,7 @@ def test_label_attacks_by_hand() -> None:
     assert (abs(counts - 1000) < 5 * math.sqrt(900)).all()
 
 
-def test_image_noise_is_of_ten_grey_levels_before_normalisation() -> None:
+def test_image_noise_is_of_ten_gray_levels_before_normalization() -> None:
     noisy = attacks.image_noise(images(), 10.0, np.random.default_rng(0)).astype(float) - 128
     assert abs(noisy.mean()) < 5 * 10 / math.sqrt(noisy.size)
     assert noisy.std() == pytest.approx(10.0, rel=0.02)
