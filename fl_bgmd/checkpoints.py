@@ -239,7 +239,7 @@ class Checkpoints:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return identity and state of a checkpoint.
 
-    Raises one of ``_UNREADABLE`` for what is none, or not as it was written.
+    Raises one of ``_UNREADABLE`` if it is no checkpoint, or not as it was written.
     """
     if not path.is_file():
         raise ValueError("it is not a file")

@@ -548,7 +548,7 @@ def test_a_plan_refuses_names_it_does_not_know() -> None:
 )
 def test_former_keys_name_what_took_their_place(former: dict[str, Any]) -> None:
     """Also in apps of others, whose run configuration nobody else checks."""
-    message = f'{next(iter(former))} is .*allowed: .* attack = "bit-flip:5"'
+    message = f'{next(iter(former))} .*is no longer supported; .* attack = "bit-flip:5"'
     with pytest.raises(ValueError, match=message):
         AttackPlan.from_config({"attack": "bit-flip", **former})
     with pytest.raises(ConfigError, match=message):
