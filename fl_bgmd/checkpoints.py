@@ -295,9 +295,9 @@ def _in_pieces(tensor: Tensor) -> Iterator[memoryview]:
         plain = tensor.detach().cpu().contiguous().reshape(-1)
         yield plain.view(torch.uint8).numpy().data
         return
-    together = max(1, _PIECE // (tensor.nbytes // len(tensor)))
-    for start in range(0, len(tensor), together):
-        part = tensor[start : start + together]
+    rows = max(1, _PIECE // (tensor.nbytes // len(tensor)))
+    for start in range(0, len(tensor), rows):
+        part = tensor[start : start + rows]
         # What is still too much is taken apart along the next dimension.
         yield from _in_pieces(part[0] if len(part) == 1 else part)
 

@@ -276,7 +276,7 @@ def test_too_few_nodes_end_the_run_at_the_deadline() -> None:
         start(strategy, grid, 1)
 
 
-def test_or_the_run_goes_on_with_those_that_are_there(caplog: pytest.LogCaptureFixture) -> None:
+def test_or_the_run_continues_with_those_that_are_there(caplog: pytest.LogCaptureFixture) -> None:
     grid = InProcessGrid(app_with(honest), 3, {})
     strategy = GMD(
         min_available_nodes=5, node_wait_timeout=0.05, too_few_nodes="go-on", fraction_evaluate=0.0
