@@ -67,7 +67,8 @@ def arriving(grid: Grid, messages: Sequence[Message], timeout: float | None) -> 
         return list(grid.send_and_receive(messages, timeout=timeout))
     if hasattr(grid, "stream"):
         return Arrivals(len(messages), iter(grid.stream(messages, timeout=timeout)))
-    started, together = time.monotonic(), _together(messages)  # a grid may take messages apart
+    per_pull = _replies_per_pull(messages)  # first: a grid may take the messages apart
+    started = time.monotonic()
     try:
         pushed = list(grid.push_messages(messages))
     except NotImplementedError:
@@ -75,7 +76,7 @@ def arriving(grid: Grid, messages: Sequence[Message], timeout: float | None) -> 
     deadline = None if timeout is None else started + timeout
     # What could not be pushed is marked by None, from Flower 1.43 on by "".
     numbers = [number for number in pushed if number]
-    return Arrivals(len(messages), _pulled(grid, numbers, together, deadline))
+    return Arrivals(len(messages), _pulled(grid, numbers, per_pull, deadline))
 
 
 def handed_to(aggregate: Callable[..., Any], replies: Iterable[Message]) -> Iterable[Message]:
@@ -95,7 +96,7 @@ def _receives_its_own_way(grid: Grid) -> bool:
     return any(whole is not part and issubclass(whole, part) for part in parts if part is not None)
 
 
-def _together(messages: Sequence[Message]) -> int:
+def _replies_per_pull(messages: Sequence[Message]) -> int:
     """Return how many replies are pulled at a time."""
     records = messages[0].content.array_records.values() if messages else ()
     size = sum(num_bytes(array) for record in records for array in record.values())
@@ -103,7 +104,7 @@ def _together(messages: Sequence[Message]) -> int:
 
 
 def _pulled(
-    grid: Grid, waiting: list[str], together: int, deadline: float | None
+    grid: Grid, waiting: list[str], per_pull: int, deadline: float | None
 ) -> Iterator[Message]:
     """Yield replies as they come; after the deadline those that have come by then."""
     longest = min(_LONGEST_PAUSE, getattr(grid, "pull_interval", _LONGEST_PAUSE))
@@ -111,9 +112,9 @@ def _pulled(
     while waiting:
         is_last_look = deadline is not None and time.monotonic() >= deadline
         answered: set[str] = set()
-        for start in range(0, len(waiting), together):
+        for start in range(0, len(waiting), per_pull):
             # By position: the parameter has another name from Flower 1.43 on.
-            found = deque(grid.pull_messages(waiting[start : start + together]))
+            found = deque(grid.pull_messages(waiting[start : start + per_pull]))
             answered |= {reply.metadata.reply_to_message_id for reply in found}
             while found:  # nothing here holds what was handed on
                 yield found.popleft()

@@ -239,7 +239,7 @@ class Checkpoints:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return identity and state of a checkpoint.
 
-    Raises one of ``_UNREADABLE`` for what is none, or not as it was written.
+    Raises one of ``_UNREADABLE`` if it is no checkpoint, or not as it was written.
     """
     if not path.is_file():
         raise ValueError("it is not a file")
@@ -295,9 +295,9 @@ def _in_pieces(tensor: Tensor) -> Iterator[memoryview]:
         plain = tensor.detach().cpu().contiguous().reshape(-1)
         yield plain.view(torch.uint8).numpy().data
         return
-    together = max(1, _PIECE // (tensor.nbytes // len(tensor)))
-    for start in range(0, len(tensor), together):
-        part = tensor[start : start + together]
+    rows = max(1, _PIECE // (tensor.nbytes // len(tensor)))
+    for start in range(0, len(tensor), rows):
+        part = tensor[start : start + rows]
         # What is still too much is taken apart along the next dimension.
         yield from _in_pieces(part[0] if len(part) == 1 else part)
 

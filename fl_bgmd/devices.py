@@ -33,7 +33,7 @@ def to_input(images: Tensor, device: torch.device) -> Tensor:
 
 @contextmanager
 def repeatable(threads: int) -> Iterator[None]:
-    """Run the body with so many torch threads, and on a GPU with convolutions that repeat.
+    """Run the body with this number of torch threads, and reproducible convolutions on a GPU.
 
     Results then do not depend on the backend, nor from run to run on which sum came first.
     """

@@ -52,7 +52,7 @@ class Allowed:
 
 
 class Operation:
-    """In an annotation: how a run is operated, no part of what it computes.
+    """Marks an option that affects how a run is operated, not what it computes.
 
     A checkpoint may be resumed with another value.
     """

@@ -136,7 +136,7 @@ class Crew(ABC):
     def call(self, rows: "Sharded", call: Call) -> list[Any]:
         """Return what a call comes to on each shard, in the order of the columns.
 
-        Raises :class:`ShardsError` where that cannot be had.
+        Raises :class:`ShardsError` if a shard cannot return it.
         """
 
     @abstractmethod

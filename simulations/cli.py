@@ -77,8 +77,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "fl-bgmd") -> in
     """Run the command line, called ``program`` in its help; return the exit status.
 
     0: all runs finished or diverged (a diverged run is a result). 1: a run failed. 2: a bad
-    option, or a package that it needs is not installed. 3: the data cannot be had. 130:
-    interrupted.
+    option, or a package that it needs is not installed. 3: the data set is not available.
+    130: interrupted.
     """
     warnings.filterwarnings("ignore", message="Tip: In future versions of Ray")
     given = list(sys.argv[1:] if arguments is None else arguments)

@@ -408,7 +408,7 @@ def _check_key(key: str, value: Any) -> None:
         raise ConfigError(str(error)) from None
     if key in _GONE:
         now = _GONE[key].format(value).replace("+none", "")
-        raise ConfigError(f"{key} is {value!r}, and is no more; allowed: {now}")
+        raise ConfigError(f"{key} ({value!r}) is no longer a key; use {now}")
     if key not in SETTINGS:
         hints = filter(None, (near(key, SETTINGS), f"allowed: {', '.join(SETTINGS)}"))
         raise ConfigError(f"unknown key {key!r} (value {value!r}); {'; '.join(hints)}")

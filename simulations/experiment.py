@@ -339,7 +339,7 @@ def run_experiment(
         result.models["best"] = best[1]
     result.seconds = time.perf_counter() - started
     result.played = dict(adversary.played)
-    _judge(result, plan)
+    _set_status(result, plan)
     return result
 
 
@@ -429,7 +429,7 @@ def _server_learning_rate(config: Config) -> float | Callable[[int], float]:
     )
 
 
-def _judge(result: RunResult, plan: AttackPlan) -> None:
+def _set_status(result: RunResult, plan: AttackPlan) -> None:
     """Say what became of a run: it may have diverged, have done nothing, or not been attacked."""
     if result.total("accepted") and _diverged(result):
         result.status, result.error = "diverged", ""

@@ -180,7 +180,7 @@ class InProcessGrid(Grid):
                 yield found.popleft()
 
     def _deliver(self, message: Message) -> Message:
-        """Call the ClientApp; its reply has content of its own, as if it had travelled."""
+        """Call the ClientApp; its reply has content of its own, as if it had traveled."""
         context = self._contexts[message.metadata.dst_node_id]
         with self._one_at_a_time:
             reply = ask(self._client_app, message, context)

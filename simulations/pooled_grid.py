@@ -159,9 +159,9 @@ class PooledGrid(InProcessGrid):
         for group in by_content.values():
             content = group[0].message.content
             shared = self._share(content)
-            together = self.clients_per_call(content, len(group))
-            for start in range(0, len(group), together):
-                self._waiting.append(_Call(group[start : start + together], shared))
+            per_call = self.clients_per_call(content, len(group))
+            for start in range(0, len(group), per_call):
+                self._waiting.append(_Call(group[start : start + per_call], shared))
         self._hand_out()
         return [client.number for client in clients]
 

@@ -95,7 +95,7 @@ OPTIMIZERS.add("adam", adam)
 def build_optimizer(spec: str) -> Build:
     """Return what builds the optimizer of a spec such as ``adam:beta2=0.99,eps=1e-3``.
 
-    Raises :class:`fl_bgmd.options.OptionError` for what is none.
+    Raises :class:`fl_bgmd.options.OptionError` if the spec names no optimizer.
     """
     build, parsed = OPTIMIZERS.parse(spec)
     made = partial(build, **parsed.values(declared(build)))

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 
 NEAR_ZERO = 0.1
-"""A weight below this share of the round's median weight may speak against its node."""
+"""A weight below this share of the round's median weight may count as evidence against its node."""
 
 FAR_OUT = 10.0
 """It does if the node's update is longer than the round's median update by this factor."""

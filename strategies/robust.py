@@ -328,7 +328,7 @@ class RobustStrategy(DeclaredStrategy):
             why = outcome.failure if outcome.diverged else self._alerts.advice(intake)
             state = replace(state, failure=intake.account(state.round, self._roster.num_asked, why))
             weights = None
-        reputation = self._roster.judge(state, intake, weights or [], norms)
+        reputation = self._roster.reputation_after(state, intake, weights or [], norms)
         stale = state.stale.without(reputation.benched(state.round + 1))
         return replace(state, reputation=reputation, stale=stale)
 

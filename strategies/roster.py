@@ -124,7 +124,7 @@ class Roster:
                 self.late += 1
                 LOG.warning("node %s replied too late: discarded", reply.metadata.src_node_id)
 
-    def judge(
+    def reputation_after(
         self, state: State, intake: Intake, weights: Sequence[float], norms: Mapping[int, float]
     ) -> Reputation:
         """Hold a round against the nodes that did badly; return the evidence after it.

@@ -87,7 +87,8 @@ class Settings:
         The model's trained values stay in a ball of this radius: the projection on C of Data and
         Diggavi and on W of Ghosh et al., after the server's step. 0 for none.
     projection_center : {"initial", "origin"}
-        Center of that ball: the model that the run began with (the papers' x_0 and w_0), or zero.
+        Center of the ball that ``projection_radius`` keeps the model in: the model that the run
+        began with (the papers' x_0 and w_0), or zero.
     model_average : float
         Share of the rounds so far over which the model is averaged that is evaluated, returned and
         saved, 0 to 1: 0 is the last model, 0.1 the average of about the last tenth. Clients train
@@ -117,8 +118,8 @@ class Settings:
     node_wait_timeout : float
         Seconds to wait for enough nodes to be connected, above 0.
     too_few_nodes : {"fail", "go-on"}
-        What to do when nodes are still missing then. ``fail`` ends the run with
-        :class:`.MissingNodesError`; ``go-on`` runs the round with the nodes that are there.
+        What to do when too few nodes are connected after ``node_wait_timeout``. ``fail`` ends the
+        run with :class:`.MissingNodesError`; ``go-on`` runs the round with those that are there.
     bench_after : int
         Bad rounds in a row after which a node sits out; 0 for never. A bad round is one in which
         its reply is rejected, or so far out that it gets next to no weight where the rule's weights
@@ -135,8 +136,8 @@ class Settings:
         asked once, and a smaller ``server_learning_rate``: the model moves by updates of older
         models.
     stale_bytes : int
-        Bytes that these updates may take, those of the clients heard of least recently dropped
-        first. They are part of checkpoints.
+        Memory for stale updates, in bytes (the oldest are dropped first). They are part of
+        checkpoints.
     checkpoints : Checkpoints or path, optional
         Folder to save checkpoints to and resume from.
     compressor : str

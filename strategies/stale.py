@@ -95,7 +95,7 @@ class StaleUpdates:
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Self:
-        """Return what :meth:`to_dict` made something of."""
+        """Rebuild the updates from the output of :meth:`to_dict`."""
         columns = (found[each.name] for each in fields(Heard))
         return cls(tuple(Heard(*values) for values in zip(*columns, strict=True)))
 

@@ -95,7 +95,7 @@ class State:
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any], rule: Rule, device: torch.device) -> Self:
-        """Return the state that :meth:`to_dict` made something of; the memory goes to a device."""
+        """Rebuild the state from the output of :meth:`to_dict`, its memory on a device."""
         own = {each.name: found[each.name] for each in fields(cls)}
         for name in ("memory", "last"):
             own[name] = rule.from_state(own[name], device)

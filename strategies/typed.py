@@ -37,7 +37,7 @@ class StrategyOptions(TypedDict, total=False):
     projection_radius: float
     """The model's trained values stay in a ball of this radius."""
     projection_center: Literal["initial", "origin"]
-    """Center of that ball."""
+    """Center of the ball that ``projection_radius`` keeps the model in."""
     model_average: float
     """Share of the rounds so far over which the model is averaged that is evaluated, returned and
     saved, 0 to 1."""
@@ -54,7 +54,7 @@ class StrategyOptions(TypedDict, total=False):
     node_wait_timeout: float
     """Seconds to wait for enough nodes to be connected, above 0."""
     too_few_nodes: Literal["fail", "go-on"]
-    """What to do when nodes are still missing then."""
+    """What to do when too few nodes are connected after ``node_wait_timeout``."""
     bench_after: int
     """Bad rounds in a row after which a node sits out."""
     bench_rounds: int
@@ -62,8 +62,7 @@ class StrategyOptions(TypedDict, total=False):
     stale_updates: int
     """For how many rounds the last update of a client that is not asked stays in use."""
     stale_bytes: int
-    """Bytes that these updates may take, those of the clients heard of least recently dropped
-    first."""
+    """Memory for stale updates, in bytes (the oldest are dropped first)."""
     checkpoints: Checkpoints | str | Path | None
     """Folder to save checkpoints to and resume from."""
     compressor: str

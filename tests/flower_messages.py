@@ -569,7 +569,7 @@ def zipped(message: Message) -> Message:
 
 
 @malformed(Rejection.ENCODING)
-def other_serialisation(message: Message) -> Message:
+def other_serialization(message: Message) -> Message:
     return replace_bytes(message, sent_arrays(message)[KEY].data, stype="torch.Tensor")
 
 

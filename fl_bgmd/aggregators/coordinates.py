@@ -3,7 +3,7 @@
 Few rows go through a sorting network: each comparator is one element-wise minimum and one maximum
 of two rows of a column block, without branches or indices; comparators that cannot reach the
 wanted order statistics are left out. Many rows on a CPU are transposed block by block and sorted
-by NumPy, whose vectorised sort then beats the network. Column ranges run on all cores. Other
+by NumPy, whose vectorized sort then beats the network. Column ranges run on all cores. Other
 devices sort where there are so many rows that the network would be thousands of small steps.
 """
 
@@ -190,7 +190,7 @@ def selection_network(n: int, trim: int) -> tuple[tuple[int, int, int], ...]:
     """Return comparators ``(low, high, outputs)`` that bring the ranks kept to the middle.
 
     Batcher's merge-exchange network (Knuth, The Art of Computer Programming, vol. 3, Algorithm
-    5.2.2M), pruned backwards: a comparator is dropped when none of its outputs is used, or when
+    5.2.2M), pruned backward: a comparator is dropped when none of its outputs is used, or when
     both only enter the sum of the middle ranks, whose order does not matter.
     """
     unused, summed, used = 0, 1, 2

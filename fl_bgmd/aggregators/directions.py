@@ -45,7 +45,7 @@ class Spread:
 def top_spread(
     rows: Tensor, weights: Array, start: Array | None = None, steps: int = STEPS
 ) -> Spread:
-    """Find the top eigenvector by Lanczos' method, fully reorthogonalised, one pass a step.
+    """Find the top eigenvector by Lanczos' method, fully reorthogonalized, one pass a step.
 
     It ends when the residual is a thousandth of the eigenvalue, or after ``steps``: where the
     rows spread alike in many directions the eigenvalue is then a few hundredths low, and any of

@@ -129,7 +129,7 @@ def geometric_median(
 def _in_gram_space(
     rows: Tensor, row_weights: Array, tol: float, max_iter: int
 ) -> tuple[HullPoint, int]:
-    """Minimise on the rows' Gram matrix, the bulk of the rows at the origin."""
+    """Minimize on the rows' Gram matrix, the bulk of the rows at the origin."""
     gram = center(rows, gram_matrix(rows), row_weights)
     point, iterations = minimize_in_hull(gram, row_weights, tol, max_iter)
     if point.gap > tol and point.slack > 0:
@@ -147,7 +147,7 @@ def _in_gram_space(
 def minimize_in_hull(
     gram: Array, row_weights: Array, tol: float = 1e-6, max_iter: int = 1000
 ) -> tuple[HullPoint, int]:
-    """Minimise ``sum_i row_weights[i] ||y - x_i||`` given only the rows' Gram matrix.
+    """Minimize ``sum_i row_weights[i] ||y - x_i||`` given only the rows' Gram matrix.
 
     Rows are tried first: a geometric median that coincides with a row is recognized exactly
     (there Weiszfeld's iteration crawls). Otherwise each step is Weiszfeld's, taken from a Newton
@@ -253,7 +253,7 @@ def _newton_weights(gram: Array, point: HullPoint) -> Array | None:
 def _optimal_rows(gram: Array, row_weights: Array) -> Array | None:
     """Hull weights of the rows that are geometric medians themselves, or None.
 
-    Row k is one if the unit vectors towards the rows elsewhere sum to at most the weight of the
+    Row k is one if the unit vectors toward the rows elsewhere sum to at most the weight of the
     rows that coincide with it (Vardi and Zhang). Where several are, so is their average.
     """
     squared = squared_distances(gram)

@@ -153,7 +153,7 @@ class Scaled(Mixing):
 
     def apply(self, updates: Tensor, out: Tensor | None = None) -> Tensor:
         """See :class:`Mixing`."""
-        return _towards(self.factors, None, updates, out)
+        return _toward(self.factors, None, updates, out)
 
     def average(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the values: each row still stands for its client alone."""
@@ -165,7 +165,7 @@ class Scaled(Mixing):
 
 
 @dataclass(frozen=True)
-class Towards(Mixing):
+class Toward(Mixing):
     """Each row brought closer to a ``center`` (d,).
 
     It is ``weights`` (n,) of the rows, and computed from them where it is None; all 0 for one that
@@ -181,7 +181,7 @@ class Towards(Mixing):
         center = self.center
         if center is None:
             center = combine(self.weights, updates, torch.float64)
-        return _towards(self.factors, center, updates, out)
+        return _toward(self.factors, center, updates, out)
 
     def average(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the values: each row still stands for its client, above all."""
@@ -192,7 +192,7 @@ class Towards(Mixing):
         return shares * self.factors + float(shares @ (1.0 - self.factors)) * self.weights
 
 
-def _towards(
+def _toward(
     factors: NDArray[np.float64], center: Tensor | None, updates: Tensor, out: Tensor | None
 ) -> Tensor:
     """Return ``center + factors_i (x_i - center)`` for each row, (n, d)."""

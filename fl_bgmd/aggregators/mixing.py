@@ -13,7 +13,7 @@ from fl_bgmd.shares import floor_share, largest_bucket
 from .chain import Points
 from .coordinates import coordinate_median
 from .geometric_median import geometric_median, minimize_in_hull
-from .means import Buckets, Dense, Mixing, Neighbors, Recentered, Scaled, Towards
+from .means import Buckets, Dense, Mixing, Neighbors, Recentered, Scaled, Toward
 from .norms import clip_factors, finite_norms, lower_median
 from .rows import (
     check_updates,
@@ -30,7 +30,7 @@ def nearest_neighbor_mixing(updates: Tensor, *, byzantine_fraction: float = 0.25
     """Replace every row by the mean of the ``n - f`` rows nearest to it, itself included.
 
     NNM of Allouah et al. (AISTATS 2023, Algorithm 2), ``f = floor(byzantine_fraction * n)``.
-    Rows of heterogeneous clients move towards each other, so the rule behind it faces less spread.
+    Rows of heterogeneous clients move toward each other, so the rule behind it faces less spread.
     More than 1,000 rows are compared strip by strip, without an n x n matrix of distances.
 
     Parameters
@@ -228,18 +228,18 @@ def median_clipping(updates: Tensor | Points, *, factor: Positive = 1.0) -> Mixi
     if isinstance(updates, Points):
         point, _ = minimize_in_hull(updates.gram(), np.ones(len(updates)))
         factors = clip_factors(point.distances, factor * lower_median(point.distances))
-        return Towards(factors, point.hull_weights)
+        return Toward(factors, point.hull_weights)
     updates = check_updates(updates)
     median = geometric_median(updates)
     assert median.weights is not None
     distances = _norms(updates, median.vector)
     factors = clip_factors(distances, factor * lower_median(distances))
-    return Towards(factors, median.weights.numpy(), median.vector)
+    return Toward(factors, median.weights.numpy(), median.vector)
 
 
 def _scaled(factors: NDArray[np.float64], origin: Tensor | None) -> Mixing:
     """Return rows that are brought closer to an origin."""
-    return Scaled(factors) if origin is None else Towards(factors, 0.0 * factors, origin)
+    return Scaled(factors) if origin is None else Toward(factors, 0.0 * factors, origin)
 
 
 def _norms(updates: Tensor | Points, origin: Tensor | None = None) -> NDArray[np.float64]:

@@ -60,7 +60,7 @@ class _View:
 def minimize_in_space(
     rows: Tensor, row_weights: Array, tol: float = 1e-6, max_iter: int = 1000
 ) -> tuple[HullPoint, Array, int]:
-    """Minimise ``sum_i row_weights[i] ||y - x_i||`` by passes over the rows.
+    """Minimize ``sum_i row_weights[i] ||y - x_i||`` by passes over the rows.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ def minimize_in_space(
     Notes
     -----
     A geometric median that coincides with a row is recognized by trying the row that is nearest
-    to y, which takes one pass; steps alone would creep towards it.
+    to y, which takes one pass; steps alone would creep toward it.
     """
     start = _look(rows, row_weights, coordinate_median(rows).vector.cpu().double().numpy())
     point, view = _enter_hull(rows, row_weights, start)

@@ -113,7 +113,7 @@ def least_delta(alpha: float, beta: float, theorem: int) -> float:
     """Return the delta that a compressor must exceed for norm thresholding to converge.
 
     Ghosh et al., Theorems 1 (Option I: restricted adversaries) and 2 (Option II: arbitrary ones),
-    with their lambda_0 towards 0, ``alpha`` the hostile share and ``beta`` the share dropped.
+    with their lambda_0 toward 0, ``alpha`` the hostile share and ``beta`` the share dropped.
     """
     if theorem == 1:
         return 1 - (1 - beta) ** 2 + 4 * alpha - 9 * alpha**2 + 4 * alpha**3

@@ -369,7 +369,7 @@ class Rule:
         return dict(vars(memory)) if dataclasses.is_dataclass(memory) else memory
 
     def from_state(self, state: Any, device: torch.device) -> Any:
-        """Return the memory that :meth:`to_state` made something of, on a device."""
+        """Rebuild a memory from the output of :meth:`to_state`, on a device."""
         if isinstance(state, Tensor):
             return state.to(device)
         kind = _memory_type(self.rule.kind)

@@ -56,7 +56,7 @@ def solve_saddle(
     -----
     ``mu log tr exp(S / mu)`` smooths the top eigenvalue; its gradient belongs to the density
     matrix Y that maximizes the smoothed game. For that Y the minimum over W splits into columns
-    and is bounded from below by its linearisation, whose minimum over the capped simplex is
+    and is bounded from below by its linearization, whose minimum over the capped simplex is
     known: the duality gap is certified whatever the solver did.
     """
     m = len(gram)

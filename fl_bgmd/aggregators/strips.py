@@ -28,7 +28,7 @@ from .rows import (
 _DISTANCE_ELEMENTS, _DISTANCE_WIDTH = 1 << 20, 128  # of a strip of distances; columns at a time
 
 _STRIP_ELEMENTS = 1 << 17  # of a strip of rows: 1 MiB in float64
-_LONG_ROW, _HIGH = 1 << 18, 64  # values that leave a core's cache; then a strip has so many rows
+_LONG_ROW, _HIGH = 1 << 18, 64  # values that leave a core's cache; a strip then has ``_HIGH`` rows
 
 
 def sum_strips(

@@ -54,8 +54,8 @@ def optimal_alie(
     def lie(z: float) -> Tensor:
         return mean - z * spread
 
-    grid = (*_DEVIATIONS, *(-z for z in _DEVIATIONS))
-    return lie(searched(lie, grid, honest, memory, pipeline, every))
+    strengths = (*_DEVIATIONS, *(-z for z in _DEVIATIONS))
+    return lie(searched(lie, strengths, honest, memory, pipeline, every))
 
 
 @attack("Xie et al. (UAI 2019), Equation 1; strength as in ByzFL's Optimal_IPM")
@@ -110,5 +110,5 @@ def optimal_min_max(
         perturbation, scale = strength
         return min_max(honest, scale, perturbation=perturbation)
 
-    grid = list(itertools.product(_PERTURBATIONS, _GAMMAS))
-    return lie(searched(lie, grid, honest, memory, pipeline, every))
+    strengths = list(itertools.product(_PERTURBATIONS, _GAMMAS))
+    return lie(searched(lie, strengths, honest, memory, pipeline, every))

@@ -95,6 +95,6 @@ def refuse_former(given: Mapping[str, Any], former: Iterable[str] = FORMER) -> N
     for key in former:
         if key in given:
             raise OptionError(
-                f"{key} is {given[key]!r}, and is no more; allowed: the strength behind the "
+                f"{key} ({given[key]!r}) is no longer supported; put the strength behind the "
                 'attack\'s name, such as attack = "bit-flip:5"'
             )

@@ -29,7 +29,7 @@ def honest_mean(honest: Tensor, memory: dict[str, Any]) -> Tensor:
 
 def searched(
     lie: Callable[[S], Tensor],
-    grid: Sequence[S],
+    strengths: Sequence[S],
     honest: Tensor,
     memory: dict[str, Any],
     pipeline: Pipeline | None,
@@ -37,7 +37,7 @@ def searched(
     *,
     blind: S | None = None,
 ) -> S:
-    """Return the strength of the grid that harms most, searched in every ``every``-th round.
+    """Return the one of the strengths that harms most, searched in every ``every``-th round.
 
     Harm is progress lost: what the server would move by in :data:`HORIZON` rounds, along the mean
     of the honest updates. The first of equals wins.
@@ -46,8 +46,8 @@ def searched(
     ----------
     lie : callable
         ``strength -> (d,)``, or (m, d) where each player sends its own.
-    grid : sequence
-        Strengths: numbers, or tuples of plain values.
+    strengths : sequence
+        What to try: numbers, or tuples of plain values.
     honest : Tensor
         (h, d): the updates of the honest clients.
     memory : dict
@@ -74,7 +74,7 @@ def searched(
     number = int(memory.get("round", 0))
     memory["round"] = number + 1
     if number % every == 0:
-        memory["strength"] = min(grid, key=lambda s: _progress(lie(s), honest, pipeline))
+        memory["strength"] = min(strengths, key=lambda s: _progress(lie(s), honest, pipeline))
     strength: S = memory["strength"]
     return strength
 

@@ -1,4 +1,4 @@
-"""Figures that need no training grid: the toy picture, what aggregation costs, the speed-up."""
+"""Figures that need no study: the toy picture, what aggregation costs, the speed-up."""
 
 import itertools
 import math

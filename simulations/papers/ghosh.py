@@ -135,7 +135,7 @@ class FigureSet:
 
     def runs(self, seeds: int) -> list[tuple[Curve, int]]:
         """Return what has to be run: curves that appear in two figures run once."""
-        curves = [_unlabelled(c) for _, curves in self.figures.values() for c in curves]
+        curves = [_unlabeled(c) for _, curves in self.figures.values() for c in curves]
         return [(curve, seed) for curve in dict.fromkeys(curves) for seed in range(seeds)]
 
 
@@ -231,7 +231,7 @@ def reproduce(
     results = {
         figure: {
             curve.label: np.stack(
-                [found[_key(_unlabelled(curve), seed, problem)] for seed in range(seeds)]
+                [found[_key(_unlabeled(curve), seed, problem)] for seed in range(seeds)]
             )
             for curve in curves
         }
@@ -256,7 +256,7 @@ def reproduce_mnist(folder: Path, *, seeds: int, jobs: int, done: Done) -> Path:
     return folder / "table.md"
 
 
-def _unlabelled(curve: Curve) -> Curve:
+def _unlabeled(curve: Curve) -> Curve:
     return replace(curve, label="")
 
 

@@ -15,7 +15,7 @@ import fl_bgmd.aggregators as rules
 from fl_bgmd.aggregators import BlockGeometricMedian, BlockMemory, geometric_median
 from fl_bgmd.aggregators.sampling import inclusion_probabilities, select_block
 
-SELECTIONS = ("sample", "top-k", "uniform")
+BLOCK_SELECTIONS = ("sample", "top-k", "uniform")
 SCORES = ("clipped", "squared-norm", "norm")
 MEMORY_RULES = ("robust", "mean", "per-client", "none")
 
@@ -90,7 +90,7 @@ def test_exactly_k_distinct_coordinates(scores: torch.Tensor, data: st.DataObjec
     d = len(scores)
     k = data.draw(st.integers(1, d))
     generator = seeded(data.draw(st.integers(0, 1000)))
-    for selection in SELECTIONS:
+    for selection in BLOCK_SELECTIONS:
         assert_block(select_block(scores, k, selection=selection, generator=generator), k, d)
 
 
@@ -229,7 +229,7 @@ def test_top_k_takes_the_largest() -> None:
     assert select_block(scores, 3, selection="top-k").tolist() == [1, 3, 4]
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("selection", BLOCK_SELECTIONS)
 def test_all_scores_zero(selection: str) -> None:
     assert_block(select_block(torch.zeros(50), 7, selection=selection), 7, 50)
     result = block_geometric_median(torch.zeros(4, 50), selection=selection)
@@ -239,7 +239,7 @@ def test_all_scores_zero(selection: str) -> None:
     assert not waits(result).any()
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("selection", BLOCK_SELECTIONS)
 def test_k_of_d_or_more_takes_all(selection: str) -> None:
     assert select_block(torch.rand(5), 5, selection=selection).tolist() == [0, 1, 2, 3, 4]
     assert select_block(torch.rand(5), 9, selection=selection).tolist() == [0, 1, 2, 3, 4]
@@ -398,7 +398,7 @@ def test_lemma_1(selection: str, score: str, block_fraction: float) -> None:
 
 @given(
     update_matrices(min_d=2, kinds=("normal", "collinear", "small_integers", "mostly_zero")),
-    st.sampled_from(SELECTIONS),
+    st.sampled_from(BLOCK_SELECTIONS),
     st.floats(0.01, 1.0),
     st.booleans(),
 )
@@ -500,7 +500,7 @@ def test_float64_rows_at_both_ends_of_the_range(largest: float) -> None:
 # --- The memory ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("selection", BLOCK_SELECTIONS)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("with_memory", [False, True])
 def test_memory_formulas(selection: str, score: str, with_memory: bool) -> None:
@@ -578,7 +578,7 @@ def test_mean_memory_loses_nothing(with_memory: bool) -> None:
 
 
 @pytest.mark.parametrize("memory_rule", ["mean", "per-client"])
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("selection", BLOCK_SELECTIONS)
 def test_printed_memories_are_added_to_every_row(selection: str, memory_rule: str) -> None:
     updates = normal(6, 50)
     memory = normal(6, 50, seed=1) if memory_rule == "per-client" else normal(1, 50, seed=1)[0]

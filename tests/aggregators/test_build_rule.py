@@ -60,7 +60,7 @@ def test_a_spec_reads_back_as_itself() -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_every_rule_goes_on_from_its_own_memory(name: str) -> None:
+def test_every_rule_continues_from_its_own_memory(name: str) -> None:
     """What comes back as a memory goes in again, and makes a difference if there is one."""
     rows, later = torch.randn(2, 9, 2000, generator=torch.Generator().manual_seed(2))
     rows[1] = rows[0]

@@ -177,7 +177,7 @@ def test_rules_on_many_rows(name: str, gpu: torch.device) -> None:
 @pytest.mark.parametrize("memory_rule", ["robust", "mean", "per-client"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_block_and_its_memory(memory_rule: str, dtype: torch.dtype, gpu: torch.device) -> None:
-    """Rounds that go on from each other's memory."""
+    """Rounds that continue from each other's memory."""
     rows = rows_of(dtype)
     memories: dict[str, Tensor | None] = {"cpu": None, "gpu": None}
     for turn in range(3):
@@ -203,7 +203,7 @@ def test_a_sampled_block(gpu: torch.device) -> None:
     assert (result.vector.cpu() != 0).nonzero().flatten().tolist() == block.tolist()
 
 
-def test_a_centre_on_the_device(gpu: torch.device) -> None:
+def test_a_center_on_the_device(gpu: torch.device) -> None:
     rows, center = rows_of(torch.float32), torch.ones(D)
     expected = centered_clipping(rows, center=center)
     agree(centered_clipping(rows.to(gpu), center=center.to(gpu)).vector, expected.vector)

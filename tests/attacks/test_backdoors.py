@@ -248,7 +248,7 @@ def test_the_update_is_inflated_after_training(spec: str, factor: float) -> None
 # ---------------------------------------------------------------- noise after normalization
 
 
-def test_noise_after_normalisation_has_its_mean_and_deviation_in_the_models_units() -> None:
+def test_noise_after_normalization_has_its_mean_and_deviation_in_the_models_units() -> None:
     dataset = load("mnist")
     seen = normalize(dataset.train_images[:100], dataset).numpy()
     noisy = image_noise(seen, 1.0, rng(), mean=100.0, normalized=True)
@@ -276,7 +276,7 @@ def test_its_spec_says_all_of_it() -> None:
 
 @pytest.mark.parametrize("backend", ["inprocess", "vectorized"])
 def test_it_reaches_the_model_in_training(backend: str) -> None:
-    """The slides' noise on all clients: nothing is learnt of images without it."""
+    """The slides' noise on all clients: nothing is learned of images without it."""
     config = SMALL | {"attack": "image-noise:1,mean=100,normalized=on", "byzantine-fraction": 1.0}
     result = run(validate(config | {"num-server-rounds": 2}), backend=backend)
     assert result.played == {"image-noise:std=1,mean=100,normalized=on": 20}

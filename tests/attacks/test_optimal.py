@@ -18,7 +18,7 @@ FIXED: dict[str, Callable[[Tensor, Any], Tensor]] = {
 }
 """What an attack sends at a strength."""
 
-GRID: dict[str, list[Any]] = {
+STRENGTHS: dict[str, list[Any]] = {
     "optimal-alie": [s * z for s in (1, -1) for z in (0.25, 0.5, 1.0, 1.5, 2.5, 5.0, 10.0)],
     "optimal-ipm": [0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0],
     "optimal-min-max": [
@@ -30,12 +30,14 @@ RULES = ("mean", "gmd", "trimmed-mean", "krum", "gmd+nearest-neighbor", "cmd+cli
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", FIXED)
-def test_no_strength_of_the_grid_costs_the_rule_more_progress(name: str, rule: str) -> None:
+def test_no_strength_tried_costs_the_rule_more_progress(name: str, rule: str) -> None:
     honest = honest_rows()
     pipeline = deployed(rule, honest)
     view = view_of(honest, pipeline=pipeline)
     lie = lie_of(name, view)
-    progress = {s: float(pipeline(FIXED[name](honest, s)) @ honest.mean(0)) for s in GRID[name]}
+    progress = {
+        s: float(pipeline(FIXED[name](honest, s)) @ honest.mean(0)) for s in STRENGTHS[name]
+    }
     assert float(pipeline(lie) @ honest.mean(0)) == pytest.approx(min(progress.values()))
     torch.testing.assert_close(lie, FIXED[name](honest, view.memory["strength"]))
 
@@ -61,7 +63,7 @@ def test_deviations_are_added_where_taking_them_away_helps_the_server(sign: int)
 
 @pytest.mark.parametrize("name", FIXED)
 @pytest.mark.parametrize("every", [1, 3])
-def test_the_search_is_in_every_so_manyth_round(name: str, every: int) -> None:
+def test_the_search_is_in_every_nth_round(name: str, every: int) -> None:
     honest, tried = honest_rows(), []
     inner = deployed("gmd", honest)
 
@@ -72,7 +74,7 @@ def test_the_search_is_in_every_so_manyth_round(name: str, every: int) -> None:
     view = view_of(honest, pipeline=pipeline)
     for number in range(7):
         lie_of(f"{name}:{every}", view)
-        assert len(tried) == len(GRID[name]) * (1 + number // every)
+        assert len(tried) == len(STRENGTHS[name]) * (1 + number // every)
     assert set(tried) == {6}
 
 

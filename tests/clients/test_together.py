@@ -91,7 +91,7 @@ def test_several_steps_are_those_that_each_client_takes_alone(
     changes: dict[str, Any], momentum: float
 ) -> None:
     torch.manual_seed(0)
-    # Dropout goes on drawing where it was, statistics of the batches are each client's own.
+    # Dropout continues its draws, statistics of the batches are each client's own.
     model = nn.Sequential(
         nn.Conv2d(1, 3, 5, stride=3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(),
         nn.Linear(192, 16), nn.GELU(), nn.Dropout(0.5), nn.Linear(16, 10),

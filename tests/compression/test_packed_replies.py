@@ -421,7 +421,7 @@ def test_fedavg_and_the_mod_leave_each_other_alone() -> None:
 
 
 @pytest.mark.parametrize("strategy", [QBGMD, FedBGMD])
-def test_quantised_block_descent_learns_under_attack(strategy: Any) -> None:
+def test_quantized_block_descent_learns_under_attack(strategy: Any) -> None:
     config = {"attack": "bit-flip", "byzantine-fraction": 0.34}
     made = strategy(**options(block_fraction=0.5))
     assert made.compressor.name == "qsgd:63"

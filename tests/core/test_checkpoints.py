@@ -475,7 +475,7 @@ STRATEGIES: dict[str, tuple[type[RobustStrategy], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_any_strategy_goes_on_where_it_stopped(name: str, tmp_path: Path) -> None:
+def test_any_strategy_resumes_where_it_stopped(name: str, tmp_path: Path) -> None:
     cls, own = STRATEGIES[name]
     options = {**own, "server_momentum": 0.5, "fraction_train": 0.8, "fraction_evaluate": 0.0}
     options["seed"] = 1

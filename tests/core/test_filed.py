@@ -62,9 +62,9 @@ def test_an_array_that_somebody_changed_is_one_of_bytes(name: str, tmp_path: Pat
     record = filed(plain_model(), tmp_path)
     array = record["weight"]
     before, twin = array.data, copy.copy(array)
-    setattr(array, name, b"spoilt" if name == "data" else getattr(array, name))
+    setattr(array, name, b"spoiled" if name == "data" else getattr(array, name))
     assert folder_of(record) is None
-    assert array.data == encoded(array) == (b"spoilt" if name == "data" else before)
+    assert array.data == encoded(array) == (b"spoiled" if name == "data" else before)
     assert array.object_id == Array(array.dtype, array.shape, array.stype, array.data).object_id
     assert twin.data == before
 

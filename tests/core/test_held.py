@@ -46,9 +46,9 @@ def test_of_the_values_everyone_has_their_own() -> None:
 def test_an_array_that_somebody_changed_is_one_of_bytes(name: str) -> None:
     made = HeldArray(np.zeros(3, np.float32))
     before = made.data
-    setattr(made, name, b"spoilt" if name == "data" else getattr(made, name))
+    setattr(made, name, b"spoiled" if name == "data" else getattr(made, name))
     assert made.values is None
-    assert made.data == (b"spoilt" if name == "data" else before)
+    assert made.data == (b"spoiled" if name == "data" else before)
 
 
 def test_nothing_held_reaches_another_process() -> None:

@@ -229,7 +229,7 @@ def test_lies_go_through_momentum_or_not(
 
 @pytest.mark.parametrize("order", [lambda lie, m: [lie, m], lambda lie, m: [m, lie]])
 def test_hostile_rounds_leave_the_momentum_of_honest_ones(order: Callable[..., list[Any]]) -> None:
-    """Roles are redrawn: m of what a lie replaces goes on, m of lies is another one."""
+    """Roles are redrawn: m of what a lie replaces continues, m of lies is another one."""
     lying = ByzantineMod(attack="huge:1000", fraction=0.4, seed=3)
     mods = order(lying, MomentumMod(0.5))
     found = updates(mods, 8)
@@ -285,7 +285,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-def test_a_run_that_stopped_goes_on_with_what_its_clients_had(tmp_path: Path) -> None:
+def test_a_run_that_stopped_resumes_with_what_its_clients_had(tmp_path: Path) -> None:
     whole = run(validate(SMALL), backend="inprocess")
     folder = {"checkpoint-dir": str(tmp_path), "evaluate-every": 4}
     lines: list[int] = []

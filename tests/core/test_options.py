@@ -85,10 +85,10 @@ def test_the_older_api_checks_its_options_too(cls: type[legacy.LegacyStrategy]) 
         for value in values if name not in foreign else ():
             with pytest.raises(OptionError, match=f"^{name} is .*; allowed: "):
                 cls(**{name: value})
-    for misspelt, nearest in (("fraction_ft", "fraction_fit"), ("mixin", "mixing")):
-        message = f"{cls.__name__} has no option '{misspelt}'; did you mean '{nearest}'?"
+    for misspelled, nearest in (("fraction_ft", "fraction_fit"), ("mixin", "mixing")):
+        message = f"{cls.__name__} has no option '{misspelled}'; did you mean '{nearest}'?"
         with pytest.raises(TypeError) as error:
-            cls(**{misspelt: 1})
+            cls(**{misspelled: 1})
         assert str(error.value) == message
 
 

@@ -441,7 +441,7 @@ def test_run_outlives_hostile_malformed_killed_and_slow_nodes(
     assert first["accepted"] == last["accepted"] == NUM_NODES - 1
 
 
-def test_run_goes_on_from_its_checkpoint_after_the_superlink_was_killed(outcome: Outcome) -> None:
+def test_run_resumes_from_its_checkpoint_after_the_superlink_was_killed(outcome: Outcome) -> None:
     done = LINK_KILLED_IN_ROUND - 1
     assert len(outcome.statuses) == 2  # the crash ends a run; submitting it again makes a new one
     assert f"resumed from the checkpoint of round {done} " in outcome.after

@@ -147,7 +147,7 @@ def saved_accuracy(name: str, app: ModuleType, config: Config) -> float:
         return app.task.test(net, app.task.split_digits()[1])[1]
     arrays = list(np.load("final_model.npz").values())
     if name == "numpy":
-        return app.task.accuracy(*arrays, app.task.split_tumours()[1])
+        return app.task.accuracy(*arrays, app.task.split_tumors()[1])
     if name == "legacy":
         net = app.task.build_net()
         app.task.set_weights(net, arrays)

@@ -277,8 +277,8 @@ def test_an_unknown_key_like_none_other_has_no_hint() -> None:
     ],
 )
 def test_a_former_key_is_an_error_that_names_its_new_form(key: str, value: Any, now: str) -> None:
-    assert refusal({key: value}) == f"{key} is {value!r}, and is no more; allowed: {now}"
-    with pytest.raises(ConfigError, match="is no more"):
+    assert refusal({key: value}) == f"{key} ({value!r}) is no longer a key; use {now}"
+    with pytest.raises(ConfigError, match="is no longer a key"):
         parse(key, str(value))
     assert validate({now.split()[0]: now.split("'")[1]})
 

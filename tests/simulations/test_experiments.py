@@ -1,4 +1,4 @@
-"""The papers' experiments: what is planned, that sweeps go on, what the tables say."""
+"""The papers' experiments: what is planned, that sweeps resume, what the tables say."""
 
 import json
 import math
@@ -267,7 +267,7 @@ def reproduce_tiny(folder: Path, *more: str) -> int:
     return main(command)
 
 
-def test_a_sweep_goes_on_where_it_was_interrupted(
+def test_a_sweep_resumes_where_it_was_interrupted(
     tiny: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = tmp_path / "results"

@@ -98,7 +98,7 @@ def test_a_seed_fixes_a_curve() -> None:
     assert first[0] != other[0]
 
 
-def test_figures_and_table_are_written_and_a_sweep_goes_on(tmp_path: Path) -> None:
+def test_figures_and_table_are_written_and_a_sweep_resumes(tmp_path: Path) -> None:
     calls: list[str] = []
     figures = GHOSH["ghosh-regression"].figures
     experiment = FigureSet(Regression(examples=400, dimensions=10, iterations=3), figures)

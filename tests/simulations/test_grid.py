@@ -263,7 +263,7 @@ def spoil(message: Message, context: Context) -> Message:
     config["numbers"][0] = -1
     config["server-round"] = 99
     config["new"] = 1
-    arrays["weight"].data = b"spoilt"
+    arrays["weight"].data = b"spoiled"
     arrays["weight"].shape = (7,)
     arrays["new"] = arrays["bias"]
     del arrays["bias"]
@@ -318,7 +318,7 @@ def test_a_reply_is_the_servers_own() -> None:
 
     def keep(message: Message, context: Context) -> Message:
         if kept:
-            kept[0]["weight"].data = b"spoilt"
+            kept[0]["weight"].data = b"spoiled"
         reply = honest_reply(message, random_update(plain_model(), context.node_id))
         kept.append(sent_arrays(reply))
         return reply

@@ -481,7 +481,7 @@ def test_label_attacks_by_hand() -> None:
     assert (abs(counts - 1000) < 5 * math.sqrt(900)).all()
 
 
-def test_image_noise_is_of_ten_grey_levels_before_normalisation() -> None:
+def test_image_noise_is_of_ten_gray_levels_before_normalization() -> None:
     noisy = attacks.image_noise(images(), 10.0, np.random.default_rng(0)).astype(float) - 128
     assert abs(noisy.mean()) < 5 * 10 / math.sqrt(noisy.size)
     assert noisy.std() == pytest.approx(10.0, rel=0.02)
@@ -548,7 +548,7 @@ def test_a_plan_refuses_names_it_does_not_know() -> None:
 )
 def test_former_keys_name_what_took_their_place(former: dict[str, Any]) -> None:
     """Also in apps of others, whose run configuration nobody else checks."""
-    message = f'{next(iter(former))} is .*allowed: .* attack = "bit-flip:5"'
+    message = f'{next(iter(former))} .*is no longer supported; .* attack = "bit-flip:5"'
     with pytest.raises(ValueError, match=message):
         AttackPlan.from_config({"attack": "bit-flip", **former})
     with pytest.raises(ConfigError, match=message):

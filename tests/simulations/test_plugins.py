@@ -20,7 +20,7 @@ def in_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(OWN))
 
 
-def test_the_example_runs_as_a_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_runs_as_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["compare", "--strategies", "gmd", "my_lab:MeanAroundMedian+bucketing"]
     arguments += ["--attack=none,my_lab:pull_back", "--byzantine-fraction=0.4"]
     arguments += ["--dataset=mnist", "--model=tiny-cnn", "--partition=iid", "--local-steps=1"]

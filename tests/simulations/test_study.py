@@ -1,4 +1,4 @@
-"""Studies: what is planned, that they go on where they stopped, what their tables say."""
+"""Studies: what is planned, that they resume where they stopped, what their tables say."""
 
 import json
 import math
@@ -226,7 +226,7 @@ def test_compare_attacks_writes_table_heat_map_and_cells(
 
 
 @pytest.mark.usefixtures("without_curves")
-def test_a_study_goes_on_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_resumes_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [f"--{key}={value}" for key, value in SMALL.items()]
     options += ["--backend=inprocess", f"--folder={tmp_path}"]
     rows = ["--strategies", "mean", "gmd"]
@@ -249,7 +249,7 @@ def test_a_study_goes_on_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFix
     other = [*options, "--server-momentum=0.5"]
     assert main(["compare", *other, *rows, "--attack=none,zero"]) == 2
     assert "was run with server-momentum 0.0 and not 0.5" in capsys.readouterr().err
-    # Half a line is what an interrupted grid may leave.
+    # Half a line is what an interrupted study may leave.
     with (tmp_path / "cells.jsonl").open("a") as file:
         file.write('{"row": "gm')
     assert main(["report", str(tmp_path), f"--output={tmp_path / 'report'}"]) == 0

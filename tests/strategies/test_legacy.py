@@ -257,7 +257,7 @@ def fit_res(arrays: ArrayRecord, num_examples: Any = 10) -> FitRes:
     return FitRes(OK, to_parameters(arrays), num_examples, {})
 
 
-def test_statistics_of_batch_normalisation_need_their_names() -> None:
+def test_statistics_of_batch_normalization_need_their_names() -> None:
     model = batch_norm_model()
     counted = to_numpy(model)
     fit = []
@@ -319,7 +319,7 @@ def with_tensors(change: Callable[[list[bytes]], list[bytes]]) -> Callable[[], F
     return build
 
 
-def serialised_otherwise() -> FitRes:
+def serialized_otherwise() -> FitRes:
     res = trained(plain_model(), 0)
     res.parameters.tensor_type = "pickle"
     return res
@@ -343,7 +343,7 @@ HOSTILE: dict[str, tuple[Callable[[], FitRes], Rejection]] = {
     "truncated": (replaced(HONEST[:-4]), Rejection.ENCODING),
     "trailing bytes": (replaced(HONEST + b"more"), Rejection.ENCODING),
     "header of code": (replaced(npy_of_shape("().__class__", bytes(48))), Rejection.ENCODING),
-    "serialized otherwise": (serialised_otherwise, Rejection.ENCODING),
+    "serialized otherwise": (serialized_otherwise, Rejection.ENCODING),
     "NaN": (replaced(np.full(WEIGHT, np.nan, F4)), Rejection.NON_FINITE),
     "infinity": (replaced(np.full(WEIGHT, -np.inf, F4)), Rejection.NON_FINITE),
     "beyond float32": (replaced(np.full(WEIGHT, 1e300)), Rejection.NON_FINITE),

@@ -276,7 +276,7 @@ def test_too_few_nodes_end_the_run_at_the_deadline() -> None:
         start(strategy, grid, 1)
 
 
-def test_or_the_run_goes_on_with_those_that_are_there(caplog: pytest.LogCaptureFixture) -> None:
+def test_or_the_run_continues_with_those_that_are_there(caplog: pytest.LogCaptureFixture) -> None:
     grid = InProcessGrid(app_with(honest), 3, {})
     strategy = GMD(
         min_available_nodes=5, node_wait_timeout=0.05, too_few_nodes="go-on", fraction_evaluate=0.0
@@ -475,7 +475,7 @@ def test_the_bench_leaves_enough_for_a_round() -> None:
     assert [m["accepted"] for m in rounds] == [N - 3] * 4 + [N - 2] * 4
 
 
-def test_those_who_sit_out_count_towards_the_room() -> None:
+def test_those_who_sit_out_count_toward_the_room() -> None:
     """Two send NaN from the first round, two more from the third: there is room for four."""
     update = attack("nan", lambda n: set(range(2 if n < 3 else 4)))
     result = bench_run(GMD, update, 8)

@@ -87,7 +87,7 @@ def test_the_model_goes_the_way_of_the_printed_algorithm(name: str, memory: str)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_a_checkpoint_between_two_rates_goes_on_alike() -> None:
+def test_a_checkpoint_between_two_rates_continues_alike() -> None:
     rate = SCHEDULES["cosine-restarts"]
     whole = path_of(bgmd(rate, memory="robust"))
     first, second = bgmd(rate, memory="robust"), bgmd(rate, memory="robust")

@@ -256,7 +256,7 @@ def test_a_tie_that_most_clients_break_is_given_up(caplog: pytest.LogCaptureFixt
         assert "keeps the model" not in caplog.text
 
 
-def test_a_resumed_run_goes_on_with_its_ties(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_with_its_ties(tmp_path: Path) -> None:
     options: dict[str, Any] = {"seed": 1, "fraction_evaluate": 0.0}
     whole = run(BGMD(**options), app(), initial(), rounds=5)
     run(BGMD(checkpoints=tmp_path, **options), app(), initial(), rounds=2)

@@ -1,1 +1,1 @@
-"""Federated logistic regression on tumour data with NumPy."""
+"""Federated logistic regression on tumor data with NumPy."""

@@ -5,7 +5,7 @@ from flwr.app import Array, ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-from numpy_app.task import NUM_FEATURES, accuracy, split_tumours
+from numpy_app.task import NUM_FEATURES, accuracy, split_tumors
 
 app = ServerApp()
 
@@ -23,5 +23,5 @@ def main(grid: Grid, context: Context) -> None:
         num_rounds=context.run_config["num-server-rounds"],
     )
     model = result.arrays.to_numpy_ndarrays()
-    print(f"accuracy on the test tumours: {accuracy(*model, split_tumours()[1]):.3f}")
+    print(f"accuracy on the test tumors: {accuracy(*model, split_tumors()[1]):.3f}")
     np.savez("final_model.npz", *model)

@@ -1,4 +1,4 @@
-"""Logistic regression by hand; 569 tumours, 30 features, benign or malignant (Wisconsin, 1995)."""
+"""Logistic regression by hand; 569 tumors, 30 features, benign or malignant (Wisconsin, 1995)."""
 
 from functools import lru_cache
 
@@ -13,8 +13,8 @@ Examples = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 @lru_cache
-def split_tumours() -> tuple[Examples, Examples]:
-    """Return the clients' examples and the server's, features standardised."""
+def split_tumors() -> tuple[Examples, Examples]:
+    """Return the clients' examples and the server's, features standardized."""
     features, labels = load_breast_cancer(return_X_y=True)
     features = (features - features.mean(0)) / features.std(0)
     order = np.random.default_rng(42).permutation(len(labels))
@@ -24,14 +24,14 @@ def split_tumours() -> tuple[Examples, Examples]:
 
 def load_data(partition_id: int, num_partitions: int) -> Examples:
     """Return a client's own examples."""
-    features, labels = split_tumours()[0]
+    features, labels = split_tumors()[0]
     return features[partition_id::num_partitions], labels[partition_id::num_partitions]
 
 
 def predict(
     weights: NDArray[np.float64], bias: NDArray[np.float64], features: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Return the probability that each tumour is benign."""
+    """Return the probability that each tumor is benign."""
     return 0.5 * (1 + np.tanh(0.5 * (features @ weights + bias)))
 
 
@@ -52,6 +52,6 @@ def train(
 
 
 def accuracy(weights: NDArray[np.float64], bias: NDArray[np.float64], examples: Examples) -> float:
-    """Return the share of tumours that are told right."""
+    """Return the share of tumors that are told right."""
     features, labels = examples
     return float(np.mean((predict(weights, bias, features) > 0.5) == labels))
