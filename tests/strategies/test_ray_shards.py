@@ -93,8 +93,8 @@ class Attacked(BGMD):
     killed = 0
 
     def aggregate(self, current: Round) -> Any:
-        crew = self._crew
-        if isinstance(crew, RayCrew) and self._state.round == 2:
+        crew = self._session.crew
+        if isinstance(crew, RayCrew) and self._session.state.round == 2:
             os.kill(crew.pids()[-1], signal.SIGKILL)
             self.killed += 1
         return super().aggregate(current)

@@ -407,8 +407,8 @@ def test_the_root_goes_where_rows_go_coordinates_and_ties() -> None:
     tied = to_record({"a.weight": first, "b.weight": first})
     strategy = FLTrust(root_update=shrunk, seed=SEED, device="cpu")
     messages_of(strategy, tied)
-    assert strategy._sent is not None
-    merged = strategy._sent.root_row({"b.weight": "a.weight"}, torch.device("cpu"))
+    assert strategy._session.sent is not None
+    merged = strategy._session.sent.root_row({"b.weight": "a.weight"}, torch.device("cpu"))
     assert merged is not None
     np.testing.assert_array_equal(merged.numpy(), 0.5 * first.ravel())
 
