@@ -27,7 +27,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from test_strategies import named, train_round
+from strategy_rounds import named, train_round
 
 from fl_bgmd.compression import build_compressor
 from fl_bgmd.layout import BUFFER_DTYPE, ModelLayout
