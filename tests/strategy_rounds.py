@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from every_rule import call
 from flower_messages import (
     MALFORMED,
     honest_reply,
+    needed,
     plain_model,
     random_update,
     sent_arrays,
+    shrunk,
     to_numpy,
     update_row,
 )
@@ -20,19 +23,16 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 from torch import Tensor
 
+import fl_bgmd.strategies
 from fl_bgmd.aggregators import (
+    RULES,
     Aggregate,
     block_geometric_median,
-    bulyan,
     centered_clipping,
-    coordinate_median,
     divide_and_conquer,
     flame,
-    fools_gold,
     gap_filter,
     geometric_median,
-    krum,
-    mean,
     multi_krum,
     norm_clip,
     norm_threshold,
@@ -45,13 +45,10 @@ from fl_bgmd.strategies import (
     CMD,
     FLAME,
     GMD,
-    Bulyan,
     CenteredClipping,
     DnC,
     FoolsGold,
     GapFilter,
-    Krum,
-    Mean,
     MultiKrum,
     NormClipping,
     NormThreshold,
@@ -68,10 +65,34 @@ FRACTION = 0.2
 
 SEED = 11
 
-Rule = Callable[[Tensor, torch.Generator], Aggregate]
+Rule = Callable[..., Aggregate]
+"""Of the rows, the generator and, where it needs one, the ``root``."""
+
+CLASSES: dict[str, type[RobustStrategy]] = {
+    name: type("Named", (RobustStrategy,), {"spec": name}) for name in RULES
+} | {
+    cls.spec: cls
+    for cls in vars(fl_bgmd.strategies).values()
+    if isinstance(cls, type) and "spec" in vars(cls) and cls.spec
+}
+"""By the name of its rule; rules that have no class are given one."""
+
+
+def default(name: str) -> tuple[type[RobustStrategy], dict[str, Any], Rule]:
+    """Return the strategy of a rule with its own options, and the rule."""
+
+    def rule(rows: Tensor, generator: torch.Generator, **root: Tensor) -> Aggregate:
+        found: Aggregate = call(
+            name, rows, generator=generator, byzantine_fraction=FRACTION, **root
+        )
+        return found
+
+    return CLASSES[name], {}, rule
+
 
 STRATEGIES: dict[str, tuple[type[RobustStrategy], dict[str, Any], Rule]] = {
-    "mean": (Mean, {}, lambda rows, _: mean(rows)),
+    **{name: default(name) for name in RULES},
+    # By choice: other options, and where the defaults would say little of sixteen coordinates.
     "bgmd": (
         BGMD,
         {"block_fraction": 0.4, "min_block_size": 1},
@@ -96,13 +117,11 @@ STRATEGIES: dict[str, tuple[type[RobustStrategy], dict[str, Any], Rule]] = {
             min_block_size=1,
         ),
     ),
-    "gmd": (GMD, {}, lambda rows, _: geometric_median(rows)),
     "gmd-weiszfeld": (
         GMD,
         {"solver": "weiszfeld", "tol": 1e-4},
         lambda rows, _: geometric_median(rows, solver="weiszfeld", tol=1e-4),
     ),
-    "cmd": (CMD, {}, lambda rows, _: coordinate_median(rows)),
     "trimmed-mean": (TrimmedMean, {}, lambda rows, _: trimmed_mean(rows, trim_fraction=FRACTION)),
     "trimmed-mean-own": (
         TrimmedMean,
@@ -119,11 +138,6 @@ STRATEGIES: dict[str, tuple[type[RobustStrategy], dict[str, Any], Rule]] = {
         {"drop_fraction": 0.5},
         lambda rows, _: norm_threshold(rows, drop_fraction=0.5),
     ),
-    "robust-filter": (
-        RobustFilter,
-        {},
-        lambda rows, _: spectral_filter(rows, byzantine_fraction=FRACTION),
-    ),
     "robust-filter-sigma": (
         RobustFilter,
         {"sigma0": 0.3},
@@ -136,21 +150,16 @@ STRATEGIES: dict[str, tuple[type[RobustStrategy], dict[str, Any], Rule]] = {
             rows, byzantine_fraction=FRACTION, sigma0=0.5, method="saddle"
         ),
     ),
-    "krum": (Krum, {}, lambda rows, _: krum(rows, byzantine_fraction=FRACTION)),
-    "multi-krum": (MultiKrum, {}, lambda rows, _: multi_krum(rows, byzantine_fraction=FRACTION)),
     "multi-krum-own": (
         MultiKrum,
         {"num_selected": 3},
         lambda rows, _: multi_krum(rows, byzantine_fraction=FRACTION, num_selected=3),
     ),
-    "centered-clipping": (CenteredClipping, {}, lambda rows, _: centered_clipping(rows)),
     "centered-clipping-own": (
         CenteredClipping,
         {"radius": 0.5, "iterations": 2},
         lambda rows, _: centered_clipping(rows, radius=0.5, iterations=2),
     ),
-    "bulyan": (Bulyan, {}, lambda rows, _: bulyan(rows, byzantine_fraction=FRACTION)),
-    "norm-clip": (NormClipping, {}, lambda rows, _: norm_clip(rows)),
     "norm-clip-own": (NormClipping, {"radius": 0.5}, lambda rows, _: norm_clip(rows, radius=0.5)),
     "dnc": (
         DnC,
@@ -173,27 +182,12 @@ STRATEGIES: dict[str, tuple[type[RobustStrategy], dict[str, Any], Rule]] = {
         {"coordinate_share": 0.5},
         lambda rows, generator: sign_guard(rows, generator=generator, coordinate_share=0.5),
     ),
-    "fools-gold": (FoolsGold, {}, lambda rows, _: fools_gold(rows)),
     "flame": (
         FLAME,
         {"noise": 0.1},
         lambda rows, generator: flame(rows, generator=generator, noise=0.1),
     ),
 }
-
-ONE_OF_EACH_CLASS = [
-    "mean",
-    "bgmd",
-    "gmd",
-    "cmd",
-    "trimmed-mean",
-    "norm-threshold",
-    "robust-filter",
-    "krum",
-    "multi-krum",
-    "centered-clipping",
-    *("bulyan", "norm-clip", "dnc", "gap-filter", "sign-guard", "fools-gold", "flame"),
-]
 
 ONE_OF_EACH = [name for name in STRATEGIES if not name.endswith("-own")]
 
@@ -218,8 +212,8 @@ STATEFUL: dict[str, tuple[type[RobustStrategy], dict[str, Any]]] = {
 
 
 def make(cls: type[RobustStrategy], **options: Any) -> RobustStrategy:
-    given = {"byzantine_fraction": FRACTION, "seed": SEED, "device": "cpu", **options}
-    return cls(**given)
+    given = {"byzantine_fraction": FRACTION, "seed": SEED, "device": "cpu"}
+    return cls(**given | needed(cls) | options)
 
 
 def named(name: str, **options: Any) -> RobustStrategy:
@@ -272,6 +266,15 @@ def flat(arrays: ArrayRecord) -> NDArray[Any]:
 
 def moved(arrays: ArrayRecord, update: Tensor, learning_rate: float = 1.0) -> NDArray[Any]:
     return flat(arrays) - learning_rate * update.numpy()
+
+
+def expected_of(
+    name: str, rows: Tensor, model: ArrayRecord, generator: torch.Generator | None = None
+) -> Aggregate:
+    """Return what the rule of :data:`STRATEGIES` makes of the rows of a round on the model."""
+    cls, _, rule = STRATEGIES[name]
+    root = {"root": torch.from_numpy(flat(shrunk(model, 1)))} if needed(cls) else {}
+    return rule(rows, generator or torch.Generator().manual_seed(SEED), **root)
 
 
 def train_round(

@@ -20,7 +20,6 @@ from strategy_rounds import (
     BAD_NODE,
     NODES,
     ONE_OF_EACH,
-    ONE_OF_EACH_CLASS,
     honest_replies,
     honest_without_bad,
     messages_of,
@@ -29,6 +28,8 @@ from strategy_rounds import (
     with_one_bad,
     without_time,
 )
+
+from fl_bgmd.aggregators import RULES
 
 
 @pytest.mark.parametrize("mixing", ["none", "nearest-neighbor", "bucketing"])
@@ -78,7 +79,7 @@ def result_without_bad(name: str) -> tuple[ArrayRecord, MetricRecord]:
 
 
 @pytest.mark.parametrize("kind", MALFORMED)
-@pytest.mark.parametrize("name", ONE_OF_EACH_CLASS)
+@pytest.mark.parametrize("name", RULES)
 def test_a_malformed_reply_changes_nothing_to_the_bit(name: str, kind: str) -> None:
     arrays, metrics = train_round(named(name), plain_model(), reply=with_one_bad(kind))
     expected, alone = result_without_bad(name)

@@ -21,7 +21,6 @@ from flower_messages import (
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from strategy_rounds import (
     NODES,
-    ONE_OF_EACH_CLASS,
     honest_replies,
     named,
     node,
@@ -30,6 +29,7 @@ from strategy_rounds import (
     with_one_bad,
 )
 
+from fl_bgmd.aggregators import RULES
 from fl_bgmd.strategies import RobustStrategy
 
 
@@ -183,7 +183,7 @@ def test_a_combiner_sees_only_replies_whose_metrics_are_finite(
 # -------------------------------------------------------------------------------- not finite
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH_CLASS)
+@pytest.mark.parametrize("name", RULES)
 def test_a_nan_loss_costs_an_honest_client_nothing(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -27,6 +27,7 @@ from strategy_rounds import (
     SEED,
     STATEFUL,
     STRATEGIES,
+    expected_of,
     flat,
     honest_replies,
     make,
@@ -59,7 +60,7 @@ def test_the_model_moves_by_the_rule_of_the_rows(name: str, learning_rate: float
     messages = messages_of(strategy, model)
     replies = honest_replies(messages)
     arrays, metrics = strategy.aggregate_train(1, replies)
-    expected = STRATEGIES[name][2](rows_of(messages, replies), torch.Generator().manual_seed(SEED))
+    expected = expected_of(name, rows_of(messages, replies), model)
     assert arrays is not None
     assert metrics is not None
     np.testing.assert_array_equal(flat(arrays), moved(model, expected.vector, learning_rate))
@@ -80,9 +81,10 @@ def test_a_round_on_the_in_process_grid(name: str) -> None:
     by_hand = named(name)
     messages = messages_of(by_hand, model)
     replies = list(InProcessGrid(regression_app(), NODES, {}).send_and_receive(messages))
-    expected = STRATEGIES[name][2](rows_of(messages, replies), torch.Generator().manual_seed(SEED))
+    expected = expected_of(name, rows_of(messages, replies), model)
     np.testing.assert_array_equal(flat(result.arrays), moved(model, expected.vector))
-    assert regression_error(result.arrays) < regression_error(model)
+    if name != "fltrust":  # the server's data, which are made up, ask for something else
+        assert regression_error(result.arrays) < regression_error(model)
     assert result.train_metrics_clientapp[1]["accepted"] == NODES
     assert result.evaluate_metrics_clientapp[1]["loss"] > 0
 
@@ -101,7 +103,7 @@ def test_mixing_comes_before_the_rule(name: str, mixing: str) -> None:
     elif mixing == "bucketing":
         rows = bucketing(rows, bucket_size=2, generator=generator)
     arrays, metrics = strategy.aggregate_train(1, replies)
-    expected = STRATEGIES[name][2](rows, generator)
+    expected = expected_of(name, rows, model, generator)
     assert arrays is not None
     assert metrics is not None
     np.testing.assert_array_equal(flat(arrays), moved(model, expected.vector))
@@ -238,7 +240,8 @@ def test_any_number_of_replies_will_do(name: str, mixing: str) -> None:
         )
         assert metrics["accepted"] == count
         assert np.isfinite(flat(arrays)).all()
-        assert same_bits(arrays, before) == (count == 0)
+        if name != "fltrust" or count == 0:  # which follows nobody against the server's data
+            assert same_bits(arrays, before) == (count == 0)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)

@@ -16,9 +16,10 @@ from flower_messages import (
     train_message,
 )
 from flwr.app import ArrayRecord, ConfigRecord
-from strategy_rounds import NODES, ONE_OF_EACH_CLASS, flat, make, named, train_round
+from strategy_rounds import NODES, flat, make, named, train_round
 
 import strategies as source_package
+from fl_bgmd.aggregators import RULES
 from fl_bgmd.mods import ByzantineMod
 from fl_bgmd.strategies import BGMD, RobustFilter, RobustStrategy
 from simulations.grid import InProcessGrid
@@ -31,7 +32,7 @@ def test_both_names_lead_to_the_same_objects() -> None:
         assert getattr(public, name) is getattr(source_package, name)
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH_CLASS)
+@pytest.mark.parametrize("name", RULES)
 def test_the_summary_names_what_matters(name: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "flwr"):
         named(name, mixing="nearest-neighbor").summary()
