@@ -268,7 +268,7 @@ def take_step(
         Tied(sent.layout.directions, state.ties).level(moved)
     if not sent.layout.holds(moved):
         why = "the new one is not finite"
-        return Outcome(state, sent.model, result, why, True, *counts, survey)
+        return Outcome(state.emptied(), sent.model, result, why, True, *counts, survey)
     arrays = sent.layout.to_arrays(moved, middle_of(sent.layout, buffers))
     after = replace(
         following(state, rule, result, drawn, share),

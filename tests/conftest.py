@@ -20,7 +20,7 @@ os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 
 # The helper modules beside the tests, and tests that others build on.
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), *sorted({str(test.parent) for test in HERE.glob("*/test_*.py")})]
+sys.path[:0] = [str(HERE), *sorted({str(test.parent) for test in HERE.glob("*/**/test_*.py")})]
 
 
 # Modules and collected tests stay: going through them again and again took 6 % of the time.

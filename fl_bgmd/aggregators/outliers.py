@@ -204,8 +204,8 @@ def divide_and_conquer(
     n, d = updates.shape
     dropped = min(n - 1, ceil_share(filter_share, floor_share(byzantine_fraction, n)))
     rows, _ = in_range(updates)
-    if d > coordinates:
-        row_norms(rows)  # names a row that is not finite, also where nothing is drawn
+    if d > coordinates or not is_dense(updates):
+        row_norms(rows)  # names a row that is not finite, also one that is not drawn
     out = np.zeros(n, dtype=np.int64)
     for _ in range(iterations):
         part = rows

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from every_rule import call
 from flower_messages import regression_app, regression_model, to_numpy
 from pretend_gpu import pretend_gpu
 from torch import Tensor
@@ -22,27 +23,15 @@ from fl_bgmd.aggregators import (
     block_geometric_median,
     bucketing,
     build_rule,
-    bulyan,
     centered_clipping,
-    coordinate_median,
-    covariance_agnostic_filter,
     divide_and_conquer,
     flame,
-    fltrust,
-    fools_gold,
     geometric_median,
     krum,
-    mean,
-    mean_around_median,
-    minimum_diameter_averaging,
-    multi_krum,
     nearest_neighbor_averaging,
     nearest_neighbor_mixing,
-    norm_clip,
     norm_threshold,
     project,
-    sign_guard,
-    smallest_eigenvalue_averaging,
     spectral_filter,
     trimmed_mean,
 )
@@ -66,48 +55,31 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(3)
 
 
+# Every rule as it is by default, and by choice what goes other ways through the code.
 FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
-    "mean": mean,
-    "geometric-median": geometric_median,
-    "geometric-median-weiszfeld": partial(geometric_median, solver="weiszfeld"),
-    "geometric-median-newton": partial(geometric_median, solver="newton"),
-    "geometric-median-weights": lambda rows: geometric_median(
-        rows, weights=torch.arange(1.0, 1.0 + N)
-    ),
-    "block-top-k": partial(block_geometric_median, selection="top-k"),
-    "block-uniform": lambda rows: block_geometric_median(
+    # What bgmd draws by default hangs on the last bit of the scores.
+    **{name: partial(call, name, byzantine_fraction=0.2) for name in RULES if name != "bgmd"},
+    "gmd-weiszfeld": partial(geometric_median, solver="weiszfeld"),
+    "gmd-newton": partial(geometric_median, solver="newton"),
+    "gmd-weights": lambda rows: geometric_median(rows, weights=torch.arange(1.0, 1.0 + N)),
+    "bgmd-top-k": partial(block_geometric_median, selection="top-k"),
+    "bgmd-uniform": lambda rows: block_geometric_median(
         rows, selection="uniform", generator=seeded()
     ),
-    "block-everything": partial(block_geometric_median, block_fraction=1.0),
+    "bgmd-everything": partial(block_geometric_median, block_fraction=1.0),
     **{
-        f"block-memory-{rule}": partial(
+        f"bgmd-memory-{rule}": partial(
             block_geometric_median, selection="top-k", memory_rule=rule, min_block_size=1
         )
         for rule in ("robust", "mean", "per-client", "none")
     },
-    "coordinate-median": coordinate_median,
-    "trimmed-mean": partial(trimmed_mean, trim_fraction=0.2),
-    "norm-threshold": norm_threshold,
+    "trimmed-mean-own": partial(trimmed_mean, trim_fraction=0.2),
     "norm-threshold-reported": lambda rows: norm_threshold(rows, norms=torch.arange(1.0, 1.0 + N)),
-    "norm-clip": norm_clip,
     "project": lambda rows: project(rows[0], 5.0),
-    "spectral-filter": spectral_filter,
-    "spectral-filter-saddle": partial(spectral_filter, method="saddle"),
-    "krum": krum,
-    "multi-krum": multi_krum,
-    "centered-clipping": centered_clipping,
-    "meamed": mean_around_median,
-    "bulyan": partial(bulyan, byzantine_fraction=0.2),
-    "mda": minimum_diameter_averaging,
-    "smea": smallest_eigenvalue_averaging,
-    "caf": covariance_agnostic_filter,
-    "dnc": lambda rows: divide_and_conquer(rows, coordinates=500, generator=seeded()),
-    "sign-guard": lambda rows: sign_guard(rows, generator=seeded()),
-    "fools-gold": fools_gold,
-    "flame": lambda rows: flame(rows, noise=0.01, generator=seeded()),
-    "monna": nearest_neighbor_averaging,
+    "robust-filter-saddle": partial(spectral_filter, method="saddle"),
+    "dnc-coordinates": lambda rows: divide_and_conquer(rows, coordinates=500, generator=seeded()),
+    "flame-noise": lambda rows: flame(rows, noise=0.01, generator=seeded()),
     "monna-root": lambda rows: nearest_neighbor_averaging(rows, rows[5]),
-    "fltrust": lambda rows: fltrust(rows, rows[5]),
     "nearest-neighbor-mixing": nearest_neighbor_mixing,
     "bucketing": lambda rows: bucketing(rows, generator=seeded()),
     "pipeline": build_rule("gmd+nearest-neighbor"),
@@ -158,8 +130,8 @@ def test_rules(name: str, dtype: torch.dtype, gpu: torch.device) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("geometric-median", "block-top-k", "coordinate-median", "trimmed-mean", "krum"),
-        *("centered-clipping", "nearest-neighbor-mixing", "bucketing", "spectral-filter"),
+        *("gmd", "bgmd-top-k", "cmd", "trimmed-mean-own", "krum"),
+        *("centered-clipping", "nearest-neighbor-mixing", "bucketing", "robust-filter"),
     ],
 )
 def test_rules_on_many_rows(name: str, gpu: torch.device) -> None:
@@ -209,7 +181,7 @@ def test_a_center_on_the_device(gpu: torch.device) -> None:
     agree(centered_clipping(rows.to(gpu), center=center.to(gpu)).vector, expected.vector)
 
 
-@pytest.mark.parametrize("name", ["geometric-median", "coordinate-median", "block-top-k"])
+@pytest.mark.parametrize("name", ["gmd", "cmd", "bgmd-top-k"])
 def test_rows_that_are_not_finite(name: str, gpu: torch.device) -> None:
     rows = rows_of(torch.float32)
     rows[4, 7] = float("nan")

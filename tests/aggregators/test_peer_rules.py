@@ -8,12 +8,12 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from every_rule import public
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import few_examples, numpy64
 from torch import Tensor
 
-from fl_bgmd import aggregators
 from fl_bgmd.aggregators import RULES, build_rule
 
 PEERS = (
@@ -147,9 +147,3 @@ def test_refused_shares(name: str, fraction: float) -> None:
     message = f"byzantine_fraction is {fraction}; allowed: 0 to below 0.5"
     with pytest.raises(ValueError, match=re.escape(message)):
         public(name)(torch.ones(5, 2), byzantine_fraction=fraction)
-
-
-def public(name: str) -> Any:
-    """Return the function of a rule as users import it, which checks its options."""
-    [found] = [f for f in vars(aggregators).values() if getattr(f, "kind", None) is RULES[name]]
-    return found

@@ -120,8 +120,10 @@ def test_wheel_holds_one_top_level_package(wheel: Path) -> None:
         assert f"fl_bgmd/{folder}.py" not in names
     assert "fl_bgmd/_checkout.py" not in names
     assert "fl_bgmd/py.typed" in names
-    tables = {path.name for path in (ROOT / "simulations" / "experiments").glob("*.toml")}
-    assert {f"fl_bgmd/simulations/experiments/{name}" for name in tables} <= set(names)
+    for folder in ("papers", "studies"):
+        studies = {path.name for path in (ROOT / "simulations" / folder).glob("*.toml")}
+        assert studies, folder
+        assert {f"fl_bgmd/simulations/{folder}/{name}" for name in studies} <= set(names)
 
 
 def test_plain_install_pulls_little(wheel: Path) -> None:

@@ -188,6 +188,17 @@ def test_a_rule_that_fails_in_every_round_ends_the_run(cls: type[GMD], why: str)
     assert list(e.value.result.train_metrics_clientapp) == [1, 2, 3]
 
 
+def test_a_model_that_would_not_be_finite_in_every_round_ends_the_run() -> None:
+    grid = InProcessGrid(app_with(lambda n, p: 10 * honest(n, p)), 4, {})
+    strategy = GMD(server_learning_rate=1e308, max_empty_rounds=3, fraction_evaluate=0.0)
+    why = "3 rounds in a row came to nothing.*the new one is not finite"
+    with pytest.raises(EmptyRoundsError, match=why) as e:
+        start(strategy, grid, 20)
+    assert list(e.value.result.train_metrics_clientapp) == [1, 2, 3]
+    [model] = e.value.result.arrays.to_numpy_ndarrays()
+    assert not model.any()
+
+
 @pytest.mark.parametrize("step", [float("nan"), -1.0, float("inf")])
 def test_an_impossible_learning_rate_of_a_round_is_an_error(step: float) -> None:
     strategy = GMD(server_learning_rate=lambda number: step if number > 1 else 1.0)
