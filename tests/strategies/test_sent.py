@@ -105,7 +105,7 @@ def test_the_root_goes_where_rows_go_coordinates_and_ties() -> None:
     )
     model = plain_model()
     messages_of(shared, model)
-    sent = shared._sent
+    sent = shared._session.sent
     assert sent is not None
     assert sent.coordinates is not None
     row = sent.root_row({}, torch.device("cpu"))
