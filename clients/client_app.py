@@ -19,10 +19,8 @@ from fl_bgmd.evaluation import evaluate
 from fl_bgmd.held import answer, tensors_of
 from fl_bgmd.models import build
 from fl_bgmd.mods import ByzantineMod, CompressionMod, MomentumMod, role
+from fl_bgmd.training import Corrupt, Job, LocalTraining, Trained, train, train_together
 from fl_bgmd.wire import EXAMPLES, PARTITION, mark, server_round
-
-from .together import train_together
-from .training import Corrupt, Job, LocalTraining, Trained, train
 
 # Hostile clients adhere to the compression (Option I of Ghosh et al.) or send anything (Option II),
 # as compress-lies says. Momentum is that of honest updates, or of lies too: one of the two is at

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord
 
-from fl_bgmd.clients import Job, LocalTraining, train
 from fl_bgmd.data import Dataset, root_examples
 from fl_bgmd.devices import repeatable, resolve_device
 from fl_bgmd.models import build
+from fl_bgmd.training import Job, LocalTraining, train
 
 from .config import Config
 

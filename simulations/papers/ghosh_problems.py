@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fl_bgmd.attacks import label_shift, random_labels
-from fl_bgmd.clients import gradients_together
 from fl_bgmd.data import load, normalize
 from fl_bgmd.models import build
+from fl_bgmd.training import gradients_together
 
 
 @dataclass(frozen=True)

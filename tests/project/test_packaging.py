@@ -194,10 +194,10 @@ def test_both_names_of_a_folder_are_one_module() -> None:
 import importlib, pickle, pkgutil, sys
 import fl_bgmd.simulations.runner as by_package  # this name first
 import simulations.runner
-import clients.training
-import fl_bgmd.clients.training
+import clients.client_app
+import fl_bgmd.clients.client_app
 assert by_package is simulations.runner
-assert fl_bgmd.clients.training is clients.training
+assert fl_bgmd.clients.client_app is clients.client_app
 for folder in ("strategies", "clients", "simulations"):
     package = importlib.import_module(folder)
     assert importlib.import_module(f"fl_bgmd.{folder}") is package

@@ -8,10 +8,10 @@ import torch
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
-import clients
-from clients import Job
+from fl_bgmd import training
 from fl_bgmd.data import held_out, load, partitions, root_examples
 from fl_bgmd.models import build
+from fl_bgmd.training import Job
 from simulations.backends import run
 from simulations.config import validate
 from simulations.root import RootTraining
@@ -72,7 +72,7 @@ def test_clients_train_on_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def train(job: Job) -> Any:
         seen.append(job.indices)
-        return clients.train(job)
+        return training.train(job)
 
     monkeypatch.setattr("clients.client_app.train", train)
     run({**GIVEN, "strategy": "fltrust", "num-server-rounds": 1})

@@ -1,4 +1,4 @@
-"""What a client does with a model and its partition: train it."""
+"""Train one client's model on its partition."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fl_bgmd.data import Dataset, normalize
-from fl_bgmd.data.augmentation import crop_and_flip
-from fl_bgmd.devices import to_input
-from fl_bgmd.schedules import Schedule, scheduled_learning_rate
+from ..data import Dataset, normalize
+from ..data.augmentation import crop_and_flip
+from ..devices import to_input
+from ..schedules import Schedule, scheduled_learning_rate
 
 Corrupt = Callable[[NDArray[Any], NDArray[np.int64]], tuple[NDArray[Any], NDArray[np.int64]]]
 """Takes and returns stored images and labels; images that it returns as floats are normalized."""

@@ -9,10 +9,9 @@ import pytest
 import torch
 from test_together import CONFIG, dataset_of, flat, jobs_of
 
-from clients.together import train_together
-from clients.training import Trained, train
 from fl_bgmd.devices import repeatable
 from fl_bgmd.models import build
+from fl_bgmd.training import Trained, train, train_together
 from simulations.backends import run
 from simulations.config import validate
 

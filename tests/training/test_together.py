@@ -9,13 +9,11 @@ import torch
 from torch import nn
 
 import clients.client_app
-import clients.together
-import clients.training
-from clients.cohort import can_part
-from clients.together import train_together
-from clients.training import Job, LocalTraining, batches, train
 from fl_bgmd.data import Dataset
 from fl_bgmd.models import build
+from fl_bgmd.training import Job, LocalTraining, local, together, train, train_together
+from fl_bgmd.training.cohort import can_part
+from fl_bgmd.training.local import batches
 from simulations.backends import run
 from simulations.config import ConfigError, validate
 
@@ -57,7 +55,7 @@ def test_the_step_is_the_one_that_each_client_takes_alone(
     name: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # In ResNet's gradients on a handful of images the other layout alone makes 1e-3.
-    for part in (clients.training, clients.together):
+    for part in (local, together):
         monkeypatch.setattr(part, "to_input", lambda images, device: images.to(device))
     torch.manual_seed(0)
     model = build(name)
@@ -66,9 +64,9 @@ def test_the_step_is_the_one_that_each_client_takes_alone(
     jobs = jobs_of(model, dataset, (20, 20, 20, 3))
     before = deepcopy(model.state_dict())
     alone = [train(Job(deepcopy(model), *_rest(job))) for job in jobs]
-    together = train_together(model, jobs)
+    found = train_together(model, jobs)
     assert same_tensors(model.state_dict(), before)
-    for one, other in zip(alone, together, strict=True):
+    for one, other in zip(alone, found, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
         assert [*one.state] == [*other.state]
         steps = [flat(result.state) - flat(before) for result in (one, other)]
@@ -100,9 +98,9 @@ def test_several_steps_are_those_that_each_client_takes_alone(
     jobs = jobs_of(model, dataset_of((28, 28)), (20, 20, 20, 5), momentum=momentum, **changes)
     before = deepcopy(model.state_dict())
     alone = [train(Job(deepcopy(model), *_rest(job))) for job in jobs]
-    together = train_together(model, jobs)
+    found = train_together(model, jobs)
     assert same_tensors(model.state_dict(), before)
-    for one, other in zip(alone, together, strict=True):
+    for one, other in zip(alone, found, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
         steps = [flat(result.state) - flat(before) for result in (one, other)]
         assert (steps[0] - steps[1]).norm() < 1e-4 * steps[0].norm()

@@ -1,6 +1,6 @@
 """The clients of a round trained together: many small gradients in a few large operations.
 
-The batches, the dropout and the optimizer's steps are those of :func:`clients.training.train`, run
+The batches, the dropout and the optimizer's steps are those of :func:`.local.train`, run
 for one client after the other; only the order of sums differs, so the results agree to float
 tolerance. In the first step all clients have one model, and one forward and one backward pass serve
 them all (:mod:`.cohort`); from the second on each has its own, and ``torch.func`` runs them side by
@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from fl_bgmd.devices import to_input
-
+from ..devices import to_input
 from .cohort import Cohort, Combined, Masked, can_part
-from .training import Job, State, Trained, batches, placed, seed_torch
+from .local import Job, State, Trained, batches, placed, seed_torch
 
 _EXAMPLES = {("cpu", False): 640, ("cpu", True): 64}
 """Examples of a step that are computed at once, by device and whether there are convolutions."""
