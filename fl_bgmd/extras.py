@@ -1,8 +1,10 @@
 """What plain ``pip install fl-bgmd`` leaves out, and what to install for it."""
 
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
-__all__ = ["MissingExtraError", "require"]
+__all__ = ["MissingExtraError", "pandas", "require"]
 
 
 class MissingExtraError(ImportError):
@@ -30,3 +32,9 @@ def require(module: str, purpose: str, extra: str) -> None:
         raise MissingExtraError(
             f"{module} is needed for {purpose}: pip install 'fl-bgmd[{extra}]'", name=module
         )
+
+
+def pandas() -> Any:
+    """Return pandas, which tables are made of; see :func:`require`."""
+    require("pandas", "tables", "plots")
+    return import_module("pandas")

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fl_bgmd.extras import pandas
+
 from .backends import ClientResources
 from .config import named
 from .experiment import RunResult
@@ -39,14 +41,14 @@ class StudyResult:
     @property
     def frame(self) -> "pd.DataFrame":
         """One line for each run: row, column, seed, status, accuracies, counts, seconds."""
-        import pandas as pd
-
         hidden = ("setting", "varies", "group")
-        return pd.DataFrame(self.lines).drop(columns=list(hidden))
+        frame: pd.DataFrame = pandas().DataFrame(self.lines).drop(columns=list(hidden))
+        return frame
 
     @property
     def table(self) -> "pd.DataFrame":
         """The table that ``fl-bgmd compare`` shows, as text."""
+        pandas()
         from .report.study import table_of
 
         return table_of(self.study, self.lines)
@@ -58,12 +60,14 @@ class StudyResult:
         ``seconds`` or ``bytes``. Raises ``ValueError`` for another one, and for a ``metric`` that
         no round has.
         """
+        pandas()
         from .report.notebook import study_figure
 
         return study_figure(self, metric, axis)
 
     def heat_map(self) -> "Figure":
         """Return a matplotlib figure of the final accuracies, with the worst of each row."""
+        pandas()
         from .report.notebook import study_heat_map
 
         return study_heat_map(self)
@@ -74,6 +78,7 @@ class StudyResult:
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows."""
+        pandas()
         from .report.notebook import study_html
 
         return study_html(self)

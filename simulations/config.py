@@ -407,7 +407,7 @@ def _check_key(key: str, value: Any) -> None:
     except OptionError as error:
         raise ConfigError(str(error)) from None
     if key in _GONE:
-        now = _GONE[key].format(value).replace("+none", "")
+        now = _GONE[key].format(value or "none").replace("+none", "")
         raise ConfigError(f"{key} ({value!r}) is no longer a key; use {now}")
     if key not in SETTINGS:
         hints = filter(None, (near(key, SETTINGS), f"allowed: {', '.join(SETTINGS)}"))

@@ -24,6 +24,7 @@ from fl_bgmd.checkpoints import Checkpoints
 from fl_bgmd.data import Dataset, held_out, load, partitions
 from fl_bgmd.devices import resolve_device
 from fl_bgmd.evaluation import Evaluation, evaluate, evaluate_once
+from fl_bgmd.extras import pandas
 from fl_bgmd.held import held
 from fl_bgmd.models import build
 from fl_bgmd.schedules import scheduled_learning_rate
@@ -85,17 +86,16 @@ class RunResult:
     @property
     def frame(self) -> "pd.DataFrame":
         """The rounds as a pandas frame, one line each."""
-        import pandas as pd
-
-        return pd.DataFrame(self.rounds).set_index("round")
+        frame: pd.DataFrame = pandas().DataFrame(self.rounds).set_index("round")
+        return frame
 
     @property
     def verdict_frame(self) -> "pd.DataFrame":
         """The verdicts as a pandas frame, one line each."""
-        import pandas as pd
-
         columns = [*Verdict.__dataclass_fields__]
-        return pd.DataFrame([asdict(verdict) for verdict in self.verdicts], columns=columns)
+        rows = [asdict(verdict) for verdict in self.verdicts]
+        frame: pd.DataFrame = pandas().DataFrame(rows, columns=columns)
+        return frame
 
     def figure(self, metric: str = "accuracy", axis: str = "rounds") -> "Figure":
         """Return a matplotlib figure of a number of the rounds.
@@ -103,6 +103,7 @@ class RunResult:
         ``axis`` is ``rounds``, ``seconds`` or ``bytes``. Raises ``ValueError`` for another one, and
         for a ``metric`` that no round has.
         """
+        pandas()
         from .report.notebook import run_figure
 
         return run_figure(self, metric, axis)
@@ -114,6 +115,7 @@ class RunResult:
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows."""
+        pandas()
         from .report.notebook import run_html
 
         return run_html(self)

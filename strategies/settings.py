@@ -230,7 +230,10 @@ class Settings:
     error_feedback: bool = True
     shared_coordinates: bool = False
     downlink_compressor: Annotated[
-        str, _accepted_by(build_downlink), OwnRounds(), Allowed("none, qsgd, qsgd:levels")
+        str,
+        _accepted_by(build_downlink),
+        OwnRounds(),
+        Allowed("none, or the spec of a compressor that carries a model"),
     ] = "none"
     seed: Annotated[
         Annotated[int, Ge(0), Lt(2**63)] | None, Allowed("None, or 0 to below 2^63")

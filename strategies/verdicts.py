@@ -17,6 +17,7 @@ import numpy as np
 from flwr.serverapp.strategy import Result
 from numpy.typing import NDArray
 
+from fl_bgmd.extras import pandas
 from fl_bgmd.replies import Rejection
 
 if TYPE_CHECKING:
@@ -188,11 +189,9 @@ class Verdicts(Sequence[Verdict]):
     @property
     def frame(self) -> "pd.DataFrame":
         """The verdicts as a pandas frame, one line each."""
-        import pandas as pd
-
-        return pd.DataFrame(
-            [asdict(verdict) for verdict in self], columns=[*Verdict.__dataclass_fields__]
-        )
+        columns = [*Verdict.__dataclass_fields__]
+        frame: pd.DataFrame = pandas().DataFrame([asdict(v) for v in self], columns=columns)
+        return frame
 
     def json_lines(self) -> Iterator[str]:
         """Yield the verdicts as lines of JSON."""

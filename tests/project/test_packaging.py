@@ -303,8 +303,18 @@ def test_core_imports_no_extra() -> None:
             "from fl_bgmd.simulations import run; run(log_to='tensorboard', folder='nowhere')",
             "tensorboard is needed for log-to tensorboard: pip install 'fl-bgmd[tensorboard]'",
         ),
+        (
+            "pandas",
+            "from fl_bgmd.simulations.experiment import RunResult; RunResult({}, []).frame",
+            "pandas is needed for tables: pip install 'fl-bgmd[plots]'",
+        ),
+        (
+            "pandas",
+            "from fl_bgmd.simulations.experiment import RunResult; RunResult({}, []).figure()",
+            "pandas is needed for tables: pip install 'fl-bgmd[plots]'",
+        ),
     ],
-    ids=["resnet18", "blur", "ray", "tensorboard"],
+    ids=["resnet18", "blur", "ray", "tensorboard", "frame", "figure"],
 )
 def test_a_missing_package_is_named_with_its_extra(missing: str, code: str, message: str) -> None:
     blocked = f"import sys; sys.modules[{missing!r}] = None\n"

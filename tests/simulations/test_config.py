@@ -270,6 +270,8 @@ def test_an_unknown_key_like_none_other_has_no_hint() -> None:
         ("bgmd.memory", "mean", "strategy = 'bgmd:memory=mean'"),
         ("norm-threshold.order", 1.0, "strategy = 'norm-threshold:order=1.0'"),
         ("robust-filter.sigma0", 2.0, "strategy = 'robust-filter:sigma0=2.0'"),
+        ("robust-filter.sigma0", 0.0, "strategy = 'robust-filter:sigma0=none'"),
+        ("multi-krum.num-selected", 0, "strategy = 'multi-krum:num-selected=none'"),
         ("multi-krum.num-selected", 4, "strategy = 'multi-krum:num-selected=4'"),
         ("centered-clipping.radius", 0.5, "strategy = 'centered-clipping:radius=0.5'"),
         ("num-shards", 40, "partition = 'shards:40'"),
