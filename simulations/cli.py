@@ -119,9 +119,8 @@ def _unknown_option(error: click.NoSuchOption, given: Sequence[str]) -> str:
     place = next(i for i, text in enumerate(given) if text.partition("=")[0] == error.option_name)
     key = error.option_name.removeprefix("--")
     value = given[place].partition("=")[2] or " ".join(given[place + 1 : place + 2])
-    taken = [] if error.ctx is None else [text for p in error.ctx.command.params for text in p.opts]
-    if key.endswith("s") and f"--{key[:-1]}" in taken:
-        return f"--{key} is no option of this command; allowed: --{key[:-1]}, once for each"
+    if key in ("rows", "columns") and error.ctx is not None and error.ctx.info_name != "run":
+        return f"{key} is {value!r} as an option; allowed: --{key[:-1]}, once for each"
     if key in SETTINGS:
         if key == "strategy" and error.ctx is not None and error.ctx.info_name == "compare":
             return f"strategy is {value!r} as an option; allowed: as an argument, compare {value}"
