@@ -163,7 +163,7 @@ def compare(
     given: Config,
     specs: Annotated[
         list[str] | None,
-        Argument(metavar="[ROWS]..."),
+        Argument(metavar="[ROWS]...", show_default=False, hidden=True),
     ] = None,
     strategies: Annotated[list[str], Option("--strategies", hidden=True)] = [],  # noqa: B006
     attack: Annotated[
@@ -225,7 +225,8 @@ def reproduce(
     column: OneColumn = None,
     jobs: Annotated[int | None, Option(help="Processes (default: 2)", metavar="N")] = None,
     backend: Annotated[
-        Literal["inprocess", "vectorized"], Option(help="Where the clients run")
+        Literal["inprocess", "vectorized"],
+        Option(help="Where the clients run: inprocess, vectorized", metavar="NAME"),
     ] = "inprocess",
     device: Annotated[str, Option(help="Device of clients and server", metavar="V")] = "auto",
     no_run: Annotated[bool, Option("--no-run", help="Only report what has run so far")] = False,

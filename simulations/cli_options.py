@@ -78,7 +78,7 @@ Folder = Annotated[
 ]
 Backend = Annotated[
     Literal[BACKENDS],  # type: ignore[valid-type]
-    Option(help="Where the clients run"),
+    Option(help=f"Where the clients run: {', '.join(BACKENDS)}", metavar="NAME"),
 ]
 Jobs = Annotated[
     int,
