@@ -185,8 +185,7 @@ def compare(
 ) -> int:
     """Compare strategies under attacks, from the same seeds.
 
-    ROWS are strategies, with options and mixings as in bgmd:0.3+nearest-neighbor, or one TOML file
-    that describes a study.
+    ROWS are strategies, as in bgmd:0.3+nearest-neighbor, or a study's TOML file.
     """
     named = [*strategies, *(specs or ())]
     if any(name.endswith(".toml") for name in named):
