@@ -7,17 +7,17 @@ Finished cells are lines of a file and are not measured again; ``--table`` print
 import argparse
 import itertools
 import json
-import multiprocessing
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
-import torch
+import pandas as pd
 
+from benchmarks.cells import measured
 from benchmarks.searched_run import Cell, Outcome, measure
+from simulations.report.tables import markdown
 
 RULES = ("bgmd", "gmd")
 ATTACKS = (
@@ -69,23 +69,9 @@ def run(wanted: Iterable[Cell], path: Path, jobs: int, what: str = "accuracy") -
     done = read(path, what) if path.exists() else {}
     missing = [cell for cell in wanted if cell not in done]
     print(f"{len(missing)} cells to measure, results in {path}", file=sys.stderr)
-    for cell, outcome in _measured(missing, jobs):
+    for cell, outcome in measured(measure, missing, jobs):
         write(path, cell, outcome)
         print(f"{cell}: {outcome.accuracy} in {outcome.seconds:.0f} s", file=sys.stderr)
-
-
-def _measured(wanted: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, Outcome]]:
-    """Yield each cell as it ends; one process measures one cell at a time."""
-    if jobs == 1:
-        yield from ((cell, measure(cell)) for cell in wanted)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
-        pending = {pool.submit(measure, cell): cell for cell in wanted}
-        try:
-            yield from ((pending[future], future.result()) for future in as_completed(pending))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def tables(found: Found) -> str:
@@ -110,7 +96,7 @@ def _table(group: Sequence[Cell], found: Found) -> str:
     attacks = sorted({cell.attack for cell in group}, key=partial(_place, ATTACKS))
     rules = sorted({cell.rule for cell in group}, key=partial(_place, RULES))
     seeds = len({cell.seed for cell in group})
-    lines = [["rule", *attacks, "worst case"], ["---", *["---:"] * (len(attacks) + 1)]]
+    lines = []
     for rule in rules:
         accuracies = {
             attack: [found[cell] for cell in group if (cell.rule, cell.attack) == (rule, attack)]
@@ -126,7 +112,7 @@ def _table(group: Sequence[Cell], found: Found) -> str:
                 f"{means[worst]:.1f} ({worst}{', incomplete' if missing else ''})",
             ]
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(pd.DataFrame(lines, columns=["rule", *attacks, "worst case"]))
 
 
 def _entry(accuracies: Sequence[float], seeds: int) -> str:

@@ -9,7 +9,7 @@ prints, along the way, for the clients' whole gradients ``g_i`` (of up to 1,000 
 - The *other world*, for f hostile among n. Let f of the clients send ``c``, the others being honest
   with mean ``g``, and choose ``c = -sum_R g_i / f`` for n - 2f honest rows R. To a server that sees
   the updates and nothing else the same rows may come from n - f honest clients, R and the senders
-  of ``c``, whose mean is zero, and from f hostile ones, the rest: whatever moves the model towards
+  of ``c``, whose mean is zero, and from f hostile ones, the rest: whatever moves the model toward
   ``g`` moves it away from the optimum of that world (with ``c`` a little longer their mean is
   ``-e g``). Shown are the length of ``c`` relative to the median gradient's, with an R that makes
   it short (the attack ``other-world``), and its median distance from the honest gradients relative

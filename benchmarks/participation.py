@@ -9,17 +9,17 @@ of the clients is hostile throughout, and clients have a momentum of 0.9. ``--ta
 import argparse
 import itertools
 import json
-import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
+import pandas as pd
 
+from benchmarks.cells import measured
 from fl_bgmd.simulations import run
+from simulations.report.tables import markdown
 
 ATTACKS = ("none", "sign-flip", "ipm:10", "ipm:0.5", "alie")
 
@@ -111,13 +111,10 @@ def measure_all(wanted: Sequence[Cell], path: Path, jobs: int) -> None:
     done = read(path)
     missing = [cell for cell in wanted if cell not in done]
     path.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
-        pending = {pool.submit(measure, cell): cell for cell in missing}
-        for future in as_completed(pending):
-            with path.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(asdict(pending[future]) | future.result()) + "\n")
-            print(pending[future], future.result(), file=sys.stderr)
+    for cell, outcome in measured(measure, missing, jobs):
+        with path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(asdict(cell) | outcome) + "\n")
+        print(cell, outcome, file=sys.stderr)
 
 
 def tables(found: Found) -> str:
@@ -131,7 +128,7 @@ def tables(found: Found) -> str:
 def _table(part: str, found: Found) -> str:
     attacks = [name for name in ATTACKS if any(cell.attack == name for cell in found)]
     column = "stale_updates" if part == "participation" else "assumed"
-    lines = [["rule", column, *attacks], ["---", "---:", *["---:"] * len(attacks)]]
+    lines = []
     for rule, value in sorted({(cell.rule, str(getattr(cell, column))) for cell in found}):
         entries = []
         for attack in attacks:
@@ -142,7 +139,7 @@ def _table(part: str, found: Found) -> str:
             }
             entries.append(_entry(list(own.values())))
         lines.append([rule, value, *entries])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(pd.DataFrame(lines, columns=["rule", column, *attacks]))
 
 
 def _entry(runs: Sequence[dict[str, Any]]) -> str:
