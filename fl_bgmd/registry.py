@@ -86,6 +86,15 @@ def parse_spec(text: str, names: Mapping[str, Any]) -> Spec:
     return Spec(head, value, options)
 
 
+def value_text(value: Any) -> str:
+    """Return an option's value as a spec has it: ``on``, ``none``, ``2``, ``0.5``."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
+    return "none" if value is None else str(value)
+
+
 def split_specs(text: str) -> list[str]:
     """Return the parts of a text that are joined by ``+``."""
     return _PLUS.split(text)

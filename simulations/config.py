@@ -20,6 +20,7 @@ from pydantic import AfterValidator
 from fl_bgmd.aggregators import MIXINGS, RECOMMENDED, RULES
 from fl_bgmd.attacks import ATTACKS, AttackPlan, build_attacks
 from fl_bgmd.attacks.plan import refuse_former
+from fl_bgmd.attacks.roles import Selection
 from fl_bgmd.data import DATASETS, SCHEMES, TRAINING_EXAMPLES, build_partition
 from fl_bgmd.data.augmentation import Augmentation
 from fl_bgmd.devices import resolve_device
@@ -243,7 +244,7 @@ class RunSettings:
         ),
     ] = "none"
     byzantine_fraction: Annotated[float, Ge(0), Le(1)] = 0.0
-    byzantine_selection: Literal["per-round", "fixed"] = "per-round"
+    byzantine_selection: Selection = "per-round"
     seed: Annotated[int, Ge(0), Le(2**31), Allowed("a whole number, 0 to 2147483648")] = 0
     server_randomness: Literal["seeded", "secret"] = "seeded"
     device: Annotated[

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from fl_bgmd.options import Option, OptionError, Options, Share, check_all, checked, declared
-from fl_bgmd.registry import Registry, split_specs
+from fl_bgmd.registry import Registry, split_specs, value_text
 from fl_bgmd.shares import floor_share, hostile_count
 
 from .chain import chained
@@ -171,17 +171,11 @@ class Bound:
     def __str__(self) -> str:
         """Return the spec."""
         told = [
-            f"{option.key}={_text(value)}"
+            f"{option.key}={value_text(value)}"
             for option in self.kind.options.values()
             if (value := self.values[option.parameter]) != option.default
         ]
         return f"{self.kind.name}:{','.join(told)}" if told else self.kind.name
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return "none" if value is None else f"{value}"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_bgmd.options import NonNegative, OptionError, Options, check_all, declared, nearest
-from fl_bgmd.registry import Registry, declared_under, parse_spec, split_specs
+from fl_bgmd.registry import Registry, declared_under, parse_spec, split_specs, value_text
 
 from .view import NEEDS_GRID, ON_DATA, ON_UPDATES, TELLS, Knowledge, View
 
@@ -222,7 +222,7 @@ class Bound:
     def __str__(self) -> str:
         """Return the spec."""
         told = {
-            option.key: _text(value)
+            option.key: value_text(value)
             for option in self.attack.options.values()
             if (value := self.values[option.parameter]) != option.default
         }
@@ -231,14 +231,6 @@ class Bound:
             return f"{self.name}:{told[knob.key]}"
         listed = ",".join(f"{key}={text}" for key, text in told.items())
         return f"{self.name}:{listed}" if listed else self.name
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, float):
-        return repr(value).removesuffix(".0")
-    return "none" if value is None else str(value)
 
 
 # ------------------------------------------------------------------------------- declarations

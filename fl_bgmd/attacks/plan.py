@@ -53,7 +53,7 @@ class AttackPlan:
         return cls(
             attacks=build_attacks(str(config.get("attack", "none"))),
             fraction=float(config.get("byzantine-fraction", 0.0)),
-            selection=str(config.get("byzantine-selection", "per-round")),
+            selection=str(config.get("byzantine-selection", cls.selection)),
             seed=int(config.get("seed", 0)),
         )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -10,7 +10,10 @@ from fl_bgmd.shares import floor_share
 
 A = TypeVar("A")
 
-SELECTIONS = ("per-round", "fixed")
+Selection = Literal["per-round", "fixed"]
+"""Whether the hostile clients are redrawn in each round."""
+
+SELECTIONS: tuple[str, ...] = get_args(Selection)
 
 # Fixed roles have a stream of their own: that of round 0 is the stream that deals out the data.
 _NO_ROUND = 2**32 - 1

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_bgmd.options import Option, OptionError, Options, check_all, documentation
-from fl_bgmd.registry import Registry, is_path, parse_spec
+from fl_bgmd.registry import Registry, is_path, parse_spec, value_text
 
 from .bits import check_length, pack_floats, unpack_floats
 
@@ -178,20 +178,10 @@ class Kind:
         for number, option in enumerate(self.options.values()):
             value = getattr(compressor, option.parameter)
             if number == 0:
-                told.append(_text(value))
+                told.append(value_text(value))
             elif value != option.default:
-                told.append(f"{option.key}={_text(value)}")
+                told.append(f"{option.key}={value_text(value)}")
         return f"{self.name}:{','.join(told)}" if told else self.name
-
-
-def _text(value: Any) -> str:
-    """Write a value so that it reads as itself."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, float):
-        text = f"{value:g}"
-        return text if float(text) == value else repr(float(value))
-    return "none" if value is None else str(value)
 
 
 def _accept(found: Any) -> Kind:

@@ -493,7 +493,7 @@ def test_the_shared_settings_reach_the_strategy(name: str) -> None:
         )
     )
     assert type(strategy) is RobustStrategy
-    assert str(strategy.rule) == f"{name}+clipping:radius=3.0"
+    assert str(strategy.rule) == f"{name}+clipping:radius=3"
     expected = {
         "fraction_train": 0.29,
         "fraction_evaluate": 0.5,
