@@ -15,6 +15,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from .experiment import RunResult
@@ -50,10 +51,10 @@ class StudyProgress:
         )
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=10),
             TaskProgressColumn(),
-            _Speed(),
-            TextColumn("{task.fields[said]}"),
+            _Speed(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[said]}", table_column=Column(no_wrap=True)),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
@@ -104,7 +105,7 @@ class StudyProgress:
         if self._worst is None:
             return f"accuracy {accuracy:.1%}"
         worst, row, column = self._worst
-        return f"accuracy {accuracy:.1%}, worst {worst:.1%} ({row}, {column})"
+        return f"worst {worst:.1%} ({row}, {column})"
 
 
 class _Speed(ProgressColumn):
@@ -113,4 +114,4 @@ class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Return it, or nothing before the second round."""
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.2g} rounds/s")
+        return Text("" if speed is None else f"{speed:.2g}/s")
