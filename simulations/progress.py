@@ -54,7 +54,11 @@ class StudyProgress:
             BarColumn(bar_width=10),
             TaskProgressColumn(),
             _Speed(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[said]}", table_column=Column(no_wrap=True)),
+            # So that in 80 columns there is room for the times, however long the names are.
+            TextColumn(
+                "{task.fields[said]}",
+                table_column=Column(no_wrap=True, max_width=29, overflow="ellipsis"),
+            ),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
