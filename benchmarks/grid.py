@@ -37,9 +37,9 @@ from fl_bgmd.data import load, normalize, partition
 from fl_bgmd.devices import resolve_device, to_input
 from fl_bgmd.held import held
 from fl_bgmd.models import build
-from fl_bgmd.ray_cluster import OWN
 from fl_bgmd.strategies import Mean, RobustStrategy
 from simulations.adversary import AdversarialGrid
+from simulations.backends import ClientResources
 from simulations.config import Config, validate
 from simulations.grid import InProcessGrid, Prepare
 from simulations.process_grid import ProcessGrid
@@ -127,10 +127,7 @@ def echo_on_flower(clients: int, parameters: int, rounds: int) -> float:
         server,
         echo,
         num_supernodes=clients,
-        backend_config={
-            "client_resources": {"num_cpus": 1.0, "num_gpus": 0.0},  # type: ignore[dict-item]
-            "init_args": {"address": OWN, "log_to_driver": False, "include_dashboard": False},
-        },
+        backend_config=ClientResources().to_backend_config(),  # type: ignore[arg-type]
     )
     return found[0]
 

@@ -100,11 +100,11 @@ def cluster_machines(address: str) -> list[tuple[float, float]]:
     """
     import ray
 
-    from fl_bgmd.ray_cluster import check_answers, machines
+    from fl_bgmd.ray_cluster import check_answers, join, machines
 
     try:
         check_answers(address)
-        ray.init(address=address, log_to_driver=False)
+        join(address)
     except (ConnectionError, OSError) as error:
         raise ConfigError(
             f"ray-address is {address!r} ({error}); allowed: empty, or HOST:PORT of a running Ray "

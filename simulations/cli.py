@@ -119,7 +119,8 @@ def _unknown_option(error: click.NoSuchOption, given: Sequence[str]) -> str:
     place = next(i for i, text in enumerate(given) if text.partition("=")[0] == error.option_name)
     key = error.option_name.removeprefix("--")
     value = given[place].partition("=")[2] or " ".join(given[place + 1 : place + 2])
-    if key in ("rows", "columns") and error.ctx is not None and error.ctx.info_name != "run":
+    taken = [name for p in error.ctx.command.params for name in p.opts] if error.ctx else []
+    if key in ("rows", "columns") and f"--{key[:-1]}" in taken:
         return f"{key} is {value!r} as an option; allowed: --{key[:-1]}, once for each"
     if key in SETTINGS:
         if key == "strategy" and error.ctx is not None and error.ctx.info_name == "compare":

@@ -5,7 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -92,10 +92,7 @@ class RunResult:
     @property
     def verdict_frame(self) -> "pd.DataFrame":
         """The verdicts as a pandas frame, one line each."""
-        columns = [*Verdict.__dataclass_fields__]
-        rows = [asdict(verdict) for verdict in self.verdicts]
-        frame: pd.DataFrame = pandas().DataFrame(rows, columns=columns)
-        return frame
+        return Verdict.frame_of(self.verdicts)
 
     def figure(self, metric: str = "accuracy", axis: str = "rounds") -> "Figure":
         """Return a matplotlib figure of a number of the rounds.

@@ -42,13 +42,9 @@ class StudyProgress:
         for name in done:
             self._at[name] = self._rounds[name]
         self._finished = len(done)
-        self._worst = min(
-            (
-                (float(line["final-accuracy"]), str(line["row"]), str(line["column"]))
-                for line in done.values()
-            ),
-            default=None,
-        )
+        self._worst: tuple[float, str, str] | None = None
+        for line in done.values():
+            self._note(float(line["final-accuracy"]), line["row"], line["column"])
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=10),
@@ -92,15 +88,19 @@ class StudyProgress:
         self._finished += 1
         self._at[cell.name] = self._rounds[cell.name]
         final = result.final_accuracy
-        found = final, cell.row, cell.column
-        if not math.isnan(final):
-            self._worst = found if self._worst is None else min(self._worst, found)
+        self._note(final, cell.row, cell.column)
         self._progress.update(
             self._task,
             description=self._runs(),
             completed=sum(self._at.values()),
             said=self._said(final),
         )
+
+    def _note(self, accuracy: float, row: str, column: str) -> None:
+        """Remember the worst of the runs that have an accuracy."""
+        if not math.isnan(accuracy):
+            found = accuracy, row, column
+            self._worst = found if self._worst is None else min(self._worst, found)
 
     def _runs(self) -> str:
         return f"{self._finished}/{len(self._rounds)} runs"

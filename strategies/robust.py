@@ -179,8 +179,7 @@ class RobustStrategy(DeclaredStrategy):
         Raises ``RuntimeError`` when called before :meth:`configure_train`, which keeps the model
         that the updates refer to.
         """
-        sent = self._session.known_sent("aggregate_train")
-        return self._session.aggregate(server_round, replies, sent)
+        return self._session.aggregate(server_round, replies)
 
     @as_they_arrive
     def aggregate_evaluate(

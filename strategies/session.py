@@ -109,10 +109,10 @@ class Session:
         self._rows = self._rows_in_file(count, self.known_sent("make_room"))
 
     def aggregate(
-        self, server_round: int, replies: Iterable[Message], sent: Sent
+        self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Screen the replies, take the step, account for it; return the model and the metrics."""
-        strategy = self._strategy
+        strategy, sent = self._strategy, self.known_sent("aggregate_train")
         # While clients still train the state is that of the round before.
         intake = self.take_in("train", replies, sent) if strategy.fraction_train else None
         self.state = replace(self.state, round=server_round)

@@ -92,6 +92,13 @@ class Verdict:
         found = json.loads(line)
         return cls(**found | {"node": int(found["node"])})
 
+    @classmethod
+    def frame_of(cls, verdicts: Iterable["Verdict"]) -> "pd.DataFrame":
+        """Return verdicts as a pandas frame, one line each."""
+        columns = [*cls.__dataclass_fields__]
+        frame: pd.DataFrame = pandas().DataFrame([asdict(v) for v in verdicts], columns=columns)
+        return frame
+
 
 @dataclass(frozen=True)
 class Heard:
@@ -189,9 +196,7 @@ class Verdicts(Sequence[Verdict]):
     @property
     def frame(self) -> "pd.DataFrame":
         """The verdicts as a pandas frame, one line each."""
-        columns = [*Verdict.__dataclass_fields__]
-        frame: pd.DataFrame = pandas().DataFrame([asdict(v) for v in self], columns=columns)
-        return frame
+        return Verdict.frame_of(self)
 
     def json_lines(self) -> Iterator[str]:
         """Yield the verdicts as lines of JSON."""

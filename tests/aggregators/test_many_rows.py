@@ -377,7 +377,6 @@ def test_rows_of_all_sizes_do_not_cost_an_iteration_each() -> None:
     assert float(result.vector.norm()) <= 1.0
 
 
-# An error of numpy's comes first: "Eigenvalues did not converge".
 @pytest.mark.parametrize("name", [n for n in FUNCTIONS if n not in ("bucketing", *FEW_ROWS)])
 def test_a_row_that_is_not_finite_is_named(name: str) -> None:
     rows = normal(1_200, 3)

@@ -12,7 +12,6 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result
 from flwr.simulation import run_simulation
 
-from fl_bgmd.ray_cluster import OWN
 from fl_bgmd.strategies import Mean
 from simulations.backends import ClientResources, run
 from simulations.config import Config, ConfigError, validate
@@ -119,10 +118,7 @@ def test_a_client_slower_than_the_deadline_is_counted_and_stays_out() -> None:
         server,
         app,
         num_supernodes=3,
-        backend_config={
-            "client_resources": {"num_cpus": 1.0, "num_gpus": 0.0},
-            "init_args": {"address": OWN, "log_to_driver": False, "include_dashboard": False},
-        },
+        backend_config=ClientResources().to_backend_config(),
     )
     [result] = results
     rounds = list(result.train_metrics_clientapp.values())
