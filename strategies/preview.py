@@ -70,7 +70,7 @@ def preview(
     stale = state.stale.without(nodes).usable(sent.terms.round, settings.stale_updates)
     root = sent.root_row(state.ties, settings.torch_device)
     rate = settings.learning_rate(sent.terms.round)
-    for _ in range(rounds):
+    for number in range(rounds):
         # A copy: the rule may overwrite it.
         rows = updates.to(settings.torch_device, sent.row_dtype, copy=True)
         share = state.assumed(settings)
@@ -80,8 +80,13 @@ def preview(
             with np.errstate(all="ignore"):
                 result, drawn = aggregate(rule, current, state, rate)
         except ValueError:
-            continue
+            break  # and so in all the other rounds
         estimate = current.byzantine_fraction if settings.estimated else None
-        state = following(state, rule, result, drawn, estimate)
-        moved += sent.spread(result.vector, state.ties).cpu().double()
+        before, state = state, following(state, rule, result, drawn, estimate)
+        step = sent.spread(result.vector, state.ties).cpu().double()
+        moved += step
+        if state.settled(before):  # a search tries hundreds of lies on rules that remember nothing
+            for _ in range(number + 1, rounds):
+                moved += step
+            break
     return moved

@@ -109,6 +109,15 @@ class State:
         fresh.seed()
         return replace(self, generator=fresh.get_state())
 
+    def settled(self, before: Self) -> bool:
+        """Whether rules and mixings would do with the same rows what they did in ``before``."""
+        kept = (self.memory, self.last, before.memory, before.last)
+        return (
+            all(each is None for each in kept)
+            and self.share == before.share
+            and torch.equal(self.generator, before.generator)
+        )
+
     def emptied(self) -> Self:
         """Return the state after a round that came to nothing."""
         return replace(self, empty_rounds=self.empty_rounds + 1)

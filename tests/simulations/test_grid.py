@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -504,31 +505,43 @@ def test_a_preview_is_what_happens_and_leaves_no_trace(
     assert same_bits(again.arrays, expected.arrays)
 
 
-class Refuses(GMD):
-    """Fails on its second round."""
+class Counting(GMD):
+    """Counts its calls, and the rounds in what it remembers; fails on the third."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, remembers: bool) -> None:
         super().__init__(seed=1, device="cpu")
-        self.rounds = 0
+        self.calls, self.remembers = 0, remembers
 
     def aggregate(self, current: Any) -> Any:
-        self.rounds += 1
-        if self.rounds == 2:
+        self.calls += 1
+        if current.memory == 2:
             raise ValueError("not again")
-        return super().aggregate(current)
+        memory = (current.memory or 0) + 1 if self.remembers else None
+        return replace(super().aggregate(current), memory=memory)
 
 
 def test_a_preview_of_rounds_that_come_to_nothing() -> None:
     model, rows = quadratic_model("left"), torch.ones(5, TARGET.size)
-    strategy = Refuses()
+    strategy = Counting(remembers=True)
     with pytest.raises(RuntimeError, match="before configure_train"):
         strategy.preview(rows, [1, 2, 3, 4, 5], [1.0] * 5, 1)
     strategy.open_round(1, model, ConfigRecord())
-    assert strategy.preview(rows, [1, 2, 3, 4, 5], [1.0] * 5, 3)[0] == pytest.approx(2.0)
+    assert strategy.preview(rows, [1, 2, 3, 4, 5], [1.0] * 5, 6)[0] == pytest.approx(2.0)
     assert not strategy.preview(rows[:2], [1, 2], [1.0] * 2, 1).any()
     for wrong in ((rows[:, 1:], [1, 2, 3, 4, 5], 1), (rows, [1], 1), (rows, [1, 2, 3, 4, 5], 0)):
         with pytest.raises(ValueError, match="allowed"):
             strategy.preview(wrong[0], wrong[1], [1.0] * 5, wrong[2])
+
+
+@pytest.mark.parametrize(("remembers", "calls"), [(False, 1), (True, 2)])
+def test_a_preview_asks_a_rule_that_remembers_nothing_once(remembers: bool, calls: int) -> None:
+    strategy = Counting(remembers=remembers)
+    strategy.open_round(1, quadratic_model("left"), ConfigRecord())
+    rows = torch.rand(5, TARGET.size, generator=torch.Generator().manual_seed(0))
+    one = strategy.preview(rows, [1, 2, 3, 4, 5], [1.0] * 5, 1)
+    strategy.calls = 0
+    assert torch.equal(strategy.preview(rows, [1, 2, 3, 4, 5], [1.0] * 5, 2), one + one)
+    assert strategy.calls == calls
 
 
 @pytest.mark.parametrize("attack", ["memory-takeover", "memory-consistent", "fang"])
