@@ -224,16 +224,3 @@ def test_non_finite_rows_are_named(value: float, dtype: torch.dtype) -> None:
 def test_refused_trim_fractions(trim_fraction: float) -> None:
     with pytest.raises(ValueError, match=rf"trim_fraction is {trim_fraction}; allowed: 0 to below"):
         trimmed_mean(torch.ones(4, 2), trim_fraction=trim_fraction)
-
-
-@pytest.mark.parametrize("rule", [coordinate_median, trimmed_mean])
-def test_refused_updates(rule: object) -> None:
-    assert callable(rule)
-    with pytest.raises(ValueError, match=r"updates has shape \(4,\); allowed: \(n, d\)"):
-        rule(torch.ones(4))
-    with pytest.raises(ValueError, match=r"updates has shape \(0, 4\); allowed: \(n, d\)"):
-        rule(torch.ones(0, 4))
-    with pytest.raises(TypeError, match=r"updates has dtype torch\.int32; allowed: torch\.float16"):
-        rule(torch.ones(4, 2, dtype=torch.int32))
-    with pytest.raises(TypeError, match=r"updates must be a torch\.Tensor, not list"):
-        rule([[1.0]])

@@ -312,12 +312,3 @@ def test_non_finite_rows_are_named(value: float, dtype: torch.dtype) -> None:
         norm_clip(updates)
     with pytest.raises(ValueError, match=match):
         norm_clip(updates, radius=1.0)
-
-
-@pytest.mark.parametrize("rule", [norm_threshold, norm_clip])
-def test_refused_updates(rule: object) -> None:
-    assert callable(rule)
-    with pytest.raises(ValueError, match=r"updates has shape \(4,\); allowed: \(n, d\)"):
-        rule(torch.ones(4))
-    with pytest.raises(TypeError, match=r"updates has dtype torch\.int64"):
-        rule(torch.ones(4, 2, dtype=torch.int64))

@@ -316,20 +316,3 @@ def test_clipping_of_float64_rows_at_both_ends_of_the_range() -> None:
 def test_refused_clipping_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         centered_clipping(torch.ones(4, 3), **options)
-
-
-# --- All ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rule", [krum, multi_krum, centered_clipping])
-def test_refused_updates(rule: object) -> None:
-    assert callable(rule)
-    for value in (math.nan, math.inf):
-        updates = torch.ones(5, 3)
-        updates[2, 1] = value
-        with pytest.raises(ValueError, match="updates: row 2 holds a NaN or an infinity"):
-            rule(updates)
-    with pytest.raises(ValueError, match=r"updates has shape \(4,\); allowed: \(n, d\)"):
-        rule(torch.ones(4))
-    with pytest.raises(TypeError, match=r"updates has dtype torch\.int64"):
-        rule(torch.ones(4, 2, dtype=torch.int64))
