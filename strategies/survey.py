@@ -19,7 +19,6 @@ from fl_bgmd.aggregators.rows import (
     Block,
     native,
     numbers,
-    on_cores,
     squared_sizes,
     sum_blocks,
     vector_norm,
@@ -30,6 +29,9 @@ WIDTH = 2048
 
 _FOLDS = 64
 """Times :data:`WIDTH`: how many columns of a row are read at a time."""
+
+_READ = 2**20
+"""Numbers that are read at a time: more do not fit a core's cache."""
 
 _MOST_NUMBERS = 2**23
 """Of all the rows' sketches: with more rows they are narrower, and distances less precise."""
@@ -152,8 +154,12 @@ def _subtracted(rows: Tensor, vector: Tensor, chosen: NDArray[np.intp]) -> NDArr
     return found
 
 
+@np.errstate(over="ignore")
 def _read(rows: Tensor, width: int, seed: int) -> tuple[NDArray[np.float64], Tensor]:
-    """Return the rows' norms, float64 (n,), and their sketches, float64 (n, width)."""
+    """Return the rows' norms, float64 (n,), and their sketches, float64 (n, width).
+
+    A norm is infinite where a square is beyond the range of the rows' dtype.
+    """
     count, size = rows.shape
     dtype = torch.promote_types(rows.dtype, torch.float32)
     draw = torch.Generator().manual_seed(seed % 2**63)
@@ -164,41 +170,29 @@ def _read(rows: Tensor, width: int, seed: int) -> tuple[NDArray[np.float64], Ten
     shifts = torch.randint(0, width, (-(-size // long),), generator=draw).tolist()
     turns = torch.randint(0, 2, (len(shifts),), generator=draw).mul_(2).sub_(1).tolist()
 
-    def read(blocks: slice) -> tuple[Tensor, Tensor]:
-        squares = torch.zeros(count, dtype=torch.float64)
-        sketch = torch.zeros(count, width, dtype=torch.float64)
-        for number in range(blocks.start, blocks.stop):
-            for row in range(count):
-                values = rows[row, number * long : (number + 1) * long].to(dtype)
-                square, folded = _fold(values, signs)
-                squares[row] += square
-                sketch[row] += folded.double().cpu().roll(shifts[number]) * turns[number]
-        return squares, sketch
-
-    few = rows.device.type != "cpu" or rows.numel() < 2**16
-    parts = on_cores(read, len(shifts), few=few)
-    squares = torch.stack([squares for squares, _ in parts]).sum(0)
-    norms: NDArray[np.float64] = squares.sqrt().numpy()
-    return norms, torch.stack([sketch for _, sketch in parts]).sum(0)
+    height = max(1, _READ // long)
+    squares, sketch = np.zeros(count), torch.zeros(count, width, dtype=torch.float64)
+    for start in range(0, count, height):
+        some = slice(start, min(start + height, count))
+        for number, (shift, turn) in enumerate(zip(shifts, turns, strict=True)):
+            values = rows[some, number * long : (number + 1) * long].to(dtype)
+            squares[some] += numbers(squared_sizes(native(values, rows)))
+            sketch[some] += _folded(values, signs).double().cpu().roll(shift, 1) * turn
+    return np.sqrt(squares), sketch
 
 
-def _fold(values: Tensor, signs: Tensor) -> tuple[float, Tensor]:
-    """Return the square of a piece's norm, and its columns added up with signs (width,).
-
-    In NumPy where it can be, which stays on its thread.
-    """
+def _folded(values: Tensor, signs: Tensor) -> Tensor:
+    """Return the columns of some rows (h, c) added up with signs, (h, width)."""
     width = signs.shape[1]
-    folds, rest = divmod(len(values), width)
-    if values.device.type == "cpu":
-        piece, own = values.numpy(), signs.numpy()
-        folded = np.einsum("fw,fw->w", piece[: folds * width].reshape(folds, width), own[:folds])
-        if rest:
-            folded[:rest] += piece[folds * width :] * own[folds, :rest]
-        return float(piece @ piece), torch.from_numpy(folded)
-    total = (values[: folds * width].reshape(folds, width) * signs[:folds]).sum(0)
+    folds, rest = divmod(values.shape[1], width)
+    whole = values[:, : folds * width].reshape(-1, folds, width)
+    if values.device.type == "cpu":  # NumPy's adds up without a tensor of products
+        total = torch.from_numpy(np.einsum("hfw,fw->hw", whole.numpy(), signs[:folds].numpy()))
+    else:
+        total = torch.einsum("hfw,fw->hw", whole, signs[:folds])
     if rest:
-        total[:rest] += values[folds * width :] * signs[folds, :rest]
-    return float(values @ values), total
+        total[:, :rest] += values[:, folds * width :] * signs[folds, :rest]
+    return total
 
 
 def _distance(row: Tensor, vector: Tensor) -> float:

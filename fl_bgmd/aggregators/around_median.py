@@ -15,6 +15,7 @@ from fl_bgmd.shares import floor_share
 from .coordinates import check_sum, column_block
 from .results import Aggregate, FilteredAggregate
 from .rows import (
+    SORTING,
     check_updates,
     empty,
     on_cores,
@@ -139,7 +140,7 @@ def _around_median(updates: Tensor, chosen: NDArray[np.int64], count: int) -> Te
             means = _window_means(ordered, count)
             vector[part] = torch.from_numpy(means) if on_cpu else means
 
-    on_cores(average, d, few=not on_cpu)
+    on_cores(average, d, elements=SORTING * len(chosen) * d if on_cpu else 0)
     return vector
 
 

@@ -310,7 +310,7 @@ def _gather(rows: Tensor, offset: Tensor | None, block: Tensor, out: Tensor) -> 
                 values += added
                 np.clip(values, -limit, limit, out=values)
 
-    on_cores(gather, len(block), few=out.numel() < 1 << 16)
+    on_cores(gather, len(block), elements=out.numel())
 
 
 def _gathered(rows: Tensor, offset: Tensor | None, block: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,6 +22,7 @@ from fl_bgmd.shares import floor_share
 
 from .results import Aggregate
 from .rows import (
+    SORTING,
     check_updates,
     empty,
     on_cores,
@@ -107,8 +108,9 @@ def _mean_of_middle(updates: Tensor, trim: int) -> Tensor:
         few = n <= _NETWORK_ROWS_ON_DEVICE
         (_network if few else _sort_on_device)(updates, trim, vector, slice(0, d))
         return vector
-    method = _network if n <= _NETWORK_ROWS else _sort
-    on_cores(lambda columns: method(updates, trim, vector, columns), d)
+    few = n <= _NETWORK_ROWS
+    method, passes = (_network, 1) if few else (_sort, SORTING)
+    on_cores(lambda columns: method(updates, trim, vector, columns), d, elements=passes * n * d)
     return vector
 
 

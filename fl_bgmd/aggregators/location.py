@@ -125,7 +125,7 @@ def _sketched(
 
     if rows.device.type != "cpu":
         return np.asarray(add_up(slice(0, len(edges) - 1)).double().cpu().numpy())
-    parts = on_cores(add_up, len(edges) - 1, few=rows.numel() < _ELEMENTS)
+    parts = on_cores(add_up, len(edges) - 1, elements=rows.numel())
     return np.asarray(sum(parts), dtype=np.float64)
 
 

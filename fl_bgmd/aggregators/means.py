@@ -93,7 +93,7 @@ class Neighbors(Mixing):
                 for rows, mask in self._strips():
                     target[rows, columns] = dot(native(mask, updates), block) / self.count
 
-        on_cores(mix_columns, d, few=updates.device.type != "cpu")
+        on_cores(mix_columns, d, elements=len(out) ** 2 * d if updates.device.type == "cpu" else 0)
         return out
 
     def average(self, values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -33,7 +33,8 @@ _BLOCK_ELEMENTS = 1 << 19  # of a block: 4 MiB in float64, the fastest of 2^15 t
 _ON_DEVICE = 16  # times as many where there is no core's cache: a kernel costs more than its work
 _PIECE, _STRIP = 512, 8  # columns and rows of a small product
 _SMALL_ROWS = 100  # with more rows small products gain nothing
-FEW_ELEMENTS = 1 << 16  # fewer are done sooner than a thread is started
+FEW_ELEMENTS = 1 << 22  # fewer are passed over sooner than threads are started
+SORTING = 16  # passes: as long as sorting each column takes
 _WRITTEN_ELEMENTS = 1 << 20  # of rows that are written together
 DENSE_ROWS = 1000  # up to here an n x n matrix is small
 
@@ -90,21 +91,22 @@ def result_dtype(updates: Tensor) -> torch.dtype:
     return torch.float64 if updates.dtype == torch.float64 else torch.float32
 
 
-def on_cores(function: Callable[[slice], Result], size: int, *, few: bool = False) -> list[Result]:
+def on_cores(
+    function: Callable[[slice], Result], size: int, *, elements: float = math.inf
+) -> list[Result]:
     """Cut ``range(size)`` into one slice for each core, apply ``function`` to all at once.
 
     Returns the results in order. ``function`` runs in a thread and should work in NumPy, which
     then stays on that thread: many small steps on many threads each cost more than they save.
-    ``few`` says that the work is too little for that: one slice, on this thread.
+    ``elements`` are how many numbers it passes over, times the passes: if they are few it is one
+    slice, on this thread.
     """
 
     def quietly(part: slice) -> Result:
         with np.errstate(all="ignore"):
             return function(part)
 
-    if few or size == 0:
-        return [quietly(slice(0, size))]
-    workers = min(torch.get_num_threads(), size)
+    workers = 1 if elements < FEW_ELEMENTS else max(1, min(torch.get_num_threads(), size))
     edges = [size * i // workers for i in range(workers + 1)]
     parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
     with blas_on_one_thread():
@@ -188,7 +190,7 @@ def sum_blocks(
             total = total + function(columns, block)
         return total
 
-    return sum(on_cores(sum_range, d, few=n * d < FEW_ELEMENTS))
+    return sum(on_cores(sum_range, d, elements=n * d))
 
 
 def width_of_blocks(elements: int, updates: Tensor, *, least: int = 64) -> int:
@@ -256,7 +258,7 @@ def fill_zeros(vector: Tensor) -> Tensor:
     if vector.device.type != "cpu":
         return vector.zero_()
     target = vector.numpy()
-    on_cores(lambda part: target[part].fill(0), len(target), few=len(target) < FEW_ELEMENTS)
+    on_cores(lambda part: target[part].fill(0), len(target), elements=len(target))
     return vector
 
 

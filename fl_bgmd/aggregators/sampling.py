@@ -17,6 +17,7 @@ Selection = Literal["sample", "top-k", "uniform"]
 
 _COLUMNS, _TALL = 1 << 13, 32  # shape of a block of scores
 _PIECE = 512  # of them are added in float32
+_PASSES = 8  # over a block of scores: as long as looking for hits takes
 
 Scores = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -185,14 +186,16 @@ def _systematic(
             found.append(np.flatnonzero(is_hit) + i * len(is_hit))
         return found
 
-    parts = on_cores(hits, len(blocks), few=len(blocks) < 2)
+    parts = on_cores(hits, len(blocks), elements=_PASSES * sum(map(len, blocks)))
     return np.concatenate([found for part in parts for found in part])
 
 
 def _flat_nonzero(values: Scores, threshold: float) -> Indices:
     """Return the indices of the values that reach ``threshold``, ascending."""
     found = on_cores(
-        lambda part: np.flatnonzero(values[part] >= threshold) + part.start, len(values)
+        lambda part: np.flatnonzero(values[part] >= threshold) + part.start,
+        len(values),
+        elements=len(values),
     )
     return np.concatenate(found)
 
@@ -203,10 +206,12 @@ def _blocks(values: Scores) -> list[Scores]:
 
 
 def _each(function: Callable[..., Result], items: Sequence[Any] | Indices) -> list[Result]:
-    """Apply ``function`` to every item, on all cores, and return the results in order."""
+    """Apply ``function`` to every block, or its number, on all cores; return results in order."""
     if len(items) == 0:
         return []
     ranges = on_cores(
-        lambda part: [function(item) for item in items[part]], len(items), few=len(items) < 4
+        lambda part: [function(item) for item in items[part]],
+        len(items),
+        elements=len(items) * _COLUMNS * _TALL,
     )
     return [result for results in ranges for result in results]

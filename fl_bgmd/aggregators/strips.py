@@ -11,7 +11,6 @@ from torch import Tensor
 from fl_bgmd.shards import Sharded
 
 from .rows import (
-    FEW_ELEMENTS,
     Block,
     dot,
     empty,
@@ -66,7 +65,7 @@ def sum_strips(
 
     if not on_cpu:
         return sum_range(slice(0, n))
-    return sum(on_cores(sum_range, n, few=n * d < FEW_ELEMENTS))
+    return sum(on_cores(sum_range, n, elements=n * d))
 
 
 def sum_weighted(
@@ -167,5 +166,4 @@ def measure_strips(
             squared[np.arange(rows.stop - start), np.arange(start, rows.stop)] = 0.0
             function(rows, squared)
 
-    on_device = updates.device.type != "cpu"
-    on_cores(measure, n, few=on_device)
+    on_cores(measure, n, elements=n * n * d if updates.device.type == "cpu" else 0)

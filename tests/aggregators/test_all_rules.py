@@ -5,6 +5,7 @@ A rule of the registry is tested unless it is named here as one that promises so
 
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,28 @@ def test_float64_rows_of_any_magnitude(name: str, scale: float) -> None:
     rows = rows_of_growing_size(9, 7, 3)
     found = numpy64(apply(name, scale * rows).vector) / scale
     np.testing.assert_allclose(found, numpy64(apply(name, rows).vector), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_two_threads_find_what_one_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_of_growing_size(9, 3000, 4)
+    alone = apply(name, rows).vector
+    pools: list[int] = []
+
+    class Watched(ThreadPoolExecutor):
+        def __init__(self, workers: int) -> None:
+            pools.append(workers)
+            super().__init__(workers)
+
+    monkeypatch.setattr("fl_bgmd.aggregators.rows.ThreadPoolExecutor", Watched)
+    monkeypatch.setattr("fl_bgmd.aggregators.rows.FEW_ELEMENTS", 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.testing.assert_close(apply(name, rows).vector, alone, rtol=1e-9, atol=1e-9)
+    finally:
+        torch.set_num_threads(before)
+    assert 2 in pools
 
 
 @pytest.mark.parametrize("name", RULES)
