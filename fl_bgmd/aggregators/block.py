@@ -23,6 +23,7 @@ from .norms import clip_factors
 from .results import BlockGeometricMedian
 from .rows import (
     Block,
+    blas_on_one_thread,
     check_updates,
     combine,
     divided,
@@ -62,6 +63,7 @@ def _shardable(options: Mapping[str, Any]) -> bool:
 
 
 @rule("bgmd", weights_tell=True, uses=_uses, draws="blocks", sharded=_shardable)
+@blas_on_one_thread()
 def block_geometric_median(
     updates: Tensor,
     memory: BlockMemory | None = None,

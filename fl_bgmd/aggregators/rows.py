@@ -122,12 +122,20 @@ def blas_on_one_thread() -> Iterator[None]:
 
     Beside threads of ours they are in the way, and after a small product they stay awake.
     """
+    if getattr(_limited, "here", False):  # further out
+        yield
+        return
     # The limit is the process's own: overlapping calls would leave it behind.
     with _blas_lock, _blas_libraries().limit(limits=1, user_api="blas"):
-        yield
+        _limited.here = True
+        try:
+            yield
+        finally:
+            _limited.here = False
 
 
-_blas_lock = threading.RLock()
+_blas_lock = threading.Lock()
+_limited = threading.local()
 
 
 @lru_cache(maxsize=1)
