@@ -58,6 +58,10 @@ class Operation:
     """
 
 
+class Environment:
+    """Marks an option that says where a run is computed, which its results do not depend on."""
+
+
 @dataclass(frozen=True)
 class Option:
     """One option.

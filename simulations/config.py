@@ -28,6 +28,7 @@ from fl_bgmd.models import IMAGE_MODELS
 from fl_bgmd.options import (
     Allowed,
     Count,
+    Environment,
     NonNegative,
     Operation,
     Option,
@@ -53,11 +54,6 @@ class ConfigError(ValueError):
 @dataclass(frozen=True)
 class Folder:
     """In an annotation: a folder on this machine; ``~`` stands for home."""
-
-
-@dataclass(frozen=True)
-class Environment:
-    """In an annotation: where a run is computed, which its results do not depend on."""
 
 
 def expand_home(folder: str) -> str:
@@ -291,17 +287,11 @@ end."""
 OLDER: Mapping[str, Any] = {"model-average": 0.0}
 """What runs had before there was a key whose default is another."""
 
-_ROWS: Any = OWN_OPTIONS["rows"].annotation
-_SHARDS, _SHARDS_ADDRESS = (OWN_OPTIONS[x].annotation for x in ("shards", "shards_address"))
 _ANNOTATIONS: dict[str, Any] = {
     "server_learning_rate": Positive,
-    "rows": Annotated[_ROWS, Environment()],
-    "shards": Annotated[_SHARDS, Environment()],
     "rows_dir": Annotated[str, *_FOLDER, Operation(), Environment()],
-    "shards_address": Annotated[_SHARDS_ADDRESS, Environment()],
 }
-"""Strategy options that take less from a configuration, or of which it says more: functions are no
-text."""
+"""Strategy options that take less from a configuration: functions and paths are no text."""
 
 STRATEGY_KEYS: dict[str, str] = {
     **{name: _RENAMED.get(name, o.key) for name, o in OWN_OPTIONS.items() if name not in _LEFT_OUT},

@@ -19,9 +19,10 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from fl_bgmd.attacks.plan import FORMER
+from fl_bgmd.options import Environment
 
 from .backends import ON_RAY, ClientResources, run_validated
-from .config import OLDER, SETTINGS, STRATEGY_KEYS, Config, ConfigError, Environment, defaults
+from .config import OLDER, SETTINGS, STRATEGY_KEYS, Config, ConfigError, defaults
 from .experiment import OnRound, RunResult
 from .processes import interrupts_held_back, take_over, workers
 from .study import Cell, cell_name, told

@@ -24,6 +24,7 @@ from fl_bgmd.layout import ModelLayout
 from fl_bgmd.options import (
     Allowed,
     Count,
+    Environment,
     NonNegative,
     Operation,
     Option,
@@ -239,12 +240,13 @@ class Settings:
         Annotated[int, Ge(0), Lt(2**63)] | None, Allowed("None, or 0 to below 2^63")
     ] = None
     device: Annotated[str, _accepted_by(resolve_device), Operation()] = "auto"
-    rows: Annotated[Literal["auto", "memory", "file"], Operation()] = "auto"
-    rows_dir: Annotated[str | Path, Operation()] = ""
-    shards: Annotated[Literal["none", "ray"], Operation()] = "none"
+    rows: Annotated[Literal["auto", "memory", "file"], Operation(), Environment()] = "auto"
+    rows_dir: Annotated[str | Path, Operation(), Environment()] = ""
+    shards: Annotated[Literal["none", "ray"], Operation(), Environment()] = "none"
     shards_address: Annotated[
         Annotated[str, StringConstraints(pattern=r"^(\S+:\d+)?$")],
         Operation(),
+        Environment(),
         Allowed("HOST:PORT of a running Ray cluster, or empty"),
     ] = ""
     verdict_distances: Annotated[bool, Operation(), OwnRounds()] = True
