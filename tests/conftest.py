@@ -30,7 +30,7 @@ gc.disable()
 def pytest_collection_finish() -> None:
     """Have the garbage collector look at what comes from here on."""
     gc.freeze()
-    gc.set_threshold(10_000)  # tests are short: what they leave can wait
+    gc.set_threshold(50_000)  # tests are short: what they leave can wait
     gc.enable()
 
 
