@@ -7,7 +7,7 @@ distances are those of the rows to a few percent. Rows no wider than a sketch ar
 
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -165,31 +165,29 @@ def _read(rows: Tensor, width: int, seed: int) -> tuple[NDArray[np.float64], Ten
     draw = torch.Generator().manual_seed(seed % 2**63)
     folds = min(_FOLDS, -(-size // width))
     signs = torch.randint(0, 2, (folds, width), generator=draw).mul_(2).sub_(1)
-    signs = signs.to(rows.device, dtype)
+    own = native(signs.to(rows.device, dtype), rows)
     long = _FOLDS * width
     shifts = torch.randint(0, width, (-(-size // long),), generator=draw).tolist()
     turns = torch.randint(0, 2, (len(shifts),), generator=draw).mul_(2).sub_(1).tolist()
-
     height = max(1, _READ // long)
     squares, sketch = np.zeros(count), torch.zeros(count, width, dtype=torch.float64)
     for start in range(0, count, height):
         some = slice(start, min(start + height, count))
         for number, (shift, turn) in enumerate(zip(shifts, turns, strict=True)):
-            values = rows[some, number * long : (number + 1) * long].to(dtype)
-            squares[some] += numbers(squared_sizes(native(values, rows)))
-            sketch[some] += _folded(values, signs).double().cpu().roll(shift, 1) * turn
+            values = native(rows[some, number * long : (number + 1) * long].to(dtype), rows)
+            squares[some] += numbers(squared_sizes(values))
+            folded = torch.as_tensor(_folded(values, own)).double().cpu()
+            sketch[some] += folded.roll(shift, 1) * turn
     return np.sqrt(squares), sketch
 
 
-def _folded(values: Tensor, signs: Tensor) -> Tensor:
+def _folded(values: Block, signs: Block) -> Block:
     """Return the columns of some rows (h, c) added up with signs, (h, width)."""
     width = signs.shape[1]
     folds, rest = divmod(values.shape[1], width)
     whole = values[:, : folds * width].reshape(-1, folds, width)
-    if values.device.type == "cpu":  # NumPy's adds up without a tensor of products
-        total = torch.from_numpy(np.einsum("hfw,fw->hw", whole.numpy(), signs[:folds].numpy()))
-    else:
-        total = torch.einsum("hfw,fw->hw", whole, signs[:folds])
+    einsum: Any = np.einsum if isinstance(values, np.ndarray) else torch.einsum
+    total = einsum("hfw,fw->hw", whole, signs[:folds])
     if rest:
         total[:, :rest] += values[:, folds * width :] * signs[folds, :rest]
     return total

@@ -33,7 +33,7 @@ _BLOCK_ELEMENTS = 1 << 19  # of a block: 4 MiB in float64, the fastest of 2^15 t
 _ON_DEVICE = 16  # times as many where there is no core's cache: a kernel costs more than its work
 _PIECE, _STRIP = 512, 8  # columns and rows of a small product
 _SMALL_ROWS = 100  # with more rows small products gain nothing
-FEW_ELEMENTS = 1 << 22  # fewer are passed over sooner than threads are started
+_FEW_ELEMENTS = 1 << 22  # fewer are passed over sooner than threads are started
 SORTING = 16  # passes: as long as sorting each column takes
 _WRITTEN_ELEMENTS = 1 << 20  # of rows that are written together
 DENSE_ROWS = 1000  # up to here an n x n matrix is small
@@ -91,9 +91,7 @@ def result_dtype(updates: Tensor) -> torch.dtype:
     return torch.float64 if updates.dtype == torch.float64 else torch.float32
 
 
-def on_cores(
-    function: Callable[[slice], Result], size: int, *, elements: float = math.inf
-) -> list[Result]:
+def on_cores(function: Callable[[slice], Result], size: int, *, elements: int) -> list[Result]:
     """Cut ``range(size)`` into one slice for each core, apply ``function`` to all at once.
 
     Returns the results in order. ``function`` runs in a thread and should work in NumPy, which
@@ -106,7 +104,7 @@ def on_cores(
         with np.errstate(all="ignore"):
             return function(part)
 
-    workers = 1 if elements < FEW_ELEMENTS else max(1, min(torch.get_num_threads(), size))
+    workers = 1 if elements < _FEW_ELEMENTS else max(1, min(torch.get_num_threads(), size))
     edges = [size * i // workers for i in range(workers + 1)]
     parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
     with blas_on_one_thread():

@@ -13,6 +13,7 @@ from torch import Tensor
 from fl_bgmd.aggregators import BlockMemory, block_geometric_median, geometric_median
 from fl_bgmd.aggregators.location import robust_weights, sketch
 from fl_bgmd.aggregators.memory import fading
+from fl_bgmd.devices import repeatable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,10 +24,8 @@ CLIENTS, DIMENSIONS = 10, 12_000
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Keep to one thread: a second costs more than it saves on rows as short as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with repeatable(1):
+        yield
 
 
 def block_rule(memory_rule: str = "robust") -> Rule:
