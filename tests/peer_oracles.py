@@ -65,7 +65,7 @@ def covariance_agnostic_filter(rows: Array, hostile: int) -> Array:
     return np.asarray(best)
 
 
-def gap_filter(rows: Array, hostile: int, gap: float = 1.3, far: float = 4.0) -> Array:
+def gap_filter(rows: Array, hostile: int, gap: float = 1.3, far: float = 8.0) -> Array:
     """Return the aggregate of the gap filter, by singular values in R^d."""
     norms = np.linalg.norm(rows, axis=1)
     median = sorted(norms)[(len(rows) - 1) // 2]

@@ -89,7 +89,7 @@ def gap_filter(
     *,
     byzantine_fraction: Share = 0.25,
     gap: Annotated[float, Ge(1)] = 1.3,
-    far: Annotated[float, Ge(1)] = 4.0,
+    far: Annotated[float, Ge(1)] = 8.0,
 ) -> Aggregate:
     """Clip to the median norm, down-weight rows while one direction stands out, average.
 
@@ -115,7 +115,7 @@ def gap_filter(
     gap : float
         1 or more: how much larger than the next one the top eigenvalue may be.
     far : float
-        1 or more, in median norms.
+        1 or more, in median norms. Clients whose data are learned last have had up to eight.
 
     Raises
     ------

@@ -221,7 +221,7 @@ def test_gap_filter_looks_for_liars_also_where_honest_rows_are_left_out_for_thei
     mean = honest.mean(0)
     lie = -mean / mean.norm() * honest.norm(dim=1).median()
     rows = torch.cat([lie.expand(4, -1), honest])
-    rows[10:] *= 8.0
+    rows[10:] *= 16.0
     weights = gap_filter(rows, byzantine_fraction=0.29).weights
     assert weights is not None
     assert not weights[10:].any()
