@@ -46,7 +46,8 @@ FIGURES: Mapping[str, Figure] = {
     "theory-ghosh": Figure("theory", "draw_ghosh", 3),
     "data-diggavi": Figure("diggavi", "reproduce_diggavi", 3),
     "ghosh-regression": Figure("ghosh", "reproduce_regression", 20, takes_jobs=True),
-    "ghosh-mnist": Figure("ghosh", "reproduce_mnist", 1, takes_jobs=True),
+    "ghosh-mnist": Figure("ghosh", "reproduce_mnist", 5, takes_jobs=True),
+    "ghosh-mnist-full-batch": Figure("ghosh", "reproduce_full_batch", 1, takes_jobs=True),
 }
 
 
