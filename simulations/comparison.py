@@ -57,8 +57,8 @@ class StudyResult:
         """Return a matplotlib figure of a number of the rounds: a panel for each column.
 
         Means over the seeds with their standard deviation as bands. ``axis`` is ``rounds``,
-        ``seconds`` or ``bytes``. Raises ``ValueError`` for another one, and for a ``metric`` that
-        no round has.
+        ``seconds``, ``bytes`` or, where all clients ran in this process, ``cpu-seconds``. Raises
+        ``ValueError`` for another one, and for a ``metric`` that no round has.
         """
         pandas()
         from .report.notebook import study_figure

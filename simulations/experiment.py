@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from fl_bgmd.strategies import RobustStrategy, RunEndedError, Verdict
 from .adversary import AdversarialGrid
 from .config import SETTINGS, Config, strategy_for
 from .grid import InProcessGrid
+from .pooled_grid import PooledGrid
 from .specs import RootUpdate
 from .trackers import FigureLog, check_log
 
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 OnRound = Callable[[int, float | None], None]
 
 
-_SUMMED = ("seconds", "bytes-up", "bytes-down", "accepted", "rejected")
+_SUMMED = ("seconds", "cpu-seconds", "bytes-up", "bytes-down", "accepted", "rejected")
 
 
 @dataclass
@@ -56,7 +58,8 @@ class RunResult:
     config : dict
         The complete configuration.
     rounds : list of dict
-        One for each round: test accuracy and loss (where evaluated), seconds, diagnostics.
+        One for each round: test accuracy and loss (where evaluated), seconds, diagnostics; where
+        the clients run in this process ``cpu-seconds`` of all its threads, evaluation left out.
     status : str
         ``finished``, ``diverged`` (the model could not be moved any more) or ``failed``.
     played : dict
@@ -97,8 +100,9 @@ class RunResult:
     def figure(self, metric: str = "accuracy", axis: str = "rounds") -> "Figure":
         """Return a matplotlib figure of a number of the rounds.
 
-        ``axis`` is ``rounds``, ``seconds`` or ``bytes``. Raises ``ValueError`` for another one, and
-        for a ``metric`` that no round has.
+        ``axis`` is ``rounds``, ``seconds``, ``bytes`` or, where the clients ran in this process,
+        ``cpu-seconds``. Raises ``ValueError`` for another one, and for a ``metric`` that no round
+        has.
         """
         pandas()
         from .report.notebook import run_figure
@@ -129,13 +133,12 @@ class RunResult:
     @property
     def milestones(self) -> list[dict[str, Any]]:
         """The evaluated rounds, each with the sums over the rounds since the one before."""
-        found, sums = [], dict.fromkeys(_SUMMED, 0.0)
+        found, sums = [], Counter[str]()
         for entry in self.rounds:
-            for key in sums:
-                sums[key] += float(entry.get(key, 0))
+            sums.update({key: float(entry[key]) for key in _SUMMED if key in entry})
             if "accuracy" in entry:
                 found.append({"round": entry["round"], "accuracy": entry["accuracy"], **sums})
-                sums = dict.fromkeys(_SUMMED, 0.0)
+                sums.clear()
         return found
 
     @property
@@ -267,6 +270,8 @@ def run_experiment(
     adversary = AdversarialGrid(grid, plan, int(config["num-clients"]), strategy.preview)
     best: list[Any] = []  # how good, and the model
     started = clock = time.perf_counter()
+    computes_here = isinstance(grid, InProcessGrid) and not isinstance(grid, PooledGrid)
+    cpu = time.process_time()
 
     def measure(arrays: ArrayRecord, *, is_first: bool = False) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
@@ -298,12 +303,15 @@ def run_experiment(
         return plain.backdoor_success(target, bound.victim)
 
     def evaluate_model(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        nonlocal clock
+        nonlocal clock, cpu
+        spent = time.process_time() - cpu
         wanted = server_round % every == 0 or server_round == num_rounds
         metrics = measure(arrays, is_first=server_round == 0) if wanted else MetricRecord()
         if server_round > 0:
             metrics["seconds"] = time.perf_counter() - clock
-        clock = time.perf_counter()
+            if computes_here:
+                metrics["cpu-seconds"] = spent
+        clock, cpu = time.perf_counter(), time.process_time()
         if on_round is not None:
             accuracy = metrics.get("accuracy")
             on_round(server_round, float(accuracy) if isinstance(accuracy, float) else None)

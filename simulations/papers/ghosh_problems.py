@@ -93,9 +93,9 @@ class RegressionTask:
 class Network:
     """MNIST, 784-1000-10 with ReLU, 60,000 examples dealt out to the workers.
 
-    Dataset, model and m are the paper's. Ours: mini-batches (300 are full ones), the step sizes (of l1-sign, of the
-    uncompressed gradients, of the signs), the iterations, and that the training loss is that of
-    every 30th example.
+    Dataset, model and m are the paper's. Ours: mini-batches (300 are full ones), the step sizes (of
+    l1-sign, of the uncompressed gradients, of the signs), the iterations, and that the training
+    loss is that of every 30th example.
     """
 
     workers: int = 200

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..experiment import RunResult
-from .plots import AXES, MOST_PANELS, Runs, draw_curves, draw_heat_map
+from .plots import MOST_PANELS, Runs, axes_of, draw_curves, draw_heat_map
 from .study import heading, title_of
 from .tables import accuracy_means
 
@@ -72,8 +72,8 @@ def study_heat_map(result: "StudyResult") -> "Drawing":
 
 
 def _curves(runs: Runs, metric: str, axis: str, title: str) -> "Drawing":
-    if axis not in AXES:
-        raise ValueError(f"axis is {axis!r}; allowed: {', '.join(AXES)}")
+    if axis not in (axes := axes_of(runs)):
+        raise ValueError(f"axis is {axis!r}; allowed: {', '.join(axes)}")
     entries = [entry for of in runs.values() for run in of for entry in run.rounds]
     if metric not in (known := _numbers(entries)):
         raise ValueError(f"metric is {metric!r}; allowed: {', '.join(known)}")

@@ -34,12 +34,23 @@ AXES: Mapping[str, tuple[str, Callable[[RunResult], Sequence[float]]]] = {
         "seconds",
         lambda run: list(np.cumsum([float(entry.get("seconds", 0.0)) for entry in run.rounds])),
     ),
+    "cpu-seconds": (
+        "CPU seconds without evaluation",
+        lambda run: list(np.cumsum([float(entry.get("cpu-seconds", 0.0)) for entry in run.rounds])),
+    ),
     "bytes": (
         "MB sent to the server",
         lambda run: [run.bytes_up_to(int(entry["round"])) / 1e6 for entry in run.rounds],
     ),
 }
 """What curves are drawn against: its label, and its value at each entry of a run's rounds."""
+
+
+def axes_of(runs: Runs) -> list[str]:
+    """Return the axes that all runs can be drawn against."""
+    lists = [run.rounds for of in runs.values() for run in of]
+    timed = all(any("cpu-seconds" in entry for entry in rounds) for rounds in lists)
+    return [axis for axis in AXES if timed or axis != "cpu-seconds"]
 
 
 def plot_curves(runs: Runs, metric: str, axis: str, title: str, folder: Path) -> Path:

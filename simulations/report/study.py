@@ -9,10 +9,10 @@ from ..experiment import RunResult
 from ..runner import Line, result_of, row_of
 from ..study import Study, rounds_per_epoch
 from .plots import (
-    AXES,
     FEWEST_RANKED,
     MOST_PANELS,
     Runs,
+    axes_of,
     places_of,
     plot_curves,
     plot_heat_map,
@@ -59,7 +59,9 @@ def write_report(
     runs = runs_of(lines, folder)
     if not 0 < len({column for _, column in runs}) <= MOST_PANELS:
         return paths
-    drawn = [("accuracy", axis) for axis in AXES] + [(name, "rounds") for name in study.curves]
+    drawn = [("accuracy", axis) for axis in axes_of(runs)] + [
+        (name, "rounds") for name in study.curves
+    ]
     return paths + [plot_curves(runs, metric, axis, title, output) for metric, axis in drawn]
 
 

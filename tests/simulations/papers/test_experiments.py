@@ -279,7 +279,8 @@ def test_a_sweep_resumes_where_it_was_interrupted(
     written = {path: path.stat().st_mtime_ns for path in records}
     assert "99.99 ± 0.01" in printed
     assert "1 seed" in printed
-    for name in ("accuracy-rounds", "accuracy-seconds", "accuracy-bytes", "update-norm-rounds"):
+    accuracies = (f"accuracy-{axis}" for axis in ("rounds", "seconds", "cpu-seconds", "bytes"))
+    for name in (*accuracies, "update-norm-rounds"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads(records[0].read_text())
     assert record["config"]["num-server-rounds"] == 3
