@@ -479,6 +479,23 @@ def test_the_step_of_theorem_5_stays_in_a_ball_and_runs_away_without_one() -> No
     assert bounded.error <= (3 * float(target.norm())) ** 2
 
 
+def test_error_feedback_sends_later_what_it_left_out() -> None:
+    setup = replace(SMALL, hostile=0, rule="mean", batch_size=30, iterations=400)
+    assert run_setup(replace(setup, kept=2, feedback=True), 0).error < 1e-20
+    few = replace(setup, iterations=4)
+    fed, whole = (replace(few, kept=6, feedback=feedback) for feedback in (True, False))
+    assert run_setup(fed, 0).error == run_setup(whole, 0).error > 1e-4  # nothing is left out
+
+
+def test_kappa_of_samples_shrinks_with_their_number_and_sigma_grows_with_d() -> None:
+    lines = diggavi.on_samples(1)
+    alike = [line for line in lines if line["kappa_mean"] == "0" and line["d"] == "50"]
+    kappa = [float(line["kappa"]) for line in alike]
+    assert slope([float(line["n"]) for line in alike], kappa) == pytest.approx(-0.5, abs=0.1)
+    shares = [float(line["sigma^2 / (d log d)"]) for line in lines]
+    assert 0.1 < min(shares) < max(shares) < 1.0
+
+
 def test_figures_and_table_of_the_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = Setup(workers=10, examples=20, dimensions=12, batch_size=5, hostile=2, iterations=20)
     sweeps = {
@@ -492,7 +509,7 @@ def test_figures_and_table_of_the_sweeps(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(diggavi, "on_shards", lambda: [{"partition": "iid", "sigma": "26.4"}])
     seen: list[str] = []
     table = diggavi.reproduce_diggavi(tmp_path, seeds=1, done=seen.append).read_text()
-    assert len(seen) == 2 * 8 * (3 + 2 + 3)
+    assert len(seen) == 2 * len(rules) * (3 + 2 + 3)
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == len(seen)
     assert {path.name for path in tmp_path.glob("*.png")} == {"error-floor.png", "bounds.png"}
     for text in ("Theorem 5", "saddle point, 5 deviations", "| iid ", "caught"):
