@@ -170,16 +170,16 @@ def run_curve(curve: Curve, seed: int, problem: Problem) -> Array:
             wanted = size * gradients + errors
             sent = l1_sign(wanted)
             errors = wanted - sent
-            step = size * _thresholded(sent, curve.dropped)
+            step = size * thresholded(sent, curve.dropped)
         elif curve.feedback:
             # With the step size once, as Algorithm 1 and Karimireddy et al. have it.
             wanted = problem.step * gradients + errors
             sent = l1_sign(wanted)
             errors = wanted - sent
-            step = _thresholded(sent, curve.dropped)
+            step = thresholded(sent, curve.dropped)
         else:
             sent = l1_sign(gradients, out=gradients)
-            step = problem.step * _thresholded(sent, curve.dropped)
+            step = problem.step * thresholded(sent, curve.dropped)
         weights = weights - step
         if isinstance(problem, Regression):
             weights = project(weights, problem.radius, task.start)
@@ -201,7 +201,7 @@ def l1_sign(rows: Tensor, out: Tensor | None = None) -> Tensor:
     return sent
 
 
-def _thresholded(rows: Tensor, dropped: int) -> Tensor:
+def thresholded(rows: Tensor, dropped: int) -> Tensor:
     """Average the rows but for the ``dropped`` ones of largest norm."""
     if dropped == 0:
         return mean(rows).vector

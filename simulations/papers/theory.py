@@ -3,8 +3,9 @@
 Acharya et al., Lemmas 1 to 4 and Theorems 1 and 2 in their full versions (Appendix D, Equations 16
 and 17): a quadratic, which satisfies the Polyak-Lojasiewicz condition, and BGMD as printed and with
 this project's guarded memory. Ghosh et al., Theorems 1 to 3: which compression they allow at which
-share of hostile workers, beside what holds up in the regression of their Section 8. The bounds of
-Data and Diggavi stand in ``data-diggavi``.
+share of hostile workers, beside what holds up in the regression of their Section 8; the statistical
+errors (Equations 2 to 9) are in :mod:`.ghosh_rates`. The bounds of Data and Diggavi stand in
+``data-diggavi``.
 """
 
 import math
@@ -25,6 +26,7 @@ from ..report.drawing import Done, panels, save
 from ..report.tables import write_markdown
 from .ghosh import l1_sign, run_curve
 from .ghosh_problems import Curve, Regression
+from .ghosh_rates import statistical_errors
 
 Array = NDArray[np.float64]
 
@@ -384,4 +386,7 @@ def draw_ghosh(folder: Path, *, seeds: int, done: Done, problem: Regression = RE
         + " of hostile workers. What is left of the distance after "
         f"{problem.iterations} iterations, means of {seeds} seeds:",
         pd.DataFrame(lines),
+        "The squared distance that is left in least squares of noisy labels, and its slope in "
+        "log-log scale:",
+        pd.DataFrame(statistical_errors(folder, seeds=seeds, done=done)),
     )

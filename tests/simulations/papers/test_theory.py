@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from fl_bgmd.aggregators.norms import is_proven, least_delta, most_hostile
+from simulations.papers import ghosh_rates
 from simulations.papers.ghosh_problems import Curve, Regression
+from simulations.papers.ghosh_rates import Sample, left
 from simulations.papers.theory import (
     Quadratic,
     averaged,
@@ -106,10 +108,31 @@ def test_a_smaller_block_saves_more() -> None:
 def test_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = {"printed": replace(SHORT, iterations=5)}
     monkeypatch.setattr("simulations.papers.theory.CASES", cases)
+    monkeypatch.setattr(ghosh_rates, "SWEEPS", {"n": ("examples", (5, 10), Sample(10, 5, 3))})
     seen: list[str] = []
     table = draw_bgmd(tmp_path / "bgmd", seeds=1, done=seen.append).read_text()
     assert "| printed " in table
     table = draw_ghosh(tmp_path / "ghosh", seeds=1, done=seen.append, problem=SMALL).read_text()
     assert "(Theorem 3) of hostile workers" in table
-    assert len(seen) == 1 + 1 + 7
-    assert {p.name for p in tmp_path.glob("*/*.png")} == {"bgmd.png", "ghosh.png"}
+    assert "l1-sign, error feedback" in table
+    assert len(seen) == 1 + 1 + 7 + 1
+    drawn = {p.name for p in tmp_path.glob("*/*.png")}
+    assert drawn == {"bgmd.png", "ghosh.png", "rates.png"}
+
+
+def test_without_liars_what_is_left_is_the_error_of_all_examples_together() -> None:
+    """Descent of everybody's gradients ends at least squares on all m n examples: d / (m n)."""
+    alone = Sample(workers=20, examples=50, dimensions=5, share=0.0)
+    expected = 5 / (20 * 50)
+    errors = [left(alone, seed) for seed in range(40)]
+    assert np.mean(errors) == pytest.approx(expected, rel=0.5)
+    fed = [left(replace(alone, compressed=True, feedback=True), seed) for seed in range(40)]
+    assert np.mean(fed) == pytest.approx(np.mean(errors), rel=0.1)
+    bare = [left(replace(alone, compressed=True), seed) for seed in range(40)]
+    assert np.mean(bare) > 1.2 * np.mean(errors)
+
+
+def test_liars_leave_an_error_that_more_workers_do_not_mend() -> None:
+    few, many = (Sample(workers=m, dimensions=5, share=0.2) for m in (20, 200))
+    assert left(many, 0) > 0.3 * left(few, 0)
+    assert left(many, 0) > 10 * left(replace(many, share=0.0), 0)
