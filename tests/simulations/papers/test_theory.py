@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from fl_bgmd.aggregators.norms import is_proven, least_delta, most_hostile
-from simulations.papers import ghosh_rates
+from simulations.papers import ghosh_rates, local_steps
 from simulations.papers.ghosh_problems import Curve, Regression
 from simulations.papers.ghosh_rates import Sample, left
+from simulations.papers.local_steps import LocalSteps, run
+from simulations.papers.quadratic import Quadratic
 from simulations.papers.theory import (
-    Quadratic,
     averaged,
     beside,
     bound_of_distance,
@@ -108,10 +109,12 @@ def test_a_smaller_block_saves_more() -> None:
 def test_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = {"printed": replace(SHORT, iterations=5)}
     monkeypatch.setattr("simulations.papers.theory.CASES", cases)
+    monkeypatch.setattr(local_steps, "CASES", {"quantized": LocalSteps(iterations=20)})
     monkeypatch.setattr(ghosh_rates, "SWEEPS", {"n": ("examples", (5, 10), Sample(10, 5, 3))})
     seen: list[str] = []
     table = draw_bgmd(tmp_path / "bgmd", seeds=1, done=seen.append).read_text()
     assert "| printed " in table
+    assert table.count("| quantized ") == 3
     table = draw_ghosh(tmp_path / "ghosh", seeds=1, done=seen.append, problem=SMALL).read_text()
     assert "(Theorem 3) of hostile workers" in table
     assert "l1-sign, error feedback" in table
@@ -136,3 +139,30 @@ def test_liars_leave_an_error_that_more_workers_do_not_mend() -> None:
     few, many = (Sample(workers=m, dimensions=5, share=0.2) for m in (20, 200))
     assert left(many, 0) > 0.3 * left(few, 0)
     assert left(many, 0) > 10 * left(replace(many, share=0.0), 0)
+
+
+def test_one_local_step_is_bgmd_and_several_are_bounded_likewise() -> None:
+    """With so many levels that nothing is rounded, H = 1 is Algorithm 1 on the same noise."""
+    fine = LocalSteps(levels=32767, local_steps=1, iterations=60)
+    plain = descend(Quadratic(iterations=60), 0)
+    alone = run(fine, 0)
+    assert alone.gradient == pytest.approx(float(plain.gradient.mean()), rel=0.1)
+    assert fine.xi == pytest.approx(0.2, rel=1e-3)
+    outcome = run(replace(fine, local_steps=5, corrupt=4, memory="robust"), 0)
+    sigma = outcome.moment**0.5
+    assert 0.0 < outcome.gradient < local_steps.bound_of_gradient(fine, sigma)
+    assert 0.0 < outcome.distance < local_steps.bound_of_distance(fine, sigma)
+
+
+def test_bounds_of_local_steps_by_hand() -> None:
+    problem = LocalSteps(
+        dimensions=100, block=100, good=10, corrupt=5, mu=0.5, smooth=2.0,
+        share_of_step=0.5, iterations=8, local_steps=2, levels=32767,
+    )  # fmt: skip
+    spread = 1 + 4 * (1 - problem.xi**2) / problem.xi**2
+    gradient = 8 * problem.initial_gap / (0.25 * 8) + 8 * 2 * 0.25 * 9
+    gradient += 24 * 4 / 16 * 4 * 9 * spread + 2304 / 2 * 4 * 9 / 0.25 * spread
+    assert local_steps.bound_of_gradient(problem, 3.0) == pytest.approx(gradient)
+    distance = 16 * problem.initial_gap / 0.25 * (1 - 0.5 * 0.25 / 2) ** 8
+    distance += 16 * 2 * 0.25 * 9 + 40 * 4 / 16 * 4 * 9 * spread + 3072 * 4 * 9 / 0.25 * spread
+    assert local_steps.bound_of_distance(problem, 3.0) == pytest.approx(distance / 0.25)
