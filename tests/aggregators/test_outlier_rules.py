@@ -229,6 +229,27 @@ def test_gap_filter_by_hand(longest: float, options: dict[str, float], shares: l
     assert weights.tolist() == pytest.approx([share / sum(shares) for share in shares])
 
 
+@pytest.mark.parametrize(("first", "second", "share"), [(14, 11, 1 / 50), (16, 12, 0.0)])
+def test_gap_filter_by_hand_with_a_next_direction(first: int, second: int, share: float) -> None:
+    """Pairs of opposite rows on two axes: eigenvalues as 14 to 11, or as 16 to 12, above 1.3."""
+    rows = torch.zeros(2 * (first + second), 2)
+    rows[: 2 * first, 0] = torch.tensor([1.0, -1.0]).repeat(first)
+    rows[2 * first :, 1] = torch.tensor([1.0, -1.0]).repeat(second)
+    weights = gap_filter(rows).weights
+    assert weights is not None
+    np.testing.assert_allclose(weights[: 2 * first], share, atol=1e-9)
+    np.testing.assert_allclose(weights[2 * first :], share or 1 / (2 * second), atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1])  # exactly as far out, and up to rounding
+def test_gap_filter_keeps_rows_that_are_all_equally_far_out(scale: float) -> None:
+    rows = scale * torch.tensor([[1.0, 3.0], [-1.0, -3.0]]).repeat(2, 1)
+    result = gap_filter(rows)
+    assert result.weights is not None
+    assert result.weights.tolist() == [0.25] * 4
+    assert result.vector.tolist() == [0.0, 0.0]
+
+
 def test_gap_filter_drops_rows_that_pull_together_and_no_others() -> None:
     honest = normal(10, 500) + 0.3
     lie = -honest.mean(0) / honest.mean(0).norm() * honest.norm(dim=1).median()
