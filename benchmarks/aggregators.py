@@ -40,6 +40,7 @@ from fl_bgmd.aggregators import (
     mean,
     mean_around_median,
     minimum_diameter_averaging,
+    multi_krum,
     nearest_neighbor_averaging,
     norm_clip,
     norm_threshold,
@@ -52,10 +53,14 @@ from fl_bgmd.aggregators.mixing import nearest_neighbors
 
 SHAPES = ((10, 11_173_962), (32, 1_163_978), (100, 1_163_978), (3_000, 1_000), (10_000, 1_000))
 MANY_ROWS = 1_000  # from here on: no rule whose cost grows with n^3, no peers, times in seconds
+MOST_FOR_SMEA = 10
 SLOW_SECONDS = 5.0
 CONSOLE = Console(width=120)
 
 Rule = Callable[[Tensor], Any]
+
+_BYZFL = ("TrMean", "Krum", "MultiKrum", "Meamed", "MDA", "SMEA", "MoNNA", "CAF", "NNM")
+"""ByzFL's classes that are told how many rows are hostile."""
 
 
 def own_rules(memory: BlockMemory | None, spare: Tensor) -> dict[str, Rule]:
@@ -74,6 +79,7 @@ def own_rules(memory: BlockMemory | None, spare: Tensor) -> dict[str, Rule]:
         "spectral filter, mean": spectral_filter,
         "spectral filter, saddle": partial(spectral_filter, method="saddle"),
         "krum": krum,
+        "multi-krum": multi_krum,
         "bulyan": bulyan,
         "mean around the median": mean_around_median,
         "minimum diameter averaging": minimum_diameter_averaging,
@@ -96,17 +102,22 @@ def own_rules(memory: BlockMemory | None, spare: Tensor) -> dict[str, Rule]:
     }
 
 
-def peer_rules(device: torch.device) -> dict[str, Rule]:
-    """Return what others offer for the same, where it is installed."""
+def peer_rules(n: int, device: torch.device) -> dict[str, Rule]:
+    """Return what others offer for the same, where it is installed.
+
+    ByzFL's SMEA passes over the rows for each set of n - 2 of them: it has to be few.
+    """
     rules: dict[str, Rule] = {}
     try:
         byzfl = importlib.import_module("byzfl")
         rules["ByzFL GeometricMedian (3 steps)"] = byzfl.GeometricMedian()
         rules["ByzFL Median"] = byzfl.Median()
-        rules["ByzFL NNM"] = byzfl.NNM(f=2)
-        rules["ByzFL Meamed"] = byzfl.Meamed(f=2)
-        rules["ByzFL MoNNA"] = byzfl.MoNNA(f=2)
-        rules["ByzFL CAF"] = byzfl.CAF(f=2)
+        for name in _BYZFL:
+            if name != "SMEA" or n <= MOST_FOR_SMEA:
+                rules[f"ByzFL {name}"] = getattr(byzfl, name)(f=2)
+        rules["ByzFL ARC, of a copy"] = lambda rows: byzfl.ARC(f=2)(rows.clone())  # it overwrites
+        # It starts where it ended: a new one for each call, as ours without a center.
+        rules["ByzFL CenteredClipping"] = lambda rows: byzfl.CenteredClipping(L=3)(rows)
     except ImportError:
         CONSOLE.print("byzfl is not installed: its rows are left out")
     try:
@@ -151,7 +162,7 @@ def measure_shape(n: int, d: int, device: torch.device, options: argparse.Namesp
     if n >= MANY_ROWS:
         del rules["spectral filter, saddle"]
     elif not options.no_peers:
-        rules |= peer_rules(device)
+        rules |= peer_rules(n, device)
     rules = {name: rules[name] for name in rules if any(part in name for part in options.only)}
     baseline = seconds(lambda: rows.sum(0), options.repeats, device)
     reached: dict[str, float] = {}

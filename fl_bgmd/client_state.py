@@ -1,7 +1,8 @@
 """Vectors that a client keeps from round to round, in Flower's ``Context.state``.
 
-In Ray and on a SuperNode the state outlives the process; the in-process grid saves it in
-checkpoints.
+The grids of this project's simulations, on Ray too, hold it and save it in checkpoints. SuperNodes,
+and Flower's own simulation, hold it in memory, for one run: a run that was submitted again, or a
+SuperNode that was started again, begins without.
 """
 
 import torch

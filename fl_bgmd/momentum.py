@@ -24,7 +24,8 @@ class MomentumMod:
     Karimireddy et al. (ICML 2021), Algorithm 2: with u the update of a round and m starting at 0,
     the honest updates scatter less, and lies hide less well between them. Steps that the server
     takes lag behind: beta counts where few rounds are run. It works alike in simulation and on a
-    SuperNode, for any app and strategy; m lives in the client's ``Context.state``.
+    SuperNode, for any app and strategy; m lives in the client's ``Context.state``, and starts at 0
+    again where that is gone (:mod:`fl_bgmd.client_state`).
 
     The order of the mods is what they do to an update, the last first. Put behind
     :class:`.mods.ByzantineMod` (``mods=[CompressionMod(), ByzantineMod(), MomentumMod(0.9)]``)

@@ -82,7 +82,10 @@ def gap_filter(rows: Array, hostile: int, gap: float = 1.3, far: float = 8.0) ->
         stands_out = squares[0] > gap * squares[1] and tau[c > 0].max() > 0
         if not stands_out or c.sum() <= least:
             return np.asarray(mean)
-        c = c * np.maximum(1 - tau / tau[c > 0].max(), 0)
+        lighter = c * np.maximum(1 - tau / tau[c > 0].max(), 0)
+        if lighter.sum() < 1e-9 * c.sum():
+            return np.asarray(mean)
+        c = lighter
 
 
 def divide_and_conquer(rows: Array, dropped: int) -> Array:

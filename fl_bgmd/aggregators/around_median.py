@@ -66,12 +66,12 @@ def _bulyan_limits(n: int, hostile: int, share: float) -> Iterator[tuple[str, st
 def bulyan(updates: Tensor, *, byzantine_fraction: Share = 0.25) -> FilteredAggregate:
     """Select ``n - 2 f`` rows by Krum, then average the values nearest to their median.
 
-    El Mhamdi, Guerraoui and Rouault (ICML 2018), Section 4, with Krum and ``f =
-    floor(byzantine_fraction * n)``: of the rows that are left, Krum's choice is taken out and into
-    the selection, ``n - 2 f`` times; of the selection, in every coordinate, the ``n - 4 f`` values
-    nearest to the median are averaged. Their guarantee needs ``n >= 4 f + 3``. Krum counts at least
-    one neighbor, and of equal scores the one that was better among all rows decides; at least the
-    middle value, or the two, are averaged.
+    El Mhamdi, Guerraoui and Rouault (The Hidden Vulnerability of Distributed Learning in Byzantium,
+    ICML 2018), Section 4, with Krum and ``f = floor(byzantine_fraction * n)``: of the rows that are
+    left, Krum's choice is taken out and into the selection, ``n - 2 f`` times; of the selection, in
+    every coordinate, the ``n - 4 f`` values nearest to the median are averaged. Their guarantee
+    needs ``n >= 4 f + 3``. Krum counts at least one neighbor, and of equal scores the one that was
+    better among all rows decides; at least the middle value, or the two, are averaged.
 
     Parameters
     ----------

@@ -31,6 +31,8 @@ from .rule import rule
 
 Array = NDArray[np.float64]
 
+_NOTHING = 1e-9  # of the weights: what rounding leaves of rows that are equally far out
+
 
 @rule("caf", sharded=True)
 @blas_on_one_thread()
@@ -99,7 +101,8 @@ def gap_filter(
     eigenvalue of the weighted covariance is more than ``gap`` times the next one and the weights
     sum to more than ``m - 2 g``, they go down as in :func:`covariance_agnostic_filter`. That rule
     returns the mean of least spread, and may prefer small lies to honest clients far from the rest;
-    this one stops when nothing stands out.
+    this one stops when nothing stands out, or when all rows are equally far out and none would be
+    left.
 
     ``g`` is how many of the m may be hostile: ``floor(byzantine_fraction * n)`` without the rows
     longer than ``far**2`` median norms, and less than half of m. Rows between ``far`` and
@@ -144,7 +147,10 @@ def gap_filter(
         farthest = float(errors[weights > 0].max())
         if found <= gap or farthest == 0.0:
             break
-        weights = weights * np.maximum(1.0 - errors / farthest, 0.0)
+        lighter = weights * np.maximum(1.0 - errors / farthest, 0.0)
+        if lighter.sum() < _NOTHING * weights.sum():
+            break
+        weights = lighter
     shares = weights / weights.sum()
     # Rows that were scaled down to be squared stay so.
     vector = combine(shares * factors * (scales.min() / scales), updates, result_dtype(updates))

@@ -53,8 +53,9 @@ def multi_krum(
 ) -> FilteredAggregate:
     """Average the ``num_selected`` rows with the best Krum scores.
 
-    Blanchard et al. (NeurIPS 2017), Section 5. Distances come from float64 inner products of
-    centered rows; more than 1,000 rows are compared strip by strip, without an n x n matrix.
+    Blanchard et al. (NeurIPS 2017), Section 5. As Krum it needs ``n > 2 f + 2``. Distances come
+    from float64 inner products of centered rows; more than 1,000 rows are compared strip by strip,
+    without an n x n matrix.
 
     Parameters
     ----------

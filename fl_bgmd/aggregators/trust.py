@@ -69,10 +69,11 @@ def nearest_neighbor_averaging(
 ) -> FilteredAggregate:
     """Average the ``n - f`` rows nearest to the server's own update, or to the densest row.
 
-    MoNNA of Farhadkhani et al. (ICML 2023), whose nearest-neighbor averaging takes a node's own
-    vector, which it can trust, for the pivot; ``f = floor(byzantine_fraction * n)``. A server
-    without data of its own has no such vector: then the pivot is the row to which ``n - f`` rows
-    are nearest, by the distance of the last of them.
+    MoNNA of Farhadkhani et al. (Robust Collaborative Learning with Linear Gradient Overhead, ICML
+    2023), Algorithm 1, whose nearest-neighbor averaging takes a node's own vector, which it can
+    trust, for the pivot; ``f = floor(byzantine_fraction * n)``. A server without data of its own
+    has no such vector: then the pivot is the row to which ``n - f`` rows are nearest, by the
+    distance of the last of them.
 
     Parameters
     ----------

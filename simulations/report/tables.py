@@ -17,6 +17,8 @@ from ..terminal import print_table
 FAILED = "failed"
 MISSING = "-"
 WORST = "worst"
+MEAN = "mean"
+SECONDS = "s / round"
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -46,7 +48,7 @@ def show(console: Console, frame: pd.DataFrame, heading: str) -> None:
 
 
 _OF_DETAILS = (
-    *("MB down", "accepted", "MB up", "best", "s / round", "rejected", "backdoor", "worst class"),
+    *("MB down", "accepted", "MB up", "best", SECONDS, "rejected", "backdoor", "worst class"),
     "status",
 )
 
@@ -55,16 +57,19 @@ def _dropped(frame: pd.DataFrame) -> list[str]:
     """Return the columns that a narrow terminal can do without, the first to go first.
 
     Of one column's details those that say nothing of the accuracy; of several attacks the one that
-    does the least harm to any row. What never goes: the rows' names, the accuracy, the worst case.
+    does the least harm to any row, and their mean when all of them are gone. What never goes: the
+    rows' names, the accuracy, the worst case.
     """
     names = [str(name) for name in frame]
     if "status" in names:
         there = [name for name in _OF_DETAILS if name in names]
         return sorted(there, key=lambda name: set(frame[name]) != {MISSING})
-    beside = [name for name in names if name.endswith(" success")]
-    attacks = [name for name in names[1:] if name not in (WORST, "none", "worst class", *beside)]
+    success = [name for name in names if name.endswith(" success")]
+    beside = [name for name in (SECONDS, *success, "worst class") if name in names]
+    others = (WORST, MEAN, "none", *beside)
+    attacks = [name for name in names[1:] if name not in others]
     attacks.sort(key=lambda name: _least(list(frame[name])), reverse=True)
-    return [*beside, *(["worst class"] if "worst class" in names else []), *attacks]
+    return [*beside, *attacks, *([MEAN] if MEAN in names else [])]
 
 
 def _least(entries: Iterable[object]) -> float:
@@ -160,9 +165,14 @@ def accuracies(lines: Sequence[Line]) -> pd.DataFrame:
     Final accuracy in percent, mean and standard deviation over seeds, the worst of an attack's
     options. ``worst class``, behind ``none``, is the accuracy on the class that is recognized least
     where nobody attacks; ``... success``, behind an attack with a target, the share of the other
-    classes' examples that are taken for it, the most over the attack's options.
+    classes' examples that are taken for it, the most over the attack's options. ``worst`` is the
+    least of a row, ``mean`` is over the columns with an attack. ``s / round`` is the mean over the
+    seeds of the columns without one, of all where each has one.
     """
     means = accuracy_means(lines)
+    attacked = [group for group in means.columns if group in set(map(_group, _attacked(lines)))]
+    if attacked:
+        means = means.assign(**{MEAN: means[attacked].mean(axis=1, skipna=False)})
     scatter = worst_of_group(over_seeds(lines, _accuracy))
     seeds = len({line["seed"] for line in lines})
     diverged = _diverged(lines)
@@ -170,14 +180,16 @@ def accuracies(lines: Sequence[Line]) -> pd.DataFrame:
     classes = over_seeds(lines, lambda line: min(line.get("class-accuracies") or [math.nan]))
     success = over_seeds(lines, lambda line: line.get("backdoor-success"))
     targeted = {_group(x) for x in lines if x.get("backdoor-success") is not None}
-    failed = {(row_of(x), g) for x in lines if x["status"] == FAILED for g in (_group(x), WORST)}
+    runs = [x for x in lines if x["status"] == FAILED]
+    failed = {(row_of(x), group) for x in runs for group in (_group(x), WORST)}
+    failed |= {(row_of(x), MEAN) for x in _attacked(runs)}
     for group in means.columns:
         entries = []
         for row in means.index:
             text = percent(means.at[row, group])
             if text == FAILED and (row, group) not in failed:
                 text = MISSING
-            if seeds > 1 and group != WORST and text not in (FAILED, MISSING):
+            if seeds > 1 and group not in (WORST, MEAN) and text not in (FAILED, MISSING):
                 text += f" ± {100 * float(scatter.loc[(row, group), 'std']):.1f}"
             entries.append(text + diverged.get((row, group), ""))
         table[group] = entries
@@ -189,7 +201,22 @@ def accuracies(lines: Sequence[Line]) -> pd.DataFrame:
             table[f"{group} success"] = [
                 percent(success.loc[(row, group)]["mean"].max(skipna=False)) for row in means.index
             ]
+    seconds = _seconds(lines)
+    table[SECONDS] = [_number(seconds[row]) for row in means.index]
     return pd.DataFrame(table)
+
+
+def _attacked(lines: Sequence[Line]) -> list[Line]:
+    """Return the lines of runs with an attack."""
+    return [line for line in lines if line["setting"]["attack"] != "none"]
+
+
+def _seconds(lines: Sequence[Line]) -> "pd.Series[float]":
+    """Return each row's seconds a round; NaN where a run that counts failed or is missing."""
+    clean = [line for line in lines if line["setting"]["attack"] == "none"]
+    means = over_seeds(clean or lines, lambda line: line["seconds-per-round"])["mean"]
+    found = means.groupby(level="row").agg(lambda of: of.mean(skipna=False))
+    return found.reindex(list(dict.fromkeys(map(row_of, lines))))
 
 
 def details(lines: Sequence[Line]) -> pd.DataFrame:
@@ -214,7 +241,7 @@ def details(lines: Sequence[Line]) -> pd.DataFrame:
                 "best": _number(100 * runs["best-accuracy"].mean()),
                 "worst class": _number(100 * least),
                 "backdoor": _number(100 * success),
-                "s / round": _number(runs["seconds-per-round"].mean()),
+                SECONDS: _number(runs["seconds-per-round"].mean()),
                 "accepted": str(first["accepted"]),
                 "rejected": str(first["rejected"]),
                 "MB up": f"{first['bytes-up'] / 1e6:.1f}",
@@ -226,7 +253,13 @@ def details(lines: Sequence[Line]) -> pd.DataFrame:
 
 
 def with_published(frame: pd.DataFrame, published: dict[str, dict[str, str]]) -> pd.DataFrame:
-    """Return a table with the paper's entries, in italics, in a line below each row's own."""
+    """Return a table with the paper's entries, in italics, in a line below each row's own.
+
+    Where there are any, the mean and the seconds are left out: papers print neither, and their
+    tables are wide.
+    """
+    if published:
+        frame = frame.drop(columns=[MEAN, SECONDS], errors="ignore")
     lines: list[dict[str, str]] = []
     for record in frame.to_dict("records"):
         line = {str(name): str(value) for name, value in record.items()}

@@ -108,6 +108,27 @@ def test_a_quarter_of_any_size_moves_nothing_far(name: str, kind: str) -> None:
     assert holds == (name != "dnc" or kind in ("huge", "one point"))
 
 
+# Of eleven rows; the others hold against five.
+SMALLER = {"krum": 4, "multi-krum": 4, "bulyan": 2, "robust-filter": 2}
+
+
+@pytest.mark.parametrize("kind", ["huge", "one point", "opposite"])
+@pytest.mark.parametrize("name", all_but("mean", "fools-gold", "dnc"))
+def test_the_largest_tolerated_share_leaves_an_honest_size(name: str, kind: str) -> None:
+    rng = np.random.default_rng(2)
+    hostile = SMALLER.get(name, 5)
+    honest = rng.standard_normal((11, 60)) + 0.5
+    bad = {
+        "huge": np.full((hostile, 60), 1e30),
+        "one point": np.tile(1e6 * rng.standard_normal(60), (hostile, 1)),
+        "opposite": -1e3 * honest[:hostile],
+    }[kind]
+    rows = torch.from_numpy(np.concatenate((bad, honest[hostile:])))
+    root = torch.from_numpy(honest.mean(axis=0))
+    found = numpy64(apply(name, rows, hostile / 11, root).vector)
+    assert np.linalg.norm(found) < 1.5 * np.linalg.norm(honest, axis=1).max()
+
+
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_every_dtype(name: str, dtype: torch.dtype) -> None:

@@ -17,8 +17,12 @@ from numpy.typing import NDArray
 from fl_bgmd.aggregators import (
     bucketing,
     build_rule,
+    centered_clipping,
+    coordinate_median,
     covariance_agnostic_filter,
+    geometric_median,
     krum,
+    mean,
     mean_around_median,
     minimum_diameter_averaging,
     multi_krum,
@@ -74,6 +78,53 @@ def test_the_same_trimmed_mean(byzfl: Any, n: int, hostile: int) -> None:
 
 
 @pytest.mark.parametrize(("n", "hostile"), SHAPES)
+@pytest.mark.parametrize(("name", "rule"), [("Average", mean), ("Median", coordinate_median)])
+def test_the_same_mean_and_median(byzfl: Any, name: str, rule: Any, n: int, hostile: int) -> None:
+    rows = attacked(n, hostile)
+    found = rule(torch.from_numpy(rows)).vector.numpy()
+    np.testing.assert_allclose(found, getattr(byzfl, name)()(rows), atol=1e-9)
+
+
+@pytest.mark.parametrize(("n", "hostile"), SHAPES)
+def test_its_geometric_median_arrives_where_it_takes_enough_steps(
+    byzfl: Any, n: int, hostile: int
+) -> None:
+    rows = attacked(n, hostile)
+    found = geometric_median(torch.from_numpy(rows), tol=1e-9).vector.numpy()
+    np.testing.assert_allclose(found, byzfl.GeometricMedian(T=1000)(rows), atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(("n", "hostile"), SHAPES)
+def test_the_same_centered_clipping_and_the_same_a_round_later(
+    byzfl: Any, n: int, hostile: int, steps: int
+) -> None:
+    """It keeps the aggregate, which is where the next round starts."""
+    theirs = byzfl.CenteredClipping(L=steps, tau=2.0)
+    center = None
+    for number in range(2):
+        rows = attacked(n, hostile) + number
+        found = centered_clipping(
+            torch.from_numpy(rows), center=center, radius=2.0, iterations=steps
+        )
+        center = found.vector
+        np.testing.assert_allclose(center.numpy(), theirs(rows), atol=1e-9)
+
+
+@pytest.mark.parametrize(("n", "hostile"), SHAPES)
+def test_the_same_krum_where_it_is_told_one_hostile_row_more(
+    byzfl: Any, n: int, hostile: int
+) -> None:
+    """It counts a neighbor more (below); else Krum and Multi-Krum, of ``n - f`` rows, agree."""
+    rows = attacked(n, hostile)
+    updates, share = torch.from_numpy(rows), (hostile - 1) / n
+    one = krum(updates, byzantine_fraction=share).vector.numpy()
+    np.testing.assert_allclose(one, byzfl.Krum(hostile)(rows), atol=1e-9)
+    many = multi_krum(updates, byzantine_fraction=share, num_selected=n - hostile).vector.numpy()
+    np.testing.assert_allclose(many, byzfl.MultiKrum(hostile)(rows), atol=1e-9)
+
+
+@pytest.mark.parametrize(("n", "hostile"), SHAPES)
 @pytest.mark.parametrize("pivot", [0, 3])
 def test_monna_with_the_pivot_for_the_root(byzfl: Any, n: int, hostile: int, pivot: int) -> None:
     """Its default pivot is the first client, whoever that is: the first is hostile here."""
@@ -112,8 +163,29 @@ def test_its_krum_counts_one_neighbor_more(byzfl: Any) -> None:
     # has 2.25 + 4 + 9, 1 has 1 + 4 + 12.25.
     assert ours.tolist() == [1.0]
     assert theirs.tolist() == [3.0]
-    many = multi_krum(torch.from_numpy(rows), byzantine_fraction=0.34)
-    assert many.vector.shape == byzfl.MultiKrum(2)(rows).shape
+    # Of the four best rows ours has 8, for which three neighbors are one too many: theirs has 4.5.
+    many = multi_krum(torch.from_numpy(rows), byzantine_fraction=0.34).vector
+    assert many.tolist() == [(0 + 1 + 3 + 8) / 4]
+    assert byzfl.MultiKrum(2)(rows).tolist() == [(0 + 1 + 3 + 4.5) / 4]
+
+
+def test_its_geometric_median_takes_three_steps_from_zero(byzfl: Any) -> None:
+    """With four of nine rows far away each step leaves most of the way."""
+    rows = attacked(9, 0) + 20.0
+    rows[:4] = -1e6
+    honest = rows[4:].mean(axis=0)
+    theirs = np.linalg.norm(byzfl.GeometricMedian()(rows) - honest)
+    ours = np.linalg.norm(geometric_median(torch.from_numpy(rows)).vector.numpy() - honest)
+    assert theirs > 5 * ours
+
+
+def test_its_centered_clipping_takes_no_start(byzfl: Any) -> None:
+    """Its check of the type fails for every value: an array cannot be of both libraries."""
+    for start in (np.zeros(3), torch.zeros(3)):
+        with pytest.raises(TypeError, match="m must be of type"):
+            byzfl.CenteredClipping(m=start)
+    rows = torch.ones(3, 3)
+    assert centered_clipping(rows, center=torch.ones(3)).vector.tolist() == [1.0] * 3
 
 
 @pytest.mark.parametrize("rule", ["CAF", "SMEA"])

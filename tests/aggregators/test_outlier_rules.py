@@ -181,16 +181,73 @@ def test_a_row_that_is_not_finite_is_named_where_dnc_does_not_look() -> None:
 # --- gap filter ---------------------------------------------------------------------------------
 
 
-@given(update_matrices(min_n=3, kinds=("normal",)), st.sampled_from(FRACTIONS))
+@given(
+    update_matrices(min_n=3, kinds=("normal",)),
+    st.sampled_from(FRACTIONS),
+    st.sampled_from((1.0, 1.3, 3.0)),
+    st.sampled_from((2.0, 8.0, 20.0)),
+    st.sampled_from((0.0, 1.0, 3.0)),
+    st.integers(0, 2**32 - 1),
+)
 @few_examples
-def test_gap_filter_against_singular_values(updates: torch.Tensor, fraction: float) -> None:
+def test_gap_filter_against_singular_values(
+    updates: torch.Tensor, fraction: float, gap: float, far: float, decades: float, seed: int
+) -> None:
+    """Lengths spread over ``decades`` powers of ten: some beyond ``far`` and its square."""
+    spread = np.random.default_rng(seed).uniform(0, decades, (len(updates), 1))
+    updates = updates * torch.from_numpy(10.0**spread).to(updates.dtype)
     rows = numpy64(updates)
     hostile = math.floor(fraction * len(rows) + 1e-9)
-    result = gap_filter(updates, byzantine_fraction=fraction)
-    expected = peer_oracles.gap_filter(rows, hostile)
-    assert np.abs(numpy64(result.vector) - expected).max() <= 1e-3 * np.abs(rows).max()
+    result = gap_filter(updates, byzantine_fraction=fraction, gap=gap, far=far)
+    expected = peer_oracles.gap_filter(rows, hostile, gap, far)
+    median = np.sort(np.linalg.norm(rows, axis=1))[(len(rows) - 1) // 2]
+    assert np.linalg.norm(numpy64(result.vector) - expected) <= 1e-3 * median
     assert result.weights is not None
     assert float(result.weights.sum()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("longest", "options", "shares"),
+    [
+        # 7 is clipped to 1 and has a say; 65, beyond 8^2 = 64, is the one liar there may be.
+        (65.0, {"byzantine_fraction": 0.125}, [1, 1, 1, 1, 1, 0, 0, 0]),
+        # One more may be: of 1, 1, 1, -1, 1 with mean 0.6 the fourth has the largest square.
+        (65.0, {"byzantine_fraction": 0.25}, [1, 1, 1, 0, 1, 0, 0, 0]),
+        # 63 is out and not counted.
+        (63.0, {"byzantine_fraction": 0.125}, [1, 1, 1, 0, 1, 0, 0, 0]),
+        # Here 9 has a say as well, and nobody is beyond 10^2.
+        (65.0, {"byzantine_fraction": 0.125, "far": 10.0}, [1, 1, 1, 0, 1, 1, 0, 0]),
+        # And here 7 has none, and all beyond 6^2 = 36 are counted.
+        (65.0, {"byzantine_fraction": 0.25, "far": 6.0}, [1, 1, 1, 1, 0, 0, 0, 0]),
+    ],
+)
+def test_gap_filter_by_hand(longest: float, options: dict[str, float], shares: list[int]) -> None:
+    """Rows on a line, the median norm is 1: the top eigenvalue is the only one, and stands out."""
+    rows = torch.tensor([[1.0], [1.0], [1.0], [-1.0], [7.0], [9.0], [63.0], [longest]])
+    weights = gap_filter(rows, **options).weights  # type: ignore[arg-type]
+    assert weights is not None
+    assert weights.tolist() == pytest.approx([share / sum(shares) for share in shares])
+
+
+@pytest.mark.parametrize(("first", "second", "share"), [(14, 11, 1 / 50), (16, 12, 0.0)])
+def test_gap_filter_by_hand_with_a_next_direction(first: int, second: int, share: float) -> None:
+    """Pairs of opposite rows on two axes: eigenvalues as 14 to 11, or as 16 to 12, above 1.3."""
+    rows = torch.zeros(2 * (first + second), 2)
+    rows[: 2 * first, 0] = torch.tensor([1.0, -1.0]).repeat(first)
+    rows[2 * first :, 1] = torch.tensor([1.0, -1.0]).repeat(second)
+    weights = gap_filter(rows).weights
+    assert weights is not None
+    np.testing.assert_allclose(weights[: 2 * first], share, atol=1e-9)
+    np.testing.assert_allclose(weights[2 * first :], share or 1 / (2 * second), atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1])  # exactly as far out, and up to rounding
+def test_gap_filter_keeps_rows_that_are_all_equally_far_out(scale: float) -> None:
+    rows = scale * torch.tensor([[1.0, 3.0], [-1.0, -3.0]]).repeat(2, 1)
+    result = gap_filter(rows)
+    assert result.weights is not None
+    assert result.weights.tolist() == [0.25] * 4
+    assert result.vector.tolist() == [0.0, 0.0]
 
 
 def test_gap_filter_drops_rows_that_pull_together_and_no_others() -> None:

@@ -177,7 +177,7 @@ def test_a_comparison_sweeps_it(tmp_path: Path) -> None:
         *("none", "tmp_mod:my_attack", "tmp_mod:my_attack:3")
     ]
     [heads] = [t for t in (cells.parent / "table.md").read_text().splitlines() if "worst" in t]
-    names = ["", "none", "worst class", "tmp_mod:my_attack", "worst"]
+    names = ["", "none", "worst class", "tmp_mod:my_attack", "worst", "mean", "s / round"]
     assert [text.strip() for text in heads[1:-1].split("|")] == names
 
 

@@ -2,7 +2,8 @@
 
 The SuperNode still fetches the honest app from the SuperLink and runs it; what leaves the machine
 is decided here. ``HOSTILE`` is ``bit-flip`` (-100 times the update) or ``malformed`` (another
-broken reply in each round, at last none).
+broken reply in each round, at last none). ``KEPT``, if given, is a file for a line a message: the
+round, and what the client had kept in its context before.
 """
 
 import os
@@ -50,6 +51,9 @@ if any("flwr-clientapp" in argument for argument in sys.orig_argv):
 
     def hostile(self, message, context):
         """Run the honest app, then lie."""
+        if "KEPT" in os.environ:
+            with open(os.environ["KEPT"], "a") as file:
+                print(message.content["config"]["server-round"], *context.state, file=file)
         reply = honest(self, message, context)
         lie(message, reply)
         return reply

@@ -50,6 +50,7 @@ CONFIG: Config = {
     "num-server-rounds": ROUNDS,
     "local-steps": 30,
     "learning-rate": 0.1,
+    "client-momentum": 0.2,  # more, and a node that falls silent costs a run as short as this one
     "round-timeout": float(DEADLINE),
 }
 
@@ -251,6 +252,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
             hostile = {}
             if i in HOSTILE:
                 hostile = {"PYTHONPATH": str(TESTS / "hostile_node"), "HOSTILE": HOSTILE[i]}
+                hostile["KEPT"] = str(node.folder / "kept")
             node.deploy("start", f"supernode-{i}", **hostile)
         yield Federation(network, link, operator, nodes, ids, impairment)
     finally:
@@ -449,6 +451,17 @@ def test_run_resumes_from_its_checkpoint_after_the_superlink_was_killed(outcome:
     assert f"[ROUND {done}/{ROUNDS}]" not in outcome.after
     assert f"[ROUND {LINK_KILLED_IN_ROUND}/{ROUNDS}]" in outcome.after
     assert [entry["round"] for entry in outcome.rounds] == list(range(ROUNDS + 1))
+
+
+def test_momentum_is_kept_on_the_node_and_starts_anew_with_a_run(
+    federation: Federation, outcome: Outcome
+) -> None:
+    lines = (federation.nodes[FLIPPED].folder / "kept").read_text().splitlines()
+    assert outcome.record["config"]["client-momentum"] == CONFIG["client-momentum"]
+    begun = [int(line) for line in lines if " " not in line]  # with nothing that was kept
+    assert begun == [1, LINK_KILLED_IN_ROUND]
+    assert len(lines) >= ROUNDS
+    assert {line.partition(" ")[2] for line in lines} == {"", "fl-bgmd.momentum"}
 
 
 def test_accuracy_is_that_of_the_honest_nodes(outcome: Outcome) -> None:

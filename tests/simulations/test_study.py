@@ -21,7 +21,15 @@ from simulations.cli import main
 from simulations.config import ConfigError
 from simulations.experiment import RunResult
 from simulations.report.study import table_of
-from simulations.report.tables import WORST, accuracies, accuracy_means, chosen
+from simulations.report.tables import (
+    MEAN,
+    SECONDS,
+    WORST,
+    accuracies,
+    accuracy_means,
+    chosen,
+    with_published,
+)
 from simulations.runner import line_of, result_of, run_cells
 from simulations.study import Study, attack_columns, read_study, split_attacks, strategy_rows
 
@@ -201,7 +209,8 @@ def test_compare_attacks_writes_table_heat_map_and_cells(
     # none 1, sign-flip 1, ipm 3 strengths.
     assert len(lines) == 2 * 2 * 5
     table = table_rows(folder)
-    assert table[0] == ["", "none", "worst class", "sign-flip", "ipm", "worst"]
+    names = ["", "none", "worst class", "sign-flip", "ipm", "worst", "mean", "s / round"]
+    assert table[0] == names
     for (label, *entries), name in zip(table[2:], ("mean", "gmd"), strict=True):
         assert label == name
         values = [float(entry.partition(" ± ")[0]) for entry in entries]
@@ -213,6 +222,7 @@ def test_compare_attacks_writes_table_heat_map_and_cells(
         worst_ipm = min(value for attack, value in means.items() if attack.startswith("ipm"))
         assert values[3] == pytest.approx(worst_ipm, abs=0.051)
         assert values[4] == min(values[0], values[2], values[3])
+        assert values[5] == pytest.approx((values[2] + values[3]) / 2, abs=0.101)
         least = [min(line["class-accuracies"]) for line in own if line["column"] == "none"]
         assert values[1] == pytest.approx(50 * sum(least), abs=0.051)
     assert (folder / "heatmap.png").read_bytes().startswith(b"\x89PNG")
@@ -271,7 +281,7 @@ def test_a_study_with_an_idle_attack_fails_and_says_so(
     assert main(["compare", *options, *arguments]) == 1
     assert "attack delayed was not played" in capsys.readouterr().err
     [folder] = tmp_path.iterdir()
-    assert table_rows(folder)[-1][-2:] == ["failed", "failed"]
+    assert table_rows(folder)[-1][2:5] == ["failed", "failed", "failed"]
 
 
 def die_while_reporting() -> None:
@@ -306,20 +316,22 @@ def test_a_failed_run_makes_its_cell_and_the_worst_unknown() -> None:
     assert list(means.columns) == ["none", "zero", WORST]
     assert means.loc["gmd", "none"] == 0.5
     assert means.loc["gmd", ["zero", WORST]].isna().all()
-    assert accuracies(lines).iloc[0].tolist()[-2:] == ["failed", "failed"]
+    shown = accuracies(lines).iloc[0]
+    assert shown[["zero", WORST, MEAN]].tolist() == ["failed"] * 3
 
 
 def test_a_run_that_is_missing_has_not_failed() -> None:
     there = [line("gmd", column, 0) for column in ("none", "zero")] + [line("cmd", "none", 0)]
     shown = accuracies([x | {"class-accuracies": [0.5]} for x in there]).set_index("")
-    assert shown.loc["cmd", ["none", "zero", WORST]].tolist() == ["50.0", "-", "-"]
+    assert shown.loc["cmd", ["none", "zero", WORST, MEAN]].tolist() == ["50.0", "-", "-", "-"]
     assert shown.loc["gmd", "zero"] == "50.0"
 
 
 def line(row: str, column: str, seed: int, **more: Any) -> dict[str, Any]:
     group = column.partition(":")[0]
-    said = {"status": "finished", "final-accuracy": 0.5, **more}
-    return {"row": row, "column": column, "group": group, "seed": seed, **said}
+    said = {"status": "finished", "final-accuracy": 0.5, "seconds-per-round": math.nan, **more}
+    setting = {"attack": column}
+    return {"row": row, "column": column, "group": group, "seed": seed, "setting": setting, **said}
 
 
 def test_details_are_the_least_class_and_the_most_successful_backdoor() -> None:
@@ -335,10 +347,12 @@ def test_details_are_the_least_class_and_the_most_successful_backdoor() -> None:
         )
     ]
     table = accuracies(lines)
-    assert list(table) == ["", "none", "worst class", "backdoor", "backdoor success", "worst"]
-    assert table.iloc[0].tolist() == ["gmd", "50.0 ± 0.0", "30.0", "50.0 ± 0.0", "70.0", "50.0"]
+    names = ["", "none", "worst class", "backdoor", "backdoor success", "worst", "mean"]
+    assert list(table) == [*names, SECONDS]
+    entries = ["gmd", "50.0 ± 0.0", "30.0", "50.0 ± 0.0", "70.0", "50.0", "50.0", "-"]
+    assert table.iloc[0].tolist() == entries
     clean = [found for found in lines if found["column"] == "none"]
-    assert list(accuracies(clean)) == ["", "none", "worst class", "worst"]
+    assert list(accuracies(clean)) == ["", "none", "worst class", "worst", SECONDS]
     lines[-1]["status"] = "failed"
     assert accuracies(lines)["backdoor success"].tolist() == ["failed"]
 
@@ -355,7 +369,41 @@ def test_the_scatter_is_that_of_the_worst_strength() -> None:
             ("zero", 1, 0.7),
         )
     ]
-    assert accuracies(lines).iloc[0].tolist() == ["gmd", "70.0 ± 0.0", "50.0 ± 14.1", "50.0"]
+    entries = accuracies(lines).iloc[0].tolist()
+    assert entries == ["gmd", "70.0 ± 0.0", "50.0 ± 14.1", "50.0", "60.0", "-"]
+
+
+def test_the_mean_is_over_the_attacks_and_seconds_are_of_the_runs_without_one() -> None:
+    lines = [
+        line("gmd", column, seed, **{"final-accuracy": accuracy, "seconds-per-round": seconds})
+        for column, seed, accuracy, seconds in (
+            ("none", 0, 0.9, 1.0),
+            ("none", 1, 0.9, 2.0),
+            ("zero", 0, 0.7, 8.0),
+            ("zero", 1, 0.7, 8.0),
+            ("ipm", 0, 0.3, 5.0),
+            ("ipm", 1, 0.5, 7.0),
+        )
+    ]
+    for found in lines:
+        found["class-accuracies"] = None
+    shown = accuracies(lines)
+    assert shown[[WORST, MEAN, SECONDS]].iloc[0].tolist() == ["40.0", "55.0", "1.50"]
+    assert accuracies(lines[2:])[[MEAN, SECONDS]].iloc[0].tolist() == ["55.0", "7.00"]
+    # What a paper printed stands beside the accuracies alone.
+    assert list(with_published(shown, {"zero": {"gmd": "71.0"}})) == [
+        *("", "none", "worst class", "zero", "ipm", WORST)
+    ]
+    assert list(with_published(shown, {})) == list(shown)
+    # A clean run that failed leaves the mean of the others, and no seconds.
+    lines[0]["status"] = "failed"
+    shown = accuracies(lines)
+    assert shown[["none", WORST, MEAN, SECONDS]].iloc[0].tolist() == [
+        "failed",
+        "failed",
+        "55.0",
+        "-",
+    ]
 
 
 def test_an_incomplete_cell_is_not_a_mean_of_what_is_there() -> None:
@@ -415,7 +463,8 @@ def test_compare_from_python_keeps_rounds_and_table(tmp_path: Path) -> None:
     )
     assert len(rounds) == 4 * (3 + 1)
     assert list(result.frame["row"]) == ["gmd", "gmd", "mean", "mean"]
-    assert list(result.table.columns) == ["", "none", "worst class", "zero", "worst"]
+    names = ["", "none", "worst class", "zero", "worst", "mean", "s / round"]
+    assert list(result.table.columns) == names
     frame = result.runs["gmd", "zero", 0].frame
     assert list(frame.index) == [0, 1, 2, 3]
     assert frame["accepted"].dropna().tolist() == [10, 10, 10]

@@ -27,7 +27,7 @@ ATTACKED = pd.DataFrame(
         **{"worst class": ["80.0", ""]},
         **{"bit-flip": ["61.0 ± 0.2", "*60*"], "alie": ["88.0 ± 0.2", ""]},
         **{"backdoor": ["71.0 ± 0.2", ""], "backdoor success": ["90.0", ""]},
-        "worst": ["61.0", ""],
+        **{"worst": ["61.0", ""], "mean": ["73.3", ""], "s / round": ["1.00", ""]},
     }
 )
 
@@ -50,9 +50,15 @@ def columns_of(text: str) -> list[str]:
         (DETAILS, 60, ["strategy", "status", "final"]),
         (DETAILS, 10, ["strategy", "final"]),
         (ATTACKED, 200, list(ATTACKED)),
-        (ATTACKED, 80, ["", "none", "bit-flip", "alie", "backdoor", "worst"]),
-        (ATTACKED, 65, ["", "none", "bit-flip", "backdoor", "worst"]),
-        (ATTACKED, 52, ["", "none", "bit-flip", "worst"]),
+        (
+            ATTACKED,
+            110,
+            [name for name in ATTACKED if name not in ("s / round", "backdoor success")],
+        ),
+        (ATTACKED, 87, ["", "none", "bit-flip", "alie", "backdoor", "worst", "mean"]),
+        (ATTACKED, 72, ["", "none", "bit-flip", "backdoor", "worst", "mean"]),
+        (ATTACKED, 59, ["", "none", "bit-flip", "worst", "mean"]),
+        (ATTACKED, 46, ["", "none", "worst", "mean"]),
         (ATTACKED, 10, ["", "none", "worst"]),
     ],
 )
