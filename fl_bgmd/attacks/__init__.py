@@ -54,7 +54,14 @@ from .block_memory import (
 )
 
 # isort: split
-from .directed import directed_deviation, fang, fang_krum, krum_deviation, two_groups
+from .directed import (
+    directed_deviation,
+    disguised,
+    fang,
+    fang_krum,
+    krum_deviation,
+    two_groups,
+)
 
 # isort: split
 from .optimal import optimal_alie, optimal_ipm, optimal_min_max
@@ -98,6 +105,7 @@ __all__ = [
     "dba",
     "delayed",
     "directed_deviation",
+    "disguised",
     "fang",
     "fang_krum",
     "free_rider",

@@ -19,6 +19,7 @@ from .view import Pipeline
 
 _BEYOND = (1.0, 1.25, 2.0, 5.0)
 _LENGTHS = (0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 20.0)
+_DISGUISES = tuple(itertools.product((0.25, 0.5, 1.0, 2.0, 5.0), (0.5, 1.0, 2.0, 5.0)))
 _OF_GROUPS = tuple(
     itertools.product((0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 1.0), (0.3, 0.5, 0.7, 0.85, 1.0))
 )
@@ -163,6 +164,59 @@ def two_groups(
         return lies((length, width))
     blind = (0.7, width)
     return lies(searched(lies, _OF_GROUPS, honest, memory, pipeline, every, blind=blind))
+
+
+@attack("this project", sweep=(None, 1.0), players=2)
+def disguised(
+    honest: Tensor,
+    colluders: Tensor,
+    memory: dict[str, Any],
+    pipeline: Pipeline | None,
+    length: Strength | None = None,
+    width: Strength = 1.0,
+    every: Count = SEARCH_EVERY,
+) -> Tensor:
+    """Return lies that agree in what they do and look as if their senders had nothing in common.
+
+    Colluders who send equal rows are found by rules that look for clients who are too much alike.
+    These are pulls against the honest mean, each beside what its sender's own update has apart from
+    the other colluders' ones: the wider that is, the smaller are the cosines between lies.
+
+    Parameters
+    ----------
+    honest : Tensor
+        (h, d).
+    colluders : Tensor
+        (m, d): the updates that they trained.
+    memory : dict
+        Its own, from round to round.
+    pipeline : Pipeline or None
+        See :class:`.view.View`.
+    length : float, optional
+        Against the mean, in median honest norms. By default it and the width are searched (without
+        the rule: 1).
+    width : float
+        Of the own part, in median honest norms; of a length that is given.
+    every : int
+        Rounds between two searches.
+
+    Returns
+    -------
+    Tensor
+        (m, d): a row for each of those who play it.
+    """
+    norm = _median_norm(honest)
+    against = -torch.nn.functional.normalize(honest.mean(0), dim=0)
+    own = torch.nn.functional.normalize(colluders - colluders.mean(0), dim=1)
+
+    def lies(strength: tuple[float, float]) -> Tensor:
+        length, width = strength
+        return norm * (length * against + width * own)
+
+    if length is not None:
+        return lies((length, width))
+    blind = (1.0, width)
+    return lies(searched(lies, _DISGUISES, honest, memory, pipeline, every, blind=blind))
 
 
 def _median_norm(rows: Tensor) -> float:

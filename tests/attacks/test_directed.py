@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from views import deployed, honest_rows, lie_of, view_of
 
-from fl_bgmd.aggregators import krum
+from fl_bgmd.aggregators import fools_gold, krum
 from fl_bgmd.aggregators.directions import top_of_few
 from fl_bgmd.aggregators.rows import gram_matrix
-from fl_bgmd.attacks import ATTACKS, fang_krum, krum_deviation, two_groups
+from fl_bgmd.attacks import ATTACKS, disguised, fang_krum, krum_deviation, two_groups
 
 
 def picked(honest: torch.Tensor, size: float, f: int) -> bool:
@@ -115,3 +115,28 @@ def test_two_groups_find_the_strength_that_harms_most() -> None:
     moved = float(pipeline(searched) @ honest.mean(0))
     assert moved <= float(pipeline(two_groups(honest, honest[:4], {}, None)) @ honest.mean(0))
     assert torch.equal(searched, two_groups(honest, honest[:4], memory, pipeline, every=12))
+
+
+def test_disguised_lies_pull_together_and_look_apart() -> None:
+    honest = honest_rows(10, 500)
+    mean, norm = honest.mean(0), honest.norm(dim=1).median()
+    lies = disguised(honest, honest[:4], {}, None, 1.0, width=5.0)
+    against = lies @ mean / mean.norm()
+    assert float(against.mean()) == pytest.approx(-float(norm), rel=0.5)
+    cosines = torch.corrcoef(lies)[~torch.eye(4, dtype=torch.bool)]
+    alike = torch.corrcoef(disguised(honest, honest[:4], {}, None, 1.0, width=0.1))
+    assert float(cosines.max()) < 0.0 < 0.9 < float(alike.min())
+
+
+def test_disguised_colluders_get_past_a_rule_that_looks_for_clients_who_are_alike() -> None:
+    honest = honest_rows(10, 500) - honest_rows(10, 500).mean(0) / 2
+    lies = disguised(honest, honest[:4], {}, deployed("fools-gold", honest))
+    equal = -honest.mean(0).expand(4, -1)
+
+    def share(sent: torch.Tensor) -> float:
+        weights = fools_gold(torch.cat([sent, honest])).weights
+        assert weights is not None
+        return float(weights[:4].sum() / weights.sum())
+
+    assert share(equal) < 0.01
+    assert share(lies) > 0.25
