@@ -218,6 +218,24 @@ def test_the_set_ups_are_the_paper_s() -> None:
         assert config["weight-decay"] == 1e-4
 
 
+def test_what_was_printed_stands_beside_the_set_up_that_it_is_of() -> None:
+    """The slides' figures beside the paper's, and none beside another network."""
+    assert "82.11" in paper("table2-fashion-mnist").published["impulse-40"]["BGmD"]
+    assert "87.56" in paper("table4-cifar10").published["bit-flip-20"]["BGmD"]
+    variant = paper("table4-cifar10-small-cnn")
+    assert not variant.published
+    configs = [table.cells()[0].config for table in (paper("table4-cifar10"), variant)]
+    assert [config.pop("model") for config in configs] == ["resnet18", "small-cnn"]
+    assert configs[0] == configs[1]
+
+
+def test_mnist_of_the_authors_code_has_adam_on_the_server() -> None:
+    config = paper("table3-mnist-authors-code").cells()[0].config
+    assert (config["server-optimizer"], config["server-learning-rate"]) == ("adam", 0.002)
+    assert (config["num-clients"], config["batch-size"]) == (8, 32)
+    assert config["num-server-rounds"] == 2344
+
+
 def test_figures_of_the_paper_are_numbers_or_dashes() -> None:
     for name in papers():
         for entries in paper(name).published.values():
