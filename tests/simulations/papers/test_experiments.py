@@ -32,6 +32,7 @@ from simulations.papers.diggavi import (
     theorem_gamma,
 )
 from simulations.papers.figures import (
+    BLOCKS,
     draw_complexity,
     draw_speedup,
     draw_tolerance,
@@ -393,11 +394,13 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
         tmp_path / "cost", seeds=1, done=seen.append, sizes=(100, 1000), counts=(4, 8)
     ).read_text()
     assert "| GmD, Weiszfeld " in table
+    assert table.count("| printed, Gram ") == table.count("| guarded, Gram ") == 1
     table = draw_speedup(
         tmp_path / "speed", seeds=1, done=seen.append, rounds=3, model="tiny-cnn", clients=5
     ).read_text()
-    assert "| GmD, Gram / BGmD, Gram " in table
-    assert len(seen) == 8 + 4 + 5
+    for version in ("printed", "guarded"):
+        assert f"| GmD, Gram / BGmD {version}, Gram " in table
+    assert len(seen) == 8 + 4 + 7
     table = draw_tolerance(
         tmp_path / "eps", seeds=1, done=seen.append, shape=(8, 100), tolerances=(0.1, 1e-6)
     ).read_text()
@@ -414,6 +417,12 @@ def test_a_rule_is_broken_where_its_error_grows_with_the_lie() -> None:
     assert min(mean[1:]) > 1e5
     assert max(median) < 20
     assert math.isnan(worst_error("smea", 9, 20, 20, 1))  # too many subsets
+
+
+def test_one_liar_breaks_a_block_with_the_printed_memory_and_not_with_the_guarded_one() -> None:
+    printed, guarded = (worst_error(spec, 1, 10, 40, 1, rounds=10) for spec in BLOCKS.values())
+    assert printed > 1e4
+    assert guarded < 20
 
 
 def test_every_name_can_be_reproduced() -> None:
