@@ -341,6 +341,21 @@ def test_only_runs_with_the_same_configuration_count_as_finished(
     assert not finished_before(cells, tmp_path)
 
 
+def test_a_line_keeps_what_the_curves_draw(tiny: Study) -> None:
+    """Sums of what adds up, means of the rest, over the rounds since the last evaluation."""
+    rounds = [
+        {"round": 0, "accuracy": 0.1},
+        {"round": 1, "bytes-up": 5, "residual-ratio": 0.2},
+        {"round": 2, "bytes-up": 6, "residual-ratio": 0.4, "accuracy": 0.3},
+        {"round": 3, "bytes-up": 7, "accuracy": 0.5},
+    ]
+    history = RunResult(tiny.cells()[0].config, rounds).milestones
+    assert history[0] == {"round": 0, "accuracy": 0.1}
+    assert history[1].pop("residual-ratio") == pytest.approx(0.3)
+    assert history[1] == {"round": 2, "accuracy": 0.3, "bytes-up": 11}
+    assert history[2] == {"round": 3, "accuracy": 0.5, "bytes-up": 7}
+
+
 def test_the_table_says_what_it_stands_on(tiny: Study) -> None:
     short = tiny.changed(epochs=2, seeds=2)
     config = short.cells()[0].config
