@@ -47,6 +47,7 @@ OnRound = Callable[[int, float | None], None]
 
 
 _SUMMED = ("seconds", "cpu-seconds", "bytes-up", "bytes-down", "accepted", "rejected")
+_AVERAGED = ("train-loss", "residual-ratio", "memory-norm", "compression-error")
 
 
 @dataclass
@@ -132,13 +133,18 @@ class RunResult:
 
     @property
     def milestones(self) -> list[dict[str, Any]]:
-        """The evaluated rounds, each with the sums over the rounds since the one before."""
-        found, sums = [], Counter[str]()
+        """The evaluated rounds, each with sums and means over the rounds since the one before."""
+        found, sums, counts = [], Counter[str](), Counter[str]()
         for entry in self.rounds:
-            sums.update({key: float(entry[key]) for key in _SUMMED if key in entry})
+            given = [key for key in (*_SUMMED, *_AVERAGED) if key in entry]
+            sums.update({key: float(entry[key]) for key in given})
+            counts.update(given)
             if "accuracy" in entry:
-                found.append({"round": entry["round"], "accuracy": entry["accuracy"], **sums})
+                means = {key: sums[key] / counts[key] for key in _AVERAGED if key in sums}
+                told = {"round": entry["round"], "accuracy": entry["accuracy"]}
+                found.append({**told, **sums, **means})
                 sums.clear()
+                counts.clear()
         return found
 
     @property

@@ -178,7 +178,14 @@ def run_curve(curve: Curve, seed: int, problem: Problem) -> Array:
             errors = wanted - sent
             step = thresholded(sent, curve.dropped)
         else:
+            own = lies.clone() if curve.attack == "ascent-after" else lies
             sent = l1_sign(gradients, out=gradients)
+            lies = sent[: curve.hostile]
+            if curve.attack == "gaussian-after":
+                lies += NOISE_VARIANCE**0.5 * torch.randn(lies.shape, generator=generator)
+            elif curve.attack == "ascent-after":
+                lengths = lies.norm(dim=1, keepdim=True) / own.norm(dim=1, keepdim=True)
+                sent[: curve.hostile] = -0.9 * lengths * own
             step = problem.step * thresholded(sent, curve.dropped)
         weights = weights - step
         if isinstance(problem, Regression):

@@ -31,8 +31,12 @@ class Curve:
         2 as it is printed, with the step size twice; the same with the step of Remark 11.
     feedback : bool
         Algorithm 2, with the step size once, instead of Algorithm 1.
-    attack : {"gaussian", "ascent", "label-shift", "random-labels"}
-        N(0, 10 I) added to the gradient, -0.9 times it, or the gradient of wrong labels.
+    attack : {"gaussian", "ascent", "label-shift", "random-labels", "gaussian-after", \
+"ascent-after"}
+        N(0, 10 I) added to the gradient, -0.9 times it, or the gradient of wrong labels, which
+        hostile workers compress as the others do (Option I). The last two are sent uncompressed
+        (Option II, Algorithm 1 only): N(0, 10 I) added to what honest workers would send, and the
+        gradient's opposite, 0.9 times as long as that.
     """
 
     label: str

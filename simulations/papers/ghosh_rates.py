@@ -127,8 +127,6 @@ def statistical_errors(folder: Path, *, seeds: int, done: Done) -> list[dict[str
     for (sweep, sender), errors in found.items():
         x, y = np.log(list(errors)), np.log(list(errors.values()))
         line = {"against": sweep, "sent": sender}
-        ends = list(errors.items())
-        line["first"] = f"{ends[0][1]:.2g} at {ends[0][0]:g}"
-        line["last"] = f"{ends[-1][1]:.2g} at {ends[-1][0]:g}"
+        line["error left"] = "; ".join(f"{error:.2g} at {at:g}" for at, error in errors.items())
         lines.append(line | {"slope": f"{np.polyfit(x, y, 1)[0]:.2f}"})
     return lines

@@ -3,6 +3,11 @@
 Algorithm 3: clients go H steps of their own before they send how far they came, quantized; the
 server takes the geometric median of a block, with its memory. The problem is that of
 :class:`.quadratic.Quadratic`; the bounds in :mod:`.theory` are those of H = 1 without quantization.
+
+Two lines of the printed algorithm are taken for misprints. Line 24 has ``P = gamma_t G + M``, but
+what clients send contains the step size: here ``P = G + M``. Line 25 aggregates ``C_k(G)``, which
+would leave the memory without any use: here ``C_k(P)``, as in Algorithm 1. The slides' memory M^s
+has a row for each client (``per-client``); ``mean`` is that of Algorithm 1.
 """
 
 import math
@@ -61,7 +66,7 @@ class Outcome:
 
 
 def run(problem: LocalSteps, seed: int) -> Outcome:
-    """Run Algorithm 3."""
+    """Run Algorithm 3; the module says where it is not to the letter."""
     generator = torch.Generator().manual_seed(seed)
     n, d, good = problem.good + problem.corrupt, problem.dimensions, problem.good
     quantizer = QSGD(problem.levels, bucket=0)
@@ -129,8 +134,10 @@ def bound_of_distance(problem: LocalSteps, sigma: float) -> float:
 
 
 CASES = {
-    "printed, nobody lies": LocalSteps(),
-    "printed, 4 of 19 lie": LocalSteps(corrupt=4),
+    "mean, nobody lies": LocalSteps(),
+    "mean, 4 of 19 lie": LocalSteps(corrupt=4),
+    "per client, nobody lies": LocalSteps(memory="per-client"),
+    "per client, 4 of 19 lie": LocalSteps(corrupt=4, memory="per-client"),
     "guarded, 4 of 19 lie": LocalSteps(corrupt=4, memory="robust"),
 }
 STEPS = (1, 5, 20)

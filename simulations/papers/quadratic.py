@@ -24,8 +24,9 @@ class Quadratic:
         Smallest and largest curvature: mu and L.
     noise : float
         Norm of a row's noise, as a root of its mean square.
-    memory : {"mean", "robust"}
-        Of Algorithm 1 as printed, or this project's.
+    memory : {"mean", "per-client", "robust"}
+        Of Algorithm 1 as printed; a row for each client, as the slides' Algorithm 3 has it (with
+        local steps only); or this project's.
     share_of_step : float
         gamma in units of 1 / L: 1/2 in Theorem 1, 1/4 in Theorem 2.
     iterations : int
@@ -39,7 +40,7 @@ class Quadratic:
     mu: float = 0.2
     smooth: float = 1.0
     noise: float = 0.5
-    memory: Literal["mean", "robust"] = "mean"
+    memory: Literal["mean", "per-client", "robust"] = "mean"
     share_of_step: float = 0.25
     iterations: int = 300
 

@@ -32,6 +32,7 @@ from simulations.papers.diggavi import (
     theorem_gamma,
 )
 from simulations.papers.figures import (
+    BLOCKS,
     draw_complexity,
     draw_speedup,
     draw_tolerance,
@@ -218,6 +219,24 @@ def test_the_set_ups_are_the_paper_s() -> None:
         assert config["weight-decay"] == 1e-4
 
 
+def test_what_was_printed_stands_beside_the_set_up_that_it_is_of() -> None:
+    """The slides' figures beside the paper's, and none beside another network."""
+    assert "82.11" in paper("table2-fashion-mnist").published["impulse-40"]["BGmD"]
+    assert "87.56" in paper("table4-cifar10").published["bit-flip-20"]["BGmD"]
+    variant = paper("table4-cifar10-small-cnn")
+    assert not variant.published
+    configs = [table.cells()[0].config for table in (paper("table4-cifar10"), variant)]
+    assert [config.pop("model") for config in configs] == ["resnet18", "small-cnn"]
+    assert configs[0] == configs[1]
+
+
+def test_mnist_of_the_authors_code_has_adam_on_the_server() -> None:
+    config = paper("table3-mnist-authors-code").cells()[0].config
+    assert (config["server-optimizer"], config["server-learning-rate"]) == ("adam", 0.002)
+    assert (config["num-clients"], config["batch-size"]) == (8, 32)
+    assert config["num-server-rounds"] == 2344
+
+
 def test_figures_of_the_paper_are_numbers_or_dashes() -> None:
     for name in papers():
         for entries in paper(name).published.values():
@@ -322,6 +341,21 @@ def test_only_runs_with_the_same_configuration_count_as_finished(
     assert not finished_before(cells, tmp_path)
 
 
+def test_a_line_keeps_what_the_curves_draw(tiny: Study) -> None:
+    """Sums of what adds up, means of the rest, over the rounds since the last evaluation."""
+    rounds = [
+        {"round": 0, "accuracy": 0.1},
+        {"round": 1, "bytes-up": 5, "residual-ratio": 0.2},
+        {"round": 2, "bytes-up": 6, "residual-ratio": 0.4, "accuracy": 0.3},
+        {"round": 3, "bytes-up": 7, "accuracy": 0.5},
+    ]
+    history = RunResult(tiny.cells()[0].config, rounds).milestones
+    assert history[0] == {"round": 0, "accuracy": 0.1}
+    assert history[1].pop("residual-ratio") == pytest.approx(0.3)
+    assert history[1] == {"round": 2, "accuracy": 0.3, "bytes-up": 11}
+    assert history[2] == {"round": 3, "accuracy": 0.5, "bytes-up": 7}
+
+
 def test_the_table_says_what_it_stands_on(tiny: Study) -> None:
     short = tiny.changed(epochs=2, seeds=2)
     config = short.cells()[0].config
@@ -375,11 +409,13 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
         tmp_path / "cost", seeds=1, done=seen.append, sizes=(100, 1000), counts=(4, 8)
     ).read_text()
     assert "| GmD, Weiszfeld " in table
+    assert table.count("| printed, Gram ") == table.count("| guarded, Gram ") == 1
     table = draw_speedup(
         tmp_path / "speed", seeds=1, done=seen.append, rounds=3, model="tiny-cnn", clients=5
     ).read_text()
-    assert "| GmD, Gram / BGmD, Gram " in table
-    assert len(seen) == 8 + 4 + 5
+    for version in ("printed", "guarded"):
+        assert f"| GmD, Gram / BGmD {version}, Gram " in table
+    assert len(seen) == 8 + 4 + 7
     table = draw_tolerance(
         tmp_path / "eps", seeds=1, done=seen.append, shape=(8, 100), tolerances=(0.1, 1e-6)
     ).read_text()
@@ -396,6 +432,12 @@ def test_a_rule_is_broken_where_its_error_grows_with_the_lie() -> None:
     assert min(mean[1:]) > 1e5
     assert max(median) < 20
     assert math.isnan(worst_error("smea", 9, 20, 20, 1))  # too many subsets
+
+
+def test_one_liar_breaks_a_block_with_the_printed_memory_and_not_with_the_guarded_one() -> None:
+    printed, guarded = (worst_error(spec, 1, 10, 40, 1, rounds=10) for spec in BLOCKS.values())
+    assert printed > 1e4
+    assert guarded < 20
 
 
 def test_every_name_can_be_reproduced() -> None:

@@ -91,6 +91,24 @@ def test_thresholding_converges_with_many_hostile_workers(attack: str) -> None:
     assert history[-1] < 0.5 * run_curve(Curve("", 60, 0, attack=attack), 0, SMALL)[-1]
 
 
+def test_lies_after_the_compression_are_what_was_said() -> None:
+    """One step of Algorithm 1 by hand: 4 of 200 send -0.9 g, as long as l1-sign of it."""
+    problem = replace(SMALL, iterations=1)
+    found = run_curve(Curve("", 4, 6, attack="ascent-after"), 0, problem)
+    task = problem.draw(Curve("", 4, 6), torch.Generator().manual_seed(0))
+    rows = task.gradients(task.start)
+    sent = l1_sign(rows)
+    sent[:4] = -0.9 * rows[:4] / rows[:4].norm(dim=1, keepdim=True) * sent[:4].norm(dim=1)[:, None]
+    kept = sent.norm(dim=1).argsort()[: 200 - 6]
+    expected = task.measure(task.start - problem.step / 194 * sent[kept].sum(0))
+    assert found[1] == pytest.approx(expected, rel=1e-5)
+    noisy, compressed = (
+        run_curve(Curve("", 4, 6, attack=attack), 0, problem)[1]
+        for attack in ("gaussian-after", "gaussian")
+    )
+    assert noisy != compressed
+
+
 def test_a_seed_fixes_a_curve() -> None:
     curve = Curve("", 10, 12)
     first, second, other = (run_curve(curve, seed, SMALL) for seed in (1, 1, 2))
