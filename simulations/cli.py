@@ -216,10 +216,10 @@ def compare(
 def reproduce(
     name: Annotated[str, Argument(metavar="NAME")],
     seeds: Annotated[
-        int | None, Option(help="Repetitions (default: as many as in the paper)", metavar="N")
+        int | None, Option(help="Repetitions (default: the study's own)", metavar="N")
     ] = None,
     epochs: Annotated[
-        float | None, Option(help="Length of the runs (default: as in the paper)", metavar="X")
+        float | None, Option(help="Length of the runs (default: the study's own)", metavar="X")
     ] = None,
     row: OneRow = None,
     column: OneColumn = None,
