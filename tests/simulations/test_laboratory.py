@@ -78,6 +78,7 @@ def test_every_attack_of_the_papers_and_peers_is_there() -> None:
         *("fang-krum", "optimal-alie", "optimal-ipm", "optimal-min-max", "consistent", "rop"),
         *("backdoor", "label-shift", "random-labels", "image-noise", "impulse", "blur"),
         *("badnets", "model-replacement", "dba", "label-flip", "other-world", "two-groups"),
+        "disguised",
     }
 
 
@@ -106,7 +107,7 @@ def test_strengths_of_the_paper_and_of_the_authors_code() -> None:
     assert code == {"bit-flip": {"": 5.0}, "gaussian": {"cifar10": 100.0}, "backdoor": {"": 0}}
     again = read_study(PAPERS / "table2-fashion-mnist-authors-code.toml")
     assert {str(cell.config["attack"]) for cell in again.cells()} == {
-        *("none", "bit-flip:5", "gaussian:10", "backdoor:0")
+        *("none", "bit-flip:5", "gaussian:10", "backdoor:0", "impulse")
     }
 
 
