@@ -1,6 +1,6 @@
 """The gap filter before the block and its memory: what BGMD gains by it, in the same runs.
 
-``benchmarks.compositions:filtered-bgmd`` is a strategy like any other.
+``benchmarks.compositions:filtered_bgmd`` is a strategy like any other.
 """
 
 import torch
@@ -13,6 +13,7 @@ from fl_bgmd.aggregators import (
     gap_filter,
     rule,
 )
+from fl_bgmd.aggregators.mixing import clipping
 from fl_bgmd.options import Share
 
 
@@ -40,8 +41,6 @@ def filtered_bgmd(
     filtered = gap_filter(updates, byzantine_fraction=byzantine_fraction)
     assert filtered.weights is not None
     kept = filtered.weights > 0.5 / len(updates)
-    lengths = updates.norm(dim=1)
-    median = lengths.sort().values[(len(lengths) - 1) // 2]
-    rows = updates * (median / lengths.clamp_min(1e-30)).clamp_max(1.0)[:, None]
+    rows = clipping(updates).apply(updates)
     rows = torch.where(kept.to(rows.device)[:, None], rows, filtered.vector)
     return block_geometric_median(rows, memory, generator=generator)

@@ -10,6 +10,7 @@ problems, :class:`Regression` (Figures 1, 2, 3, 6a, 7a) and :class:`Network` (4,
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -252,22 +253,19 @@ def reproduce(
     return results
 
 
-def reproduce_regression(folder: Path, *, seeds: int, jobs: int, done: Done) -> Path:
-    """Draw Figures 1, 2, 3, 6a and 7a; return the table."""
-    reproduce(GHOSH["ghosh-regression"], folder, seeds=seeds, jobs=jobs, done=done)
+def _reproduce_named(name: str, folder: Path, *, seeds: int, jobs: int, done: Done) -> Path:
+    reproduce(GHOSH[name], folder, seeds=seeds, jobs=jobs, done=done)
     return folder / "table.md"
 
 
-def reproduce_mnist(folder: Path, *, seeds: int, jobs: int, done: Done) -> Path:
-    """Draw Figures 4, 5, 6b and 7b; return the table."""
-    reproduce(GHOSH["ghosh-mnist"], folder, seeds=seeds, jobs=jobs, done=done)
-    return folder / "table.md"
+reproduce_regression = partial(_reproduce_named, "ghosh-regression")
+"""Draw Figures 1, 2, 3, 6a and 7a; return the table."""
 
+reproduce_mnist = partial(_reproduce_named, "ghosh-mnist")
+"""Draw Figures 4, 5, 6b and 7b; return the table."""
 
-def reproduce_full_batch(folder: Path, *, seeds: int, jobs: int, done: Done) -> Path:
-    """Draw the same with each worker's gradient on all of its examples; return the table."""
-    reproduce(GHOSH["ghosh-mnist-full-batch"], folder, seeds=seeds, jobs=jobs, done=done)
-    return folder / "table.md"
+reproduce_full_batch = partial(_reproduce_named, "ghosh-mnist-full-batch")
+"""Draw the same with each worker's gradient on all of its examples; return the table."""
 
 
 def _unlabeled(curve: Curve) -> Curve:

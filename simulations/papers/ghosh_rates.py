@@ -9,11 +9,13 @@ delta + d^2 / (m n)``. Problem, sizes and lie are this project's; the paper meas
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..report.drawing import Done, panels, save
+from .diggavi import slope
 from .ghosh import l1_sign, thresholded
 
 
@@ -86,10 +88,10 @@ SWEEPS: dict[str, tuple[str, Sequence[float], Sample]] = {
 }
 """What is varied: its name, its values, and all else."""
 
-SENDERS = {
-    "whole gradients": Sample(),
-    "l1-sign": Sample(compressed=True),
-    "l1-sign, error feedback": Sample(compressed=True, feedback=True),
+SENDERS: dict[str, dict[str, Any]] = {
+    "whole gradients": {},
+    "l1-sign": {"compressed": True},
+    "l1-sign, error feedback": {"compressed": True, "feedback": True},
 }
 
 
@@ -98,12 +100,8 @@ def _measured(seeds: int) -> Iterator[tuple[str, str, float, float]]:
     for sweep, (name, values, base) in SWEEPS.items():
         for sender, how in SENDERS.items():
             for value in values:
-                given: dict[str, float | bool] = {
-                    name: value,
-                    "compressed": how.compressed,
-                    "feedback": how.feedback,
-                }
-                sample = replace(base, **given)  # type: ignore[arg-type]
+                given: dict[str, Any] = {name: value, **how}
+                sample = replace(base, **given)
                 yield sweep, sender, value, float(np.mean([left(sample, s) for s in range(seeds)]))
 
 
@@ -125,8 +123,7 @@ def statistical_errors(folder: Path, *, seeds: int, done: Done) -> list[dict[str
     save(figure, folder / "rates.png")
     lines = []
     for (sweep, sender), errors in found.items():
-        x, y = np.log(list(errors)), np.log(list(errors.values()))
         line = {"against": sweep, "sent": sender}
         line["error left"] = "; ".join(f"{error:.2g} at {at:g}" for at, error in errors.items())
-        lines.append(line | {"slope": f"{np.polyfit(x, y, 1)[0]:.2f}"})
+        lines.append(line | {"slope": f"{slope(list(errors), list(errors.values())):.2f}"})
     return lines

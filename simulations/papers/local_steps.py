@@ -21,7 +21,7 @@ from torch import Tensor
 from fl_bgmd.aggregators import block_geometric_median
 from fl_bgmd.compression import QSGD
 
-from .quadratic import TOLERANCE, Quadratic
+from .quadratic import TOLERANCE, Quadratic, spread
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ def run(problem: LocalSteps, seed: int) -> Outcome:
     moments, gradients = [], []
     for iteration in range(1, problem.iterations + 1):
         exact = problem.curvature * own
-        size = problem.noise / math.sqrt(d)
-        rows = exact + size * torch.randn(n, d, generator=generator, dtype=torch.float64)
+        rows = problem.noisy(exact, generator)
         moments.append(float(rows[:good].square().sum(1).mean()))
         gradients.append(float(exact[:good].square().sum(1).mean()))
         weight /= 1 - problem.mu * problem.step / 2
@@ -111,12 +110,12 @@ def _quantized(row: Tensor, quantizer: QSGD, generator: torch.Generator) -> Tens
 def bound_of_gradient(problem: LocalSteps, sigma: float) -> float:
     """Return Theorem 3's, Equation 17 of the slides."""
     gamma, smooth, h = problem.step, problem.smooth, problem.local_steps
-    apart, spread = (1 - problem.alpha) ** 2, 1 + 4 * (1 - problem.xi**2) / problem.xi**2
+    apart, wide = (1 - problem.alpha) ** 2, spread(problem.xi)
     return (
         8 * problem.initial_gap / (gamma * problem.iterations)
         + 8 * smooth * gamma * sigma**2
-        + 24 * smooth**2 * gamma**2 * h**2 * sigma**2 * spread
-        + 2304 / h * h**2 * sigma**2 / apart * spread
+        + 24 * smooth**2 * gamma**2 * h**2 * sigma**2 * wide
+        + 2304 / h * h**2 * sigma**2 / apart * wide
         + 48 / h * TOLERANCE**2 / (gamma**2 * problem.good**2 * apart)
     )
 
@@ -124,11 +123,11 @@ def bound_of_gradient(problem: LocalSteps, sigma: float) -> float:
 def bound_of_distance(problem: LocalSteps, sigma: float) -> float:
     """Return Theorem 4's, Equation 18 of the slides."""
     gamma, smooth, h, mu = problem.step, problem.smooth, problem.local_steps, problem.mu
-    apart, spread = (1 - problem.alpha) ** 2, 1 + 4 * (1 - problem.xi**2) / problem.xi**2
+    apart, wide = (1 - problem.alpha) ** 2, spread(problem.xi)
     rest = 16 * problem.initial_gap / gamma * (1 - mu * gamma / 2) ** problem.iterations
     noise = 16 * smooth * gamma * sigma**2
-    noise += 40 * smooth**2 * gamma**2 * h**2 * sigma**2 * spread
-    noise += 3072 * h**2 * sigma**2 / apart * spread
+    noise += 40 * smooth**2 * gamma**2 * h**2 * sigma**2 * wide
+    noise += 3072 * h**2 * sigma**2 / apart * wide
     noise += 64 * TOLERANCE**2 / (gamma**2 * problem.good**2 * apart)
     return (rest + noise) / mu**2
 

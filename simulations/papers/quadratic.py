@@ -1,5 +1,6 @@
 """The quadratic on which the statements of Acharya et al. are measured."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,3 +70,14 @@ class Quadratic:
     def start(self) -> Tensor:
         """The first model, (d,): a distance of 1 from the optimum."""
         return torch.full((self.dimensions,), self.dimensions**-0.5, dtype=torch.float64)
+
+    def noisy(self, exact: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the gradients (n, d) of all rows, given the exact one (d,) or each its own."""
+        n, d = self.good + self.corrupt, self.dimensions
+        size = self.noise / math.sqrt(d)
+        return exact + size * torch.randn(n, d, generator=generator, dtype=torch.float64)
+
+
+def spread(xi: float) -> float:
+    """Return ``1 + 4 (1 - xi^2) / xi^2``, the factor of the noise in all bounds."""
+    return 1 + 4 * (1 - xi**2) / xi**2

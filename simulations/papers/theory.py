@@ -26,7 +26,7 @@ from .ghosh import l1_sign, run_curve
 from .ghosh_problems import Curve, Regression
 from .ghosh_rates import statistical_errors
 from .local_steps import fed_bgmd
-from .quadratic import TOLERANCE, Quadratic
+from .quadratic import TOLERANCE, Quadratic, spread
 
 Array = NDArray[np.float64]
 
@@ -64,15 +64,13 @@ class Descent:
 def descend(problem: Quadratic, seed: int) -> Descent:
     """Run BGMD on a quadratic."""
     generator = torch.Generator().manual_seed(seed)
-    n, d, gamma = problem.good + problem.corrupt, problem.dimensions, problem.step
+    d, gamma = problem.dimensions, problem.step
     x, memory, lines = problem.start, None, []
     total, mean_x = 0.0, torch.zeros_like(x)
     weight = 1.0
     for _ in range(problem.iterations):
         gradient = problem.curvature * x
-        size = problem.noise / math.sqrt(d)
-        noise = size * torch.randn(n, d, generator=generator, dtype=torch.float64)
-        rows = gradient + noise
+        rows = problem.noisy(gradient, generator)
         moment = float(rows[: problem.good].square().sum(1).mean())
         rows[problem.good :] *= -5
         total, mean_x = total + weight, mean_x + weight * x
@@ -117,11 +115,6 @@ def averaged(problem: Quadratic, seeds: int) -> Descent:
     )
 
 
-def _spread(xi: float) -> float:
-    """Return ``1 + 4 (1 - xi^2) / xi^2``."""
-    return 1 + 4 * (1 - xi**2) / xi**2
-
-
 def bound_of_memory(problem: Quadratic, sigma: float, xi: float) -> float:
     """Return Lemma 3's, of the squared norm."""
     return float(4 * (1 - xi**2) * problem.step**2 * sigma**2 / xi**2)
@@ -130,7 +123,7 @@ def bound_of_memory(problem: Quadratic, sigma: float, xi: float) -> float:
 def bound_of_perturbation(problem: Quadratic, sigma: float, xi: float, accuracy: float) -> float:
     """Return Lemma 4's, of the squared norm; ``accuracy`` is that of the geometric median."""
     apart = (1 - problem.alpha) ** 2
-    noise = 96 * problem.step**2 * sigma**2 / apart * _spread(xi)
+    noise = 96 * problem.step**2 * sigma**2 / apart * spread(xi)
     return float(noise + 2 * accuracy**2 / (problem.good**2 * apart))
 
 
@@ -142,7 +135,7 @@ def bound_of_gradient(
     apart = (1 - problem.alpha) ** 2
     noise = 8 * smooth * gamma * sigma**2
     noise += 48 * smooth**2 * gamma**2 * sigma**2 * (1 - xi**2) / xi**2
-    noise += 2304 * sigma**2 / apart * _spread(xi)
+    noise += 2304 * sigma**2 / apart * spread(xi)
     noise += 48 * accuracy**2 / (gamma**2 * problem.good**2 * apart)
     return 8 * problem.initial_gap / (gamma * iterations) + noise
 
@@ -155,7 +148,7 @@ def bound_of_distance(
     apart = (1 - problem.alpha) ** 2
     noise = 16 * smooth * gamma * sigma**2
     noise += 80 * gamma**2 * sigma**2 * smooth**2 * (1 - xi**2) / xi**2
-    noise += 3072 * sigma**2 / apart * _spread(xi)
+    noise += 3072 * sigma**2 / apart * spread(xi)
     noise += 64 * accuracy**2 / (gamma**2 * problem.good**2 * apart)
     rest = 16 * problem.initial_gap / gamma * (1 - mu * gamma / 2) ** iterations
     return (rest + noise) / mu**2

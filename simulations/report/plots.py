@@ -32,11 +32,11 @@ AXES: Mapping[str, tuple[str, Callable[[RunResult], Sequence[float]]]] = {
     "rounds": ("round", lambda run: [int(entry["round"]) for entry in run.rounds]),
     "seconds": (
         "seconds",
-        lambda run: list(np.cumsum([float(entry.get("seconds", 0.0)) for entry in run.rounds])),
+        lambda run: _until("seconds", run),
     ),
     "cpu-seconds": (
         "CPU seconds without evaluation",
-        lambda run: list(np.cumsum([float(entry.get("cpu-seconds", 0.0)) for entry in run.rounds])),
+        lambda run: _until("cpu-seconds", run),
     ),
     "bytes": (
         "MB sent to the server",
@@ -44,6 +44,11 @@ AXES: Mapping[str, tuple[str, Callable[[RunResult], Sequence[float]]]] = {
     ),
 }
 """What curves are drawn against: its label, and its value at each entry of a run's rounds."""
+
+
+def _until(key: str, run: RunResult) -> list[float]:
+    """Return the sums of a number of the rounds up to each."""
+    return list(np.cumsum([float(entry.get(key, 0.0)) for entry in run.rounds]))
 
 
 def axes_of(runs: Runs) -> list[str]:
